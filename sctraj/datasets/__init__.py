@@ -1,0 +1,5 @@
+"""Data sets: simulated, with the truth known."""
+
+import lazy_loader as _lazy
+
+__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)

@@ -1,0 +1,1 @@
+"""Flow matching itself: tensors in, small named records out."""

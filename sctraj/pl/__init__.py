@@ -1,0 +1,5 @@
+"""Plots: each takes an AnnData and returns matplotlib Axes."""
+
+import lazy_loader as _lazy
+
+__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)

@@ -1,0 +1,5 @@
+"""Fit a flow, follow cells along it, restore what was held out."""
+
+import lazy_loader as _lazy
+
+__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)
