@@ -1,0 +1,34 @@
+"""The independent coupling: both ends drawn on their own (I-CFM)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..snapshots import Interval
+
+
+def draw(cumulative: Tensor, n: int, rng: torch.Generator) -> Tensor:
+    """Draw ``n`` indices by inversion of a cumulative mass ``(m,)``; returns ``(n,)`` int64."""
+    u = torch.rand(n, generator=rng, device=cumulative.device, dtype=cumulative.dtype)
+    # the last entry is one up to rounding
+    return torch.searchsorted(cumulative, u * cumulative[-1], right=True).clamp_(max=len(cumulative) - 1)
+
+
+@dataclass(frozen=True)
+class IndependentPlan:
+    """The product of the two marginals, as their cumulative masses ``(n0,)`` and ``(n1,)``."""
+
+    cumulative0: Tensor
+    cumulative1: Tensor
+
+    def sample(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw ``n`` pairs: indices at the start and at the end, each ``(n,)``."""
+        return draw(self.cumulative0, n, rng), draw(self.cumulative1, n, rng)
+
+
+def independent(interval: Interval) -> IndependentPlan:
+    """Couple the two ends independently: ``q(x0, x1) = q(x0) q(x1)`` (Tong et al. 2023, eq. 14)."""
+    return IndependentPlan(interval.mass0.cumsum(0), interval.mass1.cumsum(0))

@@ -1,0 +1,305 @@
+"""Flow matching: ONE training loop, for one fit or many.
+
+All members are trained in one batch: their pairs are drawn in bulk, each from its own random stream, and every step
+is one batched matmul per layer. No member's numbers enter another's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import trange
+
+from .problem import Problem
+from .snapshots import to_device
+from .vector_field import MLP, Modules, VectorField, scaling
+
+CHUNK = 2**19  # numbers drawn at once for a member: a few dozen steps' worth in five dimensions
+EVALUATE_EVERY = 25  # steps between looks at the validation loss
+VALIDATION_PAIRS = 512  # per interval
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A trained field.
+
+    Attributes
+    ----------
+    vector_field
+        M members.
+    loss
+        Training loss of every step, ``(n_steps, M)``: mean squared error of the velocity in units of the data's rms
+        deviation per mean gap, plus that of the score times the path's standard deviation where there is one.
+    validation_loss
+        The same on held-back pairs, ``(n_evaluations, M)``; empty unless early stopping was asked for.
+    """
+
+    vector_field: VectorField
+    loss: Tensor
+    validation_loss: Tensor
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Standardised training data of all members: leading axes ``(S, M, B)``; ``S`` steps."""
+
+    t: Tensor
+    x: Tensor
+    velocity: Tensor
+    noise: Tensor  # minus std times the score target; (S, M, B, 0) without a score
+    weight: Tensor  # of the velocity's error
+    std: Tensor  # of the path, over the member's largest
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device for ``"auto"`` (cuda, else mps, else cpu), ``"cpu"``, ``"cuda"`` (``"cuda:1"``) or ``"mps"``.
+
+    Raises
+    ------
+    ValueError
+        If the device is unknown or not there: it never falls back in silence.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    kind = name.split(":")[0]
+    if kind not in available:
+        raise ValueError(f"expected a device of auto, cpu, cuda, mps, found {name!r}")
+    if not available[kind]:
+        raise ValueError(f"expected a working {kind} device, found none; pass device='cpu' or device='auto'")
+    return torch.device(name)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train.
+
+    Attributes
+    ----------
+    module
+        The user's own network (see ``Modules``), or None for a perceptron of ``depth`` hidden layers of ``width``.
+    n_steps
+        Steps of the optimiser (AdamW; a one-cycle schedule whose highest rate is ``learning_rate``).
+    batch_size
+        Pairs per interval in each step.
+    ema_decay
+        Of the exponential moving average of the weights that is returned; 0 for the last weights.
+    patience
+        Evaluations (every 25 steps) without improvement of its validation loss after which a member keeps its best
+        weights; None: no early stopping.
+    """
+
+    module: nn.Module | None
+    width: int
+    depth: int
+    n_steps: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    ema_decay: float
+    patience: int | None
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "n_steps", "batch_size", "patience"):
+            value = getattr(self, name)
+            if value is not None and (value != int(value) or value < 1):
+                raise ValueError(f"expected {name} to be a whole number of at least 1, found {value}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"expected a positive learning_rate, found {self.learning_rate}")
+        if not 0 <= self.weight_decay < math.inf or not 0 <= self.ema_decay < 1:
+            raise ValueError(
+                f"expected weight_decay >= 0 and 0 <= ema_decay < 1, found {self.weight_decay}, {self.ema_decay}"
+            )
+
+
+def fit(
+    problems: Sequence[Problem],
+    *,
+    validation: Sequence[Problem],
+    training: Training,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: bool,
+) -> Fit:
+    """Train the members' vector fields by conditional flow matching (Tong et al. 2023, algorithm 1, eq. 10).
+
+    Parameters
+    ----------
+    problems
+        One per member; all of one dimension, all with a score or all without.
+    validation
+        One per member, of held-back cells, for early stopping; or none.
+    training
+        Network, steps, rates.
+    device, dtype
+        Where and in what precision.
+    progress
+        Whether to show a progress bar.
+
+    Raises
+    ------
+    ValueError
+        If there is no member, or a user's module gives outputs of another shape.
+    RuntimeError
+        If the loss is not finite at the end.
+    """
+    if not problems:
+        raise ValueError("expected at least one problem to fit, found none")
+    d, members = problems[0].snapshots.dimension, len(problems)
+    heads = 2 if problems[0].std > 0 else 1
+    scalings = [scaling(p.snapshots, std=p.std) for p in problems]
+    network: nn.Module
+    if training.module is None:
+        rngs = [torch.Generator().manual_seed(p.seed) for p in problems]
+        network = MLP([1 + d, *[training.width] * training.depth, heads * d], rngs)
+    else:
+        network = Modules(training.module, members)
+    field = VectorField(network, scalings).to(device, dtype)
+
+    n_steps = training.n_steps
+    problems = [to_device(p, device) for p in problems]
+    streams = [torch.Generator(device).manual_seed(p.seed) for p in problems]
+    batches = _batches(problems, streams, field, training.batch_size, n_steps)
+    held_back = None
+    if validation:
+        streams = [torch.Generator(device).manual_seed(p.seed + 1) for p in problems]
+        held_back = next(
+            _batches([to_device(p, device) for p in validation], streams, field, VALIDATION_PAIRS, 1)
+        )
+    with torch.no_grad():
+        shape = network(torch.zeros(members, 2, 1).to(field.scale), torch.zeros(members, 2, d).to(field.scale)).shape
+    if shape != (members, 2, heads * d):
+        raise ValueError(f"expected a module that maps (2, 1), (2, {d}) to (2, {heads * d}), found {tuple(shape[1:])}")
+    weights = list(network.parameters())
+    fused = device.type in ("cpu", "cuda")
+    optimiser = torch.optim.AdamW(weights, lr=training.learning_rate, weight_decay=training.weight_decay, fused=fused)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: one_cycle(k / n_steps))
+    average = [w.detach().clone() for w in weights]
+    stopping = _EarlyStopping(average, members, training.patience or n_steps, device)
+
+    losses, validation_losses = [], []
+    for step in trange(n_steps, disable=not progress, desc=f"flow matching, {members} member(s)", leave=False):
+        loss = _loss(field, next(batches))  # (M,)
+        loss.sum().backward()  # members share nothing: each gets the gradient of its own loss
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        schedule.step()
+        decay = min(training.ema_decay, (1 + step) / (10 + step))  # a short memory while the weights still travel
+        torch._foreach_lerp_(average, [w.detach() for w in weights], 1 - decay)
+        losses.append(loss.detach())
+        if held_back is not None and (step + 1) % EVALUATE_EVERY == 0:
+            with torch.no_grad(), _swapped(weights, average):
+                validation_losses.append(_loss(field, held_back))
+            if stopping.all_done(validation_losses[-1], average):
+                break
+    with torch.no_grad():
+        best = stopping.best if validation_losses else average
+        for w, value in zip(weights, best):
+            w.copy_(value)
+    history = torch.stack(losses).cpu()
+    if not bool(history[-1].isfinite().all()):
+        raise RuntimeError(f"expected a finite loss, found {history[-1].tolist()}; take a lower learning_rate")
+    empty = history.new_zeros(0, members)
+    field.eval().requires_grad_(False)
+    return Fit(field, history, torch.stack(validation_losses).cpu() if validation_losses else empty)
+
+
+def one_cycle(progress: float) -> float:
+    """Learning rate over its highest: a linear rise over the first tenth, then a cosine fall to zero."""
+    rise = 0.1
+    if progress < rise:
+        return (progress + 0.01) / (rise + 0.01)
+    return 0.5 * (1 + math.cos(math.pi * (progress - rise) / (1 - rise)))
+
+
+def _batches(
+    problems: Sequence[Problem],
+    streams: Sequence[torch.Generator],
+    field: VectorField,
+    batch_size: int,
+    n_steps: int,
+) -> Iterator[_Batch]:
+    """Yield every step's data, drawn some dozens of steps at a time: indices and noise in bulk, then only views."""
+    n_pairs = batch_size * max(len(p.couplings) for p in problems)
+    # whatever the other members are, so that a member's stream is its own
+    at_once = max(1, min(n_steps, CHUNK // (n_pairs * (3 * field.dimension + 3))))
+    for start in range(0, n_steps, at_once):
+        chunk = _draw(problems, streams, field, at_once, n_pairs)
+        for step in range(min(at_once, n_steps - start)):
+            yield _Batch(*(getattr(chunk, name)[step] for name in _Batch.__dataclass_fields__))
+
+
+def _draw(
+    problems: Sequence[Problem], streams: Sequence[torch.Generator], field: VectorField, n_steps: int, n_pairs: int
+) -> _Batch:
+    """Draw and standardise ``n_steps`` batches of every member, in the cells' own precision."""
+    dtype = field.scale.dtype
+    rows = []
+    for problem, stream, shift, scale, origin, gap, std in zip(
+        problems, streams, field.shift, field.scale, field.origin, field.gap, field.std
+    ):
+        sample, length = problem.sample(n_steps, n_pairs, stream)
+        with_score = sample.score is not None and problem.std > 0
+        rows.append(
+            _Batch(
+                t=((sample.t - origin) / gap).to(dtype),
+                x=((sample.x - shift) / scale).to(dtype),
+                velocity=(sample.velocity * (gap / scale)).to(dtype),
+                noise=(-sample.score * sample.std if with_score else sample.x[..., :0]).to(dtype),  # type: ignore[operator]
+                # an interval's error counts by how far it displaces cells by the interval's end
+                weight=(length / gap).square().to(dtype).expand(n_steps, n_pairs, 1),
+                std=(sample.std / std if with_score else torch.zeros_like(sample.std)).to(dtype),
+            )
+        )
+    return _Batch(*(torch.stack([getattr(r, name) for r in rows], 1) for name in _Batch.__dataclass_fields__))
+
+
+def _loss(field: VectorField, batch: _Batch) -> Tensor:
+    """Each member's loss ``(M,)``: CFM for the velocity, and denoising score matching weighted by the path's std."""
+    output = field.network(batch.t, batch.x)
+    d = batch.x.shape[-1]
+    loss = (batch.weight * (output[..., :d] - batch.velocity).square()).mean((1, 2))
+    if batch.noise.shape[-1]:
+        # |std (s_theta - score)|^2 with score = -noise / std (Tong et al. 2023b, [SF]2M, eq. 10 with lambda = std)
+        loss = loss + (batch.std * output[..., d:] + batch.noise).square().mean((1, 2))
+    return loss
+
+
+class _swapped:
+    """Put other values into the weights for a while."""
+
+    def __init__(self, weights: list[Tensor], values: list[Tensor]) -> None:
+        self.weights, self.values = weights, values
+
+    def __enter__(self) -> None:
+        self.kept = [w.detach().clone() for w in self.weights]
+        for w, v in zip(self.weights, self.values):
+            w.copy_(v)
+
+    def __exit__(self, *_: object) -> None:
+        for w, v in zip(self.weights, self.kept):
+            w.copy_(v)
+
+
+class _EarlyStopping:
+    """Each member's best weights so far; a member that has not improved for ``patience`` looks is done for good."""
+
+    def __init__(self, weights: list[Tensor], members: int, patience: int, device: torch.device) -> None:
+        self.best = [w.clone() for w in weights]
+        self.lowest = torch.full((members,), math.inf, device=device)
+        self.waited = torch.zeros(members, dtype=torch.long, device=device)
+        self.patience = patience
+
+    def all_done(self, loss: Tensor, weights: list[Tensor]) -> bool:
+        better = (loss < self.lowest) & (self.waited < self.patience)
+        self.lowest = torch.where(better, loss.to(self.lowest), self.lowest)
+        done = self.waited >= self.patience
+        self.waited = torch.where(better, 0, self.waited + 1)
+        self.waited = torch.where(done, self.patience, self.waited)
+        for best, w in zip(self.best, weights):
+            best.copy_(torch.where(better.view(-1, *[1] * (w.dim() - 1)), w, best))
+        return bool((self.waited >= self.patience).all())

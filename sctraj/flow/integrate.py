@@ -1,0 +1,138 @@
+"""Moving cells along a field: the ODE (`push`) and the SDE (`simulate`), either way in time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint
+
+from .vector_field import FieldSample
+
+Solver = Literal["euler", "rk4", "dopri5"]
+CELLS = 2**16  # cells times members met at once
+
+
+class Field(Protocol):
+    """What can be integrated: velocity and score of M members at real time t and points ``(M, B, d)``."""
+
+    scale: Tensor
+
+    @property
+    def has_score(self) -> bool:
+        """Whether there is a score."""
+
+    def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
+        """Return velocity and score."""
+
+
+@torch.no_grad()
+def push(
+    field: Field,
+    x: Tensor,
+    t0: Tensor | float,
+    t1: Tensor | float,
+    *,
+    solver: Solver,
+    n_steps: int,
+    tolerance: float,
+) -> Tensor:
+    """Integrate ``dx/dt = v(t, x)`` from ``t0`` to ``t1``, which may lie earlier.
+
+    Parameters
+    ----------
+    x
+        Cells of every member, ``(M, n, d)``.
+    t0, t1
+        Real times: floats, or ``(M,)`` where members differ.
+    solver
+        ``"euler"`` or ``"rk4"`` on a fixed grid of ``n_steps`` equal steps: each cell's result is its own, whatever
+        its companions, to rounding. ``"dopri5"`` takes steps that the cells met together share, so that a cell's
+        result depends on its companions within ``tolerance``.
+    tolerance
+        Of dopri5, relative to the position and to the data's rms deviation.
+
+    Returns
+    -------
+    Cells at ``t1``, ``(M, n, d)``.
+    """
+    start, span = _span(t0, t1, x)
+
+    def rate(fraction: Tensor, y: Tensor) -> Tensor:
+        return span * field.evaluate(start + fraction * span, y).velocity
+
+    options = {"grid_constructor": _grid(n_steps)}
+    ends = torch.tensor([0.0, 1.0], dtype=x.dtype, device=x.device)
+    pushed = []
+    for cells in x.split(max(1, CELLS // len(x)), 1):
+        if solver == "dopri5":
+            atol = tolerance * float(field.scale.min())
+            path = odeint(rate, cells, ends, method=solver, rtol=tolerance, atol=atol)
+        else:
+            path = odeint(rate, cells, ends, method=solver, options=options)
+        pushed.append(path[-1])
+    return torch.cat(pushed, 1)
+
+
+@torch.no_grad()
+def simulate(
+    field: Field,
+    x: Tensor,
+    t0: Tensor | float,
+    t1: Tensor | float,
+    *,
+    sigma: Tensor | float,
+    n_steps: int,
+    rng: torch.Generator,
+) -> Tensor:
+    """Simulate ``dx = drift dt + sigma dW`` from ``t0`` to ``t1``, which may lie earlier, by Euler-Maruyama.
+
+    The drift is ``velocity + sigma^2/2 score`` forwards in time and ``velocity - sigma^2/2 score`` backwards, so that
+    both have the marginals of the ODE (Tong et al. 2023b, [SF]2M, eq. 5).
+
+    Parameters
+    ----------
+    x
+        Cells of every member, ``(M, n, d)``.
+    t0, t1
+        Real times: floats, or ``(M,)`` where members differ; all forwards or all backwards.
+    sigma
+        Diffusivity: a length per root of time; a float, or ``(M,)``.
+    n_steps
+        Equal steps. The noise is drawn for all cells at every step, so the result does not depend on tiling.
+
+    Returns
+    -------
+    Cells at ``t1``, ``(M, n, d)``.
+    """
+    if not field.has_score:
+        raise ValueError("expected a field with a score, found velocity alone; fit with method='sb-cfm'")
+    start, span = _span(t0, t1, x)
+    diffusivity = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1, 1)
+    step = span / n_steps
+    correction = torch.sign(step) * diffusivity.square() / 2
+    for k in range(n_steps):
+        noise = torch.randn(x.shape, generator=rng, device=rng.device, dtype=x.dtype).to(x.device)
+        moved = []
+        for cells in x.split(max(1, CELLS // len(x)), 1):
+            at = field.evaluate(start + k * step, cells)
+            assert at.score is not None  # field.has_score
+            moved.append(cells + step * (at.velocity + correction * at.score))
+        x = torch.cat(moved, 1) + diffusivity * step.abs().sqrt() * noise
+    return x
+
+
+def _span(t0: Tensor | float, t1: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return start and length of the way, each ``(M or 1, 1, 1)``."""
+    first, last = (torch.as_tensor(t, dtype=torch.float64).reshape(-1, 1, 1) for t in (t0, t1))
+    return first.to(x), (last - first).to(x)
+
+
+def _grid(n_steps: int) -> Callable[..., Tensor]:
+    """Return torchdiffeq's grid constructor for ``n_steps`` equal steps."""
+    if not n_steps >= 1 or math.isinf(n_steps):
+        raise ValueError(f"expected at least one step, found {n_steps}")
+    return lambda f, y, ends: torch.linspace(0, 1, n_steps + 1, dtype=ends.dtype, device=ends.device)

@@ -1,0 +1,161 @@
+"""Probability paths: the law of x_t given the two ends (x0, x1) of an interval.
+
+All are Gaussian, ``p_t(x | x0, x1) = N(mean_t, std_t^2)``, so one formula gives every velocity and score target
+(Tong et al. 2023, theorem 2.1): with ``x = mean_t + std_t noise`` the velocity is ``mean_t' + std_t' noise`` and the
+score ``-noise / std_t``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BRIDGE_MARGIN = 1e-3  # fractions of an interval left out at its ends, where the bridge's velocity target diverges
+_GOLDEN = 2654435769  # 2^32 / golden ratio: steps of this size modulo 2^32 fill any run evenly
+
+
+@dataclass(frozen=True)
+class PathSample:
+    """Points on a path and the targets there; the leading axes are those of the pairs.
+
+    Attributes
+    ----------
+    t
+        Real time, ``(..., 1)``.
+    x
+        Points, ``(..., d)``.
+    velocity
+        Conditional velocity, ``(..., d)``, per unit of real time.
+    score
+        Conditional score, the gradient of ``log p_t(x | x0, x1)``, ``(..., d)``; None where ``sigma`` is zero.
+    std
+        Standard deviation of the path at ``t``, ``(..., 1)``.
+    """
+
+    t: Tensor
+    x: Tensor
+    velocity: Tensor
+    score: Tensor | None
+    std: Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and standard deviation of a path and their derivatives in real time: ``(..., d)`` and ``(..., 1)``."""
+
+    mean: Tensor
+    mean_rate: Tensor
+    std: Tensor
+    std_rate: Tensor
+
+
+@dataclass(frozen=True)
+class ProbabilityPath(ABC):
+    """The law of x_t given the ends of an interval; ``sigma`` sets its spread."""
+
+    sigma: float
+
+    margin = 0.0  # fraction of the interval left out at either end
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sigma < math.inf:
+            raise ValueError(f"expected a finite sigma of at least 0, found {self.sigma}")
+
+    @abstractmethod
+    def moments(self, x0: Tensor, x1: Tensor, s: Tensor, length: Tensor | float) -> Moments:
+        """Return mean, standard deviation and their rates at the fraction ``s`` ``(..., 1)`` of an interval."""
+
+    def sample(
+        self, x0: Tensor, x1: Tensor, t0: Tensor | float, t1: Tensor | float, rng: torch.Generator
+    ) -> PathSample:
+        """Draw a time and a point for every pair.
+
+        Times are uniform on the interval (but for its margin) and stratified: any run of consecutive pairs has its
+        times spread evenly, which lowers the variance of the loss and biases nothing.
+
+        Parameters
+        ----------
+        x0, x1
+            Ends of the pairs, ``(..., d)``.
+        t0, t1
+            Real times of the ends, floats or ``(..., 1)``.
+        rng
+            Generator on the pairs' device.
+        """
+        shape = (*x0.shape[:-1], 1)
+        s = _stratified(shape, rng, x0)
+        s = self.margin + (1 - 2 * self.margin) * s
+        noise = torch.randn(x0.shape, generator=rng, device=x0.device, dtype=x0.dtype)
+        at = self.moments(x0, x1, s, t1 - t0)
+        return PathSample(
+            t=t0 + s * (t1 - t0),
+            x=at.mean + at.std * noise,
+            velocity=at.mean_rate + at.std_rate * noise,
+            score=-noise / at.std if self.sigma > 0 else None,
+            std=at.std.expand(shape),
+        )
+
+
+class Straight(ProbabilityPath):
+    """A straight line with constant spread: ``N((1-s) x0 + s x1, sigma^2)``.
+
+    I-CFM and OT-CFM, by the coupling (Tong et al. 2023, eq. 12 and 13). ``sigma`` is a length.
+    """
+
+    def moments(self, x0: Tensor, x1: Tensor, s: Tensor, length: Tensor | float) -> Moments:
+        """Return mean, standard deviation and their rates at the fraction ``s`` of an interval."""
+        chord = x1 - x0
+        return Moments(x0 + s * chord, chord / length, torch.full_like(s, self.sigma), torch.zeros_like(s))
+
+
+class BrownianBridge(ProbabilityPath):
+    """A Brownian bridge over a real interval: ``N((1-s) x0 + s x1, sigma^2 s (1-s) (t1-t0))``.
+
+    SB-CFM, with the entropic coupling at ``epsilon = 2 sigma^2 (t1-t0)`` (Tong et al. 2023, eq. 20 and 21, there for
+    a unit interval). ``sigma`` is a diffusivity: a length per square root of time. Given the ends, the velocity has
+    variance ``sigma^2 (1-2s)^2 / (4 s (1-s) (t1-t0))``, which has no finite integral, so ``s`` keeps a margin of
+    1e-3 from the ends.
+    """
+
+    margin = BRIDGE_MARGIN
+
+    def moments(self, x0: Tensor, x1: Tensor, s: Tensor, length: Tensor | float) -> Moments:
+        """Return mean, standard deviation and their rates at the fraction ``s`` of an interval."""
+        chord = x1 - x0
+        unit = (s * (1 - s)).sqrt()  # standard deviation of the unit bridge
+        root = math.sqrt(length) if isinstance(length, float) else length**0.5
+        std_rate = self.sigma * (1 - 2 * s) / (2 * unit * root)  # d/dt of sigma sqrt(s (1-s) length)
+        return Moments(x0 + s * chord, chord / length, self.sigma * unit * root, std_rate)
+
+
+@dataclass(frozen=True)
+class Trigonometric(ProbabilityPath):
+    """The variance-preserving path: ``N(c + cos(pi s / 2) (x0 - c) + sin(pi s / 2) (x1 - c), sigma^2)``.
+
+    Albergo & Vanden-Eijnden 2023; Tong et al. 2023, table 1 (VP-CFM). Independent ends of one variance keep it all
+    along. The centre ``c`` ``(d,)`` makes the path move with its data; ``sigma`` is a length.
+    """
+
+    centre: Tensor | None = None
+
+    def moments(self, x0: Tensor, x1: Tensor, s: Tensor, length: Tensor | float) -> Moments:
+        """Return mean, standard deviation and their rates at the fraction ``s`` of an interval."""
+        centre = torch.zeros_like(x0[..., :1]) if self.centre is None else self.centre.to(x0)
+        angle = math.pi / 2 * s
+        y0, y1 = x0 - centre, x1 - centre
+        mean = centre + torch.cos(angle) * y0 + torch.sin(angle) * y1
+        mean_rate = math.pi / 2 * (torch.cos(angle) * y1 - torch.sin(angle) * y0) / length
+        return Moments(mean, mean_rate, torch.full_like(s, self.sigma), torch.zeros_like(s))
+
+
+def _stratified(shape: tuple[int, ...], rng: torch.Generator, like: Tensor) -> Tensor:
+    """Draw uniform numbers of which every run of consecutive ones is spread evenly (a Kronecker sequence)."""
+    start = torch.randint(2**32, (1,), generator=rng, device=like.device)
+    n = math.prod(shape)
+    sequence = (start + _GOLDEN * torch.arange(n, device=like.device)) % 2**32  # whole numbers: exact on any device
+    # the middle of the bin, so that neither 0 nor 1 comes up
+    return ((sequence.to(like.dtype) + 0.5) / 2**32).clamp_(max=1 - 1e-7).reshape(shape)

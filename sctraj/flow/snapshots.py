@@ -1,0 +1,123 @@
+"""Snapshots: the cells sampled at each time, and the intervals between them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+_Record = TypeVar("_Record")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Two consecutive kept snapshots.
+
+    Attributes
+    ----------
+    t0, t1
+        Real times, ``t0 < t1``.
+    x0, x1
+        Cells, ``(n0, d)`` and ``(n1, d)``.
+    mass0, mass1
+        Weights of the cells, ``(n0,)`` and ``(n1,)``, float64, each summing to one.
+    """
+
+    t0: float
+    t1: float
+    x0: Tensor
+    x1: Tensor
+    mass0: Tensor
+    mass1: Tensor
+
+    @property
+    def length(self) -> float:
+        """The gap in real time."""
+        return self.t1 - self.t0
+
+
+@dataclass(frozen=True)
+class Snapshots:
+    """Samples of a population at increasing real times.
+
+    Parameters
+    ----------
+    times
+        ``T`` real times, strictly increasing; gaps may be uneven.
+    points
+        One floating-point tensor ``(n_k, d)`` per time.
+    mass
+        One tensor ``(n_k,)`` of non-negative weights per time; uniform where not given. Normalised to sum to one.
+
+    Raises
+    ------
+    ValueError
+        If times do not increase or are not finite, the numbers of times and snapshots differ, dimensions differ,
+        a snapshot is empty, or a weight is negative or all are zero.
+    """
+
+    times: tuple[float, ...]
+    points: tuple[Tensor, ...]
+    mass: tuple[Tensor, ...] = ()
+
+    def __post_init__(self) -> None:
+        times, points = tuple(float(t) for t in self.times), tuple(self.points)
+        if len(times) != len(points) or not points:
+            raise ValueError(f"expected one snapshot per time and at least one, found {len(times)}, {len(points)}")
+        if any(not b > a for a, b in zip(times[:-1], times[1:])) or not all(abs(t) < float("inf") for t in times):
+            raise ValueError(f"expected finite, strictly increasing times, found {times}; merge or sort the snapshots")
+        shapes = [tuple(x.shape) for x in points]
+        if any(len(s) != 2 or s[0] == 0 or s[1] != shapes[0][1] for s in shapes):
+            raise ValueError(f"expected non-empty snapshots (n_k, d) of one dimension d, found shapes {shapes}")
+        if any(not x.is_floating_point() for x in points):
+            raise ValueError(f"expected floating-point cells, found {[x.dtype for x in points]}; convert them first")
+        mass = self.mass or tuple(x.new_ones(len(x), dtype=torch.float64) for x in points)
+        for k, (m, x) in enumerate(zip(mass, points, strict=True)):
+            if m.shape != (len(x),) or not bool((m >= 0).all()) or not float(m.sum()) > 0:
+                raise ValueError(f"expected {len(x)} non-negative weights with a positive sum in snapshot {k}")
+        object.__setattr__(self, "times", times)
+        object.__setattr__(self, "points", points)
+        object.__setattr__(self, "mass", tuple(m.double() / m.double().sum() for m in mass))
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    @property
+    def dimension(self) -> int:
+        """Number of coordinates ``d``."""
+        return self.points[0].shape[1]
+
+    @property
+    def mean_gap(self) -> float:
+        """Mean length of the intervals, in units of time."""
+        return (self.times[-1] - self.times[0]) / (len(self) - 1)
+
+    def without(self, k: int) -> Snapshots:
+        """Build the same data without snapshot ``k``: the only way in which anything is held out."""
+        if not 0 <= k < len(self):
+            raise IndexError(f"expected a snapshot from 0 to {len(self) - 1}, found {k}")
+        return Snapshots(*((*field[:k], *field[k + 1 :]) for field in (self.times, self.points, self.mass)))
+
+    def intervals(self) -> tuple[Interval, ...]:
+        """Return the ``T - 1`` intervals between consecutive snapshots."""
+        return tuple(
+            Interval(*(value for field in (self.times, self.points, self.mass) for value in field[k : k + 2]))
+            for k in range(len(self) - 1)
+        )
+
+
+def to_device(record: _Record, device: torch.device) -> _Record:
+    """Move every tensor of a record (nested records and tuples too) to a device; the rest stays as it is."""
+    if isinstance(record, Tensor):
+        # mps has no float64
+        single = device.type == "mps" and record.dtype == torch.float64
+        return record.to(device, torch.float32 if single else record.dtype)  # type: ignore[return-value]
+    if isinstance(record, tuple):
+        return tuple(to_device(value, device) for value in record)  # type: ignore[return-value]
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        moved = {f.name: to_device(getattr(record, f.name), device) for f in dataclasses.fields(record) if f.init}
+        return type(record)(**moved)
+    return record

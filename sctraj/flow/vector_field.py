@@ -1,0 +1,259 @@
+"""Vector fields: velocity and score at (t, x), for M members at once."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .snapshots import Snapshots
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What takes the user's units to the network's and back, for one member.
+
+    Attributes
+    ----------
+    shift, scale
+        Mean ``(d,)`` and one root mean square deviation for all coordinates, so that distances keep their meaning.
+    origin, gap
+        First time and mean gap, in units of time.
+    std
+        Largest standard deviation of the path, in units of x; the score head gives ``std * score``, which stays of
+        the order of one however small sigma is. Zero without a score.
+    """
+
+    shift: Tensor
+    scale: float
+    origin: float
+    gap: float
+    std: float
+
+
+def scaling(snapshots: Snapshots, *, std: float) -> Scaling:
+    """Measure a member's scaling on its own (kept) snapshots, each weighing the same."""
+    means = torch.stack([m.to(x.dtype) @ x for x, m in zip(snapshots.points, snapshots.mass)])
+    shift = means.mean(0)
+    squares = [m @ (x - shift).double().square().sum(1) for x, m in zip(snapshots.points, snapshots.mass)]
+    scale = math.sqrt(float(sum(squares)) / len(squares) / snapshots.dimension)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"expected cells that differ, found a standard deviation of {scale}; check the representation")
+    return Scaling(shift, scale, snapshots.times[0], snapshots.mean_gap, std)
+
+
+class MLP(nn.Module):
+    """M perceptrons at once: batched weights, one matmul per layer for all members.
+
+    Parameters
+    ----------
+    sizes
+        Widths of the layers, input first.
+    rngs
+        One CPU generator per member, from which its first weights are drawn.
+    """
+
+    def __init__(self, sizes: Sequence[int], rngs: Sequence[torch.Generator]) -> None:
+        super().__init__()
+
+        def uniform(fan_in: int, *shape: int) -> nn.Parameter:
+            draws = [torch.rand(shape, generator=rng, dtype=torch.float64) for rng in rngs]
+            return nn.Parameter((2 * torch.stack(draws) - 1) / math.sqrt(fan_in))  # (M, *shape)
+
+        pairs = list(zip(sizes[:-1], sizes[1:]))
+        self.weights = nn.ParameterList([uniform(n, n, m) for n, m in pairs])
+        self.biases = nn.ParameterList([uniform(n, 1, m) for n, m in pairs])
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """Map standardised times ``(M, B, 1)`` and points ``(M, B, d)`` to outputs ``(M, B, heads * d)``."""
+        h = torch.cat([t, x], -1)
+        last = len(self.weights) - 1
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            h = torch.baddbmm(bias, h, weight)  # (M, B, n) @ (M, n, m)
+            if layer < last:
+                h = nn.functional.selu(h)
+        return h
+
+
+class Modules(nn.Module):
+    """M copies of a user's module, run as one.
+
+    Parameters
+    ----------
+    module
+        Maps standardised times ``(B, 1)`` and points ``(B, d)`` to ``(B, d)``: the velocity, or to ``(B, 2 d)``: the
+        velocity, then the score, where a score is asked for. Every member starts from the module's weights.
+    members
+        How many.
+    """
+
+    def __init__(self, module: nn.Module, members: int) -> None:
+        super().__init__()
+        self.names = [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
+        stacked = [p.detach().expand(members, *p.shape).clone() for p in module.parameters()]
+        self.stacked = nn.ParameterList(stacked)
+        for k, buffer in enumerate(module.buffers()):
+            self.register_buffer(f"buffer_{k}", buffer.detach().expand(members, *buffer.shape).clone())
+        # kept out of the registry: its own weights are only a template
+        self.__dict__["template"] = copy.deepcopy(module)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """Map standardised times ``(M, B, 1)`` and points ``(M, B, d)`` to outputs ``(M, B, heads * d)``."""
+        template = self.__dict__["template"].to(x.device, x.dtype).train(self.training)
+
+        def one(state: dict[str, Tensor], t: Tensor, x: Tensor) -> Tensor:
+            return torch.func.functional_call(template, state, (t, x))
+
+        state = dict(zip(self.names, [*self.stacked, *self.buffers()]))
+        return torch.func.vmap(one, randomness="different")(state, t, x)
+
+
+@dataclass(frozen=True)
+class FieldSample:
+    """Velocity ``(M, B, d)`` per unit of time, and score ``(M, B, d)`` per unit of x (None where there is none)."""
+
+    velocity: Tensor
+    score: Tensor | None
+
+
+class VectorField(nn.Module):
+    """Learned velocities (and scores) of M members, in the user's units, per unit of real time.
+
+    Parameters
+    ----------
+    network
+        Maps standardised times ``(M, B, 1)`` and points ``(M, B, d)`` to ``(M, B, d)`` or ``(M, B, 2 d)``.
+    scalings
+        One per member.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    origin: Tensor
+    gap: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, scalings: Sequence[Scaling]) -> None:
+        super().__init__()
+        self.network = network
+
+        def stack(values: Sequence[Tensor | float]) -> Tensor:
+            rows = [torch.as_tensor(v, dtype=torch.float64).reshape(1, -1) for v in values]
+            return torch.stack(rows)  # (M, 1, d) or (M, 1, 1)
+
+        for name in ("shift", "scale", "origin", "gap", "std"):
+            self.register_buffer(name, stack([getattr(s, name) for s in scalings]))
+
+    @property
+    def members(self) -> int:
+        """Number of members M."""
+        return len(self.scale)
+
+    @property
+    def dimension(self) -> int:
+        """Number of coordinates d."""
+        return self.shift.shape[-1]
+
+    @property
+    def has_score(self) -> bool:
+        """Whether the field has a score head."""
+        return bool((self.std > 0).all())
+
+    def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
+        """Return velocity and score.
+
+        Parameters
+        ----------
+        t
+            Real time: a float, or a tensor that broadcasts to ``(M, B, 1)``.
+        x
+            Points ``(M, B, d)``.
+        """
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        output = self.network(
+            ((t - self.origin) / self.gap).expand(*x.shape[:-1], 1).to(x.dtype), (x - self.shift) / self.scale
+        )
+        d = x.shape[-1]
+        velocity = output[..., :d] * (self.scale / self.gap)
+        return FieldSample(velocity, output[..., d:] / self.std if output.shape[-1] > d else None)
+
+    def velocity(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """Return the velocity ``(M, B, d)`` at real time ``t`` and points ``(M, B, d)``."""
+        return self.evaluate(t, x).velocity
+
+    def score(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """Return the score ``(M, B, d)`` at real time ``t`` and points ``(M, B, d)``."""
+        score = self.evaluate(t, x).score
+        if score is None:
+            raise ValueError("expected a field with a score, found velocity alone; fit with method='sb-cfm'")
+        return score
+
+    @torch.no_grad()
+    def __call__(self, t: float, x: np.ndarray) -> np.ndarray:  # type: ignore[override]
+        """Return the velocity at points ``(n, d)``, averaged over the members, as an array ``(n, d)``."""
+        points = torch.as_tensor(np.asarray(x)).to(self.scale)
+        return self.velocity(t, points.expand(self.members, *points.shape)).mean(0).cpu().numpy()
+
+    def ensemble(self) -> Ensemble:
+        """Return the members' mean as a field of one member."""
+        return Ensemble(self)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Return weights and scaling as arrays, the member axis first."""
+        return {name: value.cpu().numpy() for name, value in self.state_dict().items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], module: nn.Module | None = None) -> VectorField:
+        """Rebuild a field from ``to_arrays``; a field with a user's module needs that module again.
+
+        Raises
+        ------
+        ValueError
+            If the arrays are those of a user's module and none is given, or of another one.
+        """
+        state = {name: torch.as_tensor(np.asarray(value)) for name, value in arrays.items()}
+        members = len(state["scale"])
+        n_layers = sum(name.startswith("network.weights.") for name in state)
+        network: nn.Module
+        if module is not None:
+            network = Modules(module, members)
+        elif n_layers:
+            shapes = [state[f"network.weights.{k}"].shape for k in range(n_layers)]
+            rngs = [torch.Generator() for _ in range(members)]
+            network = MLP([shapes[0][1], *(s[2] for s in shapes)], rngs)
+        else:
+            raise ValueError("expected the user's own module that this field was fitted with: pass module=...")
+        blank = Scaling(torch.zeros(state["shift"].shape[-1]), 1.0, 0.0, 1.0, 0.0)
+        field = cls(network, [blank] * members).to(state["scale"].dtype)
+        try:
+            field.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"expected the module that this field was fitted with; {error}") from error
+        return field
+
+
+class Ensemble:
+    """The mean of a field's members, as a field of one member."""
+
+    members = 1
+
+    def __init__(self, field: VectorField) -> None:
+        self.field = field
+        self.scale = field.scale.mean(0, keepdim=True)
+        self.has_score = field.has_score
+
+    def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
+        """Return velocity and score at points ``(1, B, d)``."""
+        each = self.field.evaluate(t, x.expand(self.field.members, *x.shape[1:]))
+        return FieldSample(
+            each.velocity.mean(0, keepdim=True), None if each.score is None else each.score.mean(0, keepdim=True)
+        )
+
+    def velocity(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """Return the velocity at points ``(1, B, d)``."""
+        return self.evaluate(t, x).velocity

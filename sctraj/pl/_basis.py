@@ -1,0 +1,150 @@
+"""The plane that a plot is drawn in, and the way into it from the space the flow lives in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from sklearn.neighbors import NearestNeighbors
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+MOST_CELLS = 20_000  # neighbours are searched among, and arrows averaged over, at most so many cells
+N_NEIGHBORS = 30
+STEP = 0.1  # length of a finite difference, as a fraction of the cells' rms distance from their mean
+
+Projection = Callable[[np.ndarray], np.ndarray]  # m x d -> m x 2
+
+
+class Basis(NamedTuple):
+    """Where every cell lies in the plane of the plot, and what its two axes are called."""
+
+    cells: np.ndarray  # n_obs x 2
+    labels: tuple[str, str]
+    is_embedding: bool  # another space than the flow's: its units mean nothing
+
+
+def fit_params(adata: AnnData, key: str) -> Mapping[str, Any]:
+    """What `tl.fit_flow` was called with; raises a KeyError that says to run it."""
+    if key not in adata.uns or "params" not in adata.uns[key]:
+        raise KeyError(f"adata.uns[{key!r}] holds no fit. Run sctraj.tl.fit_flow(adata, ..., key_added={key!r}) first.")
+    return adata.uns[key]["params"]
+
+
+def find_basis(adata: AnnData, basis: str | None, *, dims: tuple[int, int], use_rep: str) -> Basis:
+    """Look up two coordinates of every cell.
+
+    Parameters
+    ----------
+    adata
+        Annotated cells.
+    basis
+        A matrix in ``adata.obsm``, the prefix ``X_`` being optional; None for `use_rep`.
+    dims
+        Which two of its columns.
+    use_rep
+        The representation that the flow was fitted in: a key of ``adata.obsm``, or "X".
+
+    Raises
+    ------
+    KeyError
+        If there is no such basis; the message lists those present.
+    ValueError
+        If it has too few columns.
+    """
+    present = [name for name, matrix in adata.obsm.items() if np.ndim(matrix) == 2]
+    wanted = use_rep if basis is None else basis
+    name = next((name for name in (wanted, f"X_{wanted}") if name in present or name == "X" == use_rep), None)
+    if name is None:
+        raise KeyError(f"basis={wanted!r} is not in adata.obsm; present are {present}.")
+    matrix = adata.X if name == "X" else adata.obsm[name]
+    if len(dims) != 2 or min(dims) < 0 or max(dims) >= matrix.shape[1]:
+        raise ValueError(
+            f"dims={dims} should be two columns of {name!r}, which has {matrix.shape[1]} (the first is 0)."
+        )
+    return Basis(_columns(matrix, dims), _labels(adata, name, dims), is_embedding=name != use_rep)
+
+
+def _columns(matrix: Any, dims: tuple[int, int]) -> np.ndarray:
+    matrix = matrix.iloc if hasattr(matrix, "iloc") else matrix
+    chosen = matrix[:, list(dims)]
+    return np.asarray(chosen.toarray() if hasattr(chosen, "toarray") else chosen, dtype=float)
+
+
+def _labels(adata: AnnData, name: str, dims: tuple[int, int]) -> tuple[str, str]:
+    if name == "X":
+        return str(adata.var_names[dims[0]]), str(adata.var_names[dims[1]])
+    short = name.removeprefix("X_")
+    short = {"pca": "PC", "umap": "UMAP", "tsne": "tSNE"}.get(short, f"{short} ")
+    return f"{short}{dims[0] + 1}", f"{short}{dims[1] + 1}"
+
+
+def projection(basis: Basis, representation: np.ndarray, *, dims: tuple[int, int]) -> Projection:
+    """The map from the flow's space to the plane of the plot.
+
+    A slice where the plane is two of the representation's own columns. Otherwise the Nadaraya-Watson estimate from
+    the cells, whose places are known in both: Gaussian weights over the nearest `N_NEIGHBORS`, the bandwidth half the
+    distance to the furthest of them. A weighted mean never leaves the embedding, as a local linear fit would.
+
+    Parameters
+    ----------
+    basis
+        The plane.
+    representation
+        The cells where the flow lives, n_obs x d.
+    dims
+        The columns that make up the plane, if it is a slice.
+    """
+    columns = list(dims)
+    if max(dims) < representation.shape[1] and np.allclose(representation[:, columns], basis.cells, equal_nan=True):
+        return lambda points: np.asarray(points, dtype=float)[:, columns]
+    known = np.flatnonzero(np.isfinite(representation).all(1) & np.isfinite(basis.cells).all(1))
+    known = known[thin(known.size)]
+    targets = basis.cells[known]
+    # brute force is a matrix product: in ten dimensions eight times as fast as the tree that "auto" would grow, but
+    # only as long as cells and queries are of one dtype
+    search = NearestNeighbors(n_neighbors=min(N_NEIGHBORS, known.size), algorithm="brute")
+    search.fit(representation[known].astype(float))
+
+    def project(points: np.ndarray) -> np.ndarray:
+        projected = np.full((len(points), 2), np.nan)
+        finite = np.isfinite(points).all(1)
+        if finite.any():
+            distance, neighbor = search.kneighbors(np.asarray(points, dtype=float)[finite])  # both m x k
+            bandwidth = np.maximum(distance[:, -1:] / 2, np.finfo(float).tiny)
+            weight = np.exp(-0.5 * (distance / bandwidth) ** 2)
+            projected[finite] = np.einsum("mk,mkc->mc", weight / weight.sum(1, keepdims=True), targets[neighbor])
+        return projected
+
+    return project
+
+
+def project_velocity(project: Projection, points: np.ndarray, velocity: np.ndarray) -> np.ndarray:
+    """Carry velocities over to the plane, by a central difference along each.
+
+    Every difference spans the same length, whatever the speed, so that slow cells get as good a direction as fast ones.
+
+    Parameters
+    ----------
+    project
+        The map to the plane.
+    points, velocity
+        Places and velocities in the flow's space, m x d each.
+
+    Returns
+    -------
+    The velocities in the plane, m x 2, per unit time.
+    """
+    points, velocity = np.asarray(points, dtype=float), np.asarray(velocity, dtype=float)
+    speed = np.linalg.norm(velocity, axis=1, keepdims=True)
+    direction = np.divide(velocity, speed, out=np.zeros_like(velocity), where=speed > 0)
+    spread = np.sqrt(np.nanmean(np.sum((points - np.nanmean(points, axis=0)) ** 2, axis=1)))
+    step = STEP * (spread or 1.0) * direction
+    return (project(points + step) - project(points - step)) / (2 * STEP * (spread or 1.0)) * speed
+
+
+def thin(n: int) -> np.ndarray:
+    """At most `MOST_CELLS` of n rows, evenly spaced: no random state, and fair to snapshots stored one by one."""
+    return np.linspace(0, n - 1, min(n, MOST_CELLS)).astype(int)

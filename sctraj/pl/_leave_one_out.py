@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.colors import Normalize
+
+from sctraj import get
+from sctraj._adata import FLOW, LEAVE_ONE_OUT, PROTOCOL, W1
+
+from ._basis import find_basis
+from ._cells import GREY, PALETTE, color_bar, draw_points, time_label
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+
+Kind = Literal["distances", "map"]
+NOISE = "noise-reference"
+MARKERS = "osPX*hp<"
+BASELINES = {
+    "previous": ("v", (0, (1, 1.2))),
+    "next": ("^", (0, (4, 1.5))),
+    "ot-interpolation": ("D", (0, (6, 1.5, 1, 1.5))),
+}
+LABELS = {
+    "w1": "Wasserstein-1 distance",
+    "w2": "Wasserstein-2 distance",
+    "mmd": "squared MMD",
+    "energy": "energy distance",
+    "variance_ratio": "variance, restored / observed",
+}
+
+
+def leave_one_out(
+    adata: AnnData,
+    *,
+    metric: str = "w1",
+    kind: Kind = "distances",
+    method: str | None = None,
+    basis: str | None = None,
+    key: str = "flow",
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw how well held-out snapshots were restored.
+
+    Parameters
+    ----------
+    adata
+        Annotated cells, after :func:`sctraj.tl.leave_one_out`.
+    metric
+        What to draw over time: "w1", "w2", "mmd", "energy" or "variance_ratio".
+    kind
+        "distances": the metric at every held-out time. A method's line is its mean over seeds, the bars reach from the
+        lowest seed to the highest. Baselines are grey and dashed. The band is the noise reference, mean and standard
+        deviation over its seeds: what two halves of the held-out snapshot are apart.
+        "map": every held-out cell, coloured by its share of its snapshot's W1; cells of snapshots that were never held
+        out (the first and the last) are grey.
+    method
+        Which method; if None all of them ("distances") or the first ("map").
+    basis
+        For "map": a matrix in ``adata.obsm``, such as "umap"; the representation of the fit if None.
+    key
+        The name of the results, their ``key_added``.
+    ax
+        Axes to draw in; a new figure's if None.
+
+    Returns
+    -------
+    The axes.
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind={kind!r} should be one of {list(get_args(Kind))}.")
+    if kind == "map":
+        return _draw_map(adata, method, basis, key, ax)
+    table = get.leave_one_out(adata, key=key)
+    _check("metric", metric, table["metric"].unique())
+    known = [name for name in table["method"].unique() if name not in (*BASELINES, NOISE)]
+    if method is not None:
+        _check("method", method, known)
+    table = table[table["metric"] == metric]
+    if ax is None:
+        ax = plt.subplots(layout="constrained")[1]
+    _draw_noise(ax, table[table["method"] == NOISE])
+    _draw_baselines(ax, table)
+    for i, name in enumerate(known):  # a method keeps its colour when drawn alone
+        if method in (None, name):
+            _draw_method(ax, table[table["method"] == name], name, PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)])
+    if metric == "variance_ratio":
+        ax.axhline(1.0, color=GREY, lw=1, zorder=0)
+    _finish(ax, np.sort(table["time"].unique()), time_label(adata, adata.uns[_protocol_name(key)]["time_key"]), metric)
+    return ax
+
+
+def _check(what: str, found: str, valid: object) -> None:
+    valid = [str(one) for one in valid]  # type: ignore[attr-defined]
+    if found not in valid:
+        raise ValueError(f"{what}={found!r} should be one of {valid}.")
+
+
+def _protocol_name(key: str) -> str:
+    return PROTOCOL.format(table=LEAVE_ONE_OUT if key == FLOW else f"{key}_{LEAVE_ONE_OUT}")
+
+
+def _draw_noise(ax: Axes, table: pd.DataFrame) -> None:
+    if table.empty:
+        return
+    by_time = table.groupby("time")["value"]
+    mean, spread = by_time.mean(), by_time.std(ddof=0)
+    at = mean.index.to_numpy(dtype=float)
+    if at.size == 1:  # a band over a single time has no width
+        at, mean, spread = np.array([at[0] - 0.5, at[0] + 0.5]), mean.repeat(2), spread.repeat(2)
+    label = "noise reference\n(mean ± sd)"
+    ax.fill_between(at, mean - spread, mean + spread, color="#9e9e9e", alpha=0.35, lw=0, label=label, zorder=1)
+
+
+def _draw_baselines(ax: Axes, table: pd.DataFrame) -> None:
+    for grey, (name, (marker, dash)) in zip(("#8c8c8c", "#8c8c8c", "#4d4d4d"), BASELINES.items()):
+        mean = table[table["method"] == name].groupby("time")["value"].mean()
+        if len(mean):
+            ax.plot(mean.index, mean, color=grey, ls=dash, lw=1.3, marker=marker, ms=4.5, label=name, zorder=2)
+
+
+def _draw_method(ax: Axes, table: pd.DataFrame, name: str, color: str, marker: str) -> None:
+    by_time = table.groupby("time")["value"]
+    mean = by_time.mean()
+    reach = np.stack([mean - by_time.min(), by_time.max() - mean]).clip(min=0)
+    style: dict[str, Any] = {"color": color, "lw": 1.8, "marker": marker, "ms": 5.5, "capsize": 3, "elinewidth": 1.2}
+    ax.errorbar(mean.index.to_numpy(), mean.to_numpy(), yerr=reach, label=name, zorder=3, **style)
+
+
+def _finish(ax: Axes, times: np.ndarray, xlabel: str, metric: str) -> None:
+    ax.set(xlabel=f"held-out {xlabel}", ylabel=LABELS.get(metric, metric))
+    if times.size == 1 or np.diff(times).min() > 0.06 * np.ptp(times):  # else their labels would run together
+        ax.set_xticks(times, [f"{time:g}" for time in times])
+    ax.spines[["top", "right"]].set_visible(False)
+    handles, labels = ax.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: (labels[i] in BASELINES, "noise" in labels[i]))
+    ax.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        title="mean, range over seeds",
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.0),
+        borderaxespad=0.0,
+        frameon=False,
+        alignment="left",
+        handlelength=3.0,  # long enough to tell the dashes
+    )
+
+
+def _draw_map(adata: AnnData, method: str | None, basis: str | None, key: str, ax: Axes | None) -> Axes:
+    slot = W1.format(key=key)
+    if slot not in adata.obsm:
+        raise KeyError(f"adata.obsm[{slot!r}] is not there. Run sctraj.tl.leave_one_out(adata, ...) first.")
+    shares: pd.DataFrame = adata.obsm[slot]
+    method = str(shares.columns[0]) if method is None else method
+    _check("method", method, shares.columns)
+    plane = find_basis(adata, basis, dims=(0, 1), use_rep=_use_rep(adata, basis, key))
+    share = shares[method].to_numpy(dtype=float)
+    held_out = np.isfinite(share)
+    if ax is None:
+        ax = plt.subplots(layout="constrained")[1]
+    if not held_out.all():
+        ends = draw_points(ax, plane, GREY, rows=np.flatnonzero(~held_out))
+        ends.set_label("first and last snapshot")
+        ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.01), borderaxespad=0.0, frameon=False, handletextpad=0.1)
+    if held_out.any():
+        # the colours end at the 99th percentile: a few far cells must not take them from all others
+        norm = Normalize(share[held_out].min(), np.percentile(share[held_out], 99))
+        cmap = matplotlib.colormaps["plasma"]
+        draw_points(ax, plane, share, rows=np.flatnonzero(held_out), norm=norm, cmap=cmap)
+        color_bar(ax, norm, cmap, f"share of held-out W1, {method}", extend="max")
+    return ax
+
+
+def _use_rep(adata: AnnData, basis: str | None, key: str) -> str:
+    """The representation judged in; `tl.leave_one_out` needs no fit to have been kept."""
+    records = [adata.uns.get(key, {}).get("params", {}), adata.uns.get(_protocol_name(key), {})]
+    found = next((str(record["use_rep"]) for record in records if "use_rep" in record), basis)
+    if found is None:
+        raise KeyError(f"Neither adata.uns[{key!r}] nor adata.uns[{_protocol_name(key)!r}] names use_rep; give basis=.")
+    return found

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.lines import Line2D
+
+from sctraj import get
+
+from ._cells import INK, PALETTE
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+
+WINDOW = 50  # the running mean spans one part in so many of the steps
+VALIDATION = "validation "  # what the names of the validation columns begin with
+
+
+def loss(adata: AnnData, *, key: str = "flow", ax: Axes | None = None) -> Axes:
+    """Draw how the training loss fell.
+
+    One line per member, a centred running mean over a fiftieth of the steps, above the raw values as a faint line; the
+    validation loss, if there is one, dashed and as it was measured. The axis is logarithmic if the smoothed loss
+    spans more than a factor of ten.
+
+    Parameters
+    ----------
+    adata
+        Annotated cells with a fit, from :func:`sctraj.tl.fit_flow`.
+    key
+        The fit's name, its ``key_added``.
+    ax
+        Axes to draw in; a new figure's if None.
+
+    Returns
+    -------
+    The axes.
+    """
+    table = get.loss(adata, key=key)
+    members = [name for name in table.columns if not name.startswith(VALIDATION)]
+    smooth = table[members].rolling(max(1, len(table) // WINDOW), center=True, min_periods=1).mean()
+    if ax is None:
+        ax = plt.subplots(layout="constrained")[1]
+    for member, color in zip(members, _colors(len(members))):
+        ax.plot(table.index, table[member], color=color, lw=0.6, alpha=0.2, rasterized=True)
+        ax.plot(table.index, smooth[member], color=color, lw=1.6, label=f"member {member}")
+        if VALIDATION + member in table:
+            validation = table[VALIDATION + member].dropna()
+            ax.plot(validation.index, validation, color=color, lw=1.6, ls="--", label=f"validation, member {member}")
+    lowest, highest = np.nanmin(smooth), np.nanmax(smooth)
+    ax.set(xlabel="training step", ylabel="flow matching loss", yscale="log" if 0 < 10 * lowest < highest else "linear")
+    ax.spines[["top", "right"]].set_visible(False)
+    _legend(ax, members, validated=len(members) < table.shape[1])
+    return ax
+
+
+def _colors(n: int) -> list:
+    if n <= len(PALETTE) - 1:
+        return list(PALETTE[:n])
+    return list(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, n)))
+
+
+def _legend(ax: Axes, members: list[str], *, validated: bool) -> None:
+    """Name the members where there are few, and only the kinds of line where there are many."""
+    colors = _colors(len(members)) if len(members) < len(PALETTE) else [INK]
+    names = [f"member {name}" for name in members] if len(colors) > 1 else ["running mean"]
+    if len(members) >= len(PALETTE):
+        names = [f"running means, {len(members)} members"]
+    handles = [Line2D([], [], color=color, lw=1.6, label=name) for color, name in zip(colors, names)]
+    handles.append(Line2D([], [], color=colors[0], lw=0.6, alpha=0.4, label="every step"))
+    if validated:
+        handles.append(Line2D([], [], color=INK, lw=1.6, ls="--", label="validation"))
+    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, frameon=False)

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import Normalize
+
+from sctraj import get
+
+from ._basis import find_basis, fit_params, project_velocity, projection, thin
+from ._cells import INK, check_color, draw_cells, times_of
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+
+Kind = Literal["arrows", "stream"]
+GRID = {"arrows": 28, "stream": 40}  # grid points along either axis at density 1
+BANDWIDTH = {"arrows": 0.7, "stream": 1.2}  # in grid spacings; streamlines end at the first gap, so they get the wider
+USUAL_LENGTH, LONGEST = 1.7, 2.5  # grid cells that the 95th percentile of the arrows spans, and the most that any may
+
+
+def velocity(
+    adata: AnnData,
+    *,
+    basis: str | None = None,
+    kind: Kind = "arrows",
+    color: str | None = None,
+    dims: tuple[int, int] = (0, 1),
+    key: str = "flow",
+    density: float = 1.0,
+    min_mass: float = 0.03,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the velocity of the cells, averaged on a grid, over the cells.
+
+    The average is over the cells of all times, with Gaussian weights about as wide as the grid's spacing.
+
+    Parameters
+    ----------
+    adata
+        Annotated cells with a fit, from :func:`sctraj.tl.fit_flow`.
+    basis
+        A matrix in ``adata.obsm``, such as "umap"; the representation of the fit if None.
+    kind
+        "arrows", their lengths in proportion to the velocity (the few fastest are cut to half as long again as the 95th
+        percentile), or "stream", streamlines that are thicker where faster.
+    color
+        A column of ``adata.obs`` that colours the cells; the time of the fit if None.
+    dims
+        Which two columns of the basis.
+    key
+        The fit's name, its ``key_added``.
+    density
+        Arrows or streamlines per length, relative to the default.
+    min_mass
+        Grid points are left empty where fewer cells lie than this fraction of the number where they lie densest (the
+        99th percentile of the grid).
+    ax
+        Axes to draw in; a new figure's if None.
+
+    Returns
+    -------
+    The axes.
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind={kind!r} should be one of {list(get_args(Kind))}.")
+    params = fit_params(adata, key)
+    check_color(adata, color)
+    plane = find_basis(adata, basis, dims=dims, use_rep=params["use_rep"])
+    velocities = get.velocity(adata, key=key).to_numpy()
+    representation = get.representation(adata, key=key)
+    finite = [np.isfinite(matrix).all(1) for matrix in (velocities, representation, plane.cells)]
+    rows = np.flatnonzero(np.logical_and.reduce(finite))
+    rows = rows[thin(rows.size)]
+    project = projection(plane, representation, dims=dims)
+    arrows = project_velocity(project, representation[rows], velocities[rows])
+    n_grid = max(2, round(GRID[kind] * density))
+    x, y, mean = grid_average(plane.cells[rows], arrows, n_grid=n_grid, bandwidth=BANDWIDTH[kind], min_mass=min_mass)
+
+    observed = times_of(adata, params["time_key"])
+    norm = Normalize(np.nanmin(observed), np.nanmax(observed))
+    if ax is None:
+        ax = plt.subplots(layout="constrained")[1]
+    draw_cells(ax, adata, plane, color=color, time_key=params["time_key"], norm=norm, alpha=0.35)
+    if kind == "arrows":
+        _draw_arrows(ax, x, y, mean)
+    else:
+        _draw_stream(ax, x, y, mean, density)
+    return ax
+
+
+def grid_average(
+    places: np.ndarray, arrows: np.ndarray, *, n_grid: int, bandwidth: float, min_mass: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Average arrows over the cells around every point of a grid.
+
+    Parameters
+    ----------
+    places, arrows
+        Where the cells lie and their velocities there, n x 2 each.
+    n_grid
+        Grid points along either axis.
+    bandwidth
+        The standard deviation of the Gaussian weights, in grid spacings.
+    min_mass
+        Fraction of the densest grid point's mass below which a point is empty.
+
+    Returns
+    -------
+    The grid's x and y, n_grid each, and the mean velocity, n_grid (y) x n_grid (x) x 2, NaN where empty.
+    """
+    x, y = np.linspace(places.min(0), places.max(0), n_grid).T
+    # a Gaussian is a product over the axes, so the sums over cells are matrix products and need no neighbour search
+    near_x, near_y = (
+        np.exp(-0.5 * ((at[:, None] - g) / (bandwidth * _spacing(g))) ** 2) for at, g in zip(places.T, (x, y))
+    )
+    mass = near_y.T @ near_x
+    total = np.stack([(near_y * one[:, None]).T @ near_x for one in arrows.T], axis=-1)
+    mean = total / np.maximum(mass, np.finfo(float).tiny)[..., None]
+    mean[mass < min_mass * np.percentile(mass, 99)] = np.nan
+    return x, y, mean
+
+
+def _spacing(grid: np.ndarray) -> float:
+    return max(grid[1] - grid[0], np.finfo(float).tiny)
+
+
+def _draw_arrows(ax: Axes, x: np.ndarray, y: np.ndarray, mean: np.ndarray) -> None:
+    filled = np.isfinite(mean).all(-1)
+    u, v = mean[filled].T
+    at_x, at_y = (at[filled] for at in np.meshgrid(x, y))
+    # one stray cell in a gap must not shrink all other arrows, so few are cut short
+    length = np.hypot(u / _spacing(x), v / _spacing(y))
+    usual = np.percentile(length, 95) or 1.0
+    scale = usual / USUAL_LENGTH
+    cut = np.minimum(1.0, LONGEST * scale / np.maximum(length, np.finfo(float).tiny))
+    u, v = u * cut, v * cut
+    ax.update_datalim(np.column_stack([at_x + u / scale, at_y + v / scale]))  # quiver itself leaves room for tails only
+    style: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "width": 0.0028, "headwidth": 4.5, "headlength": 5.5}
+    ax.quiver(at_x, at_y, u, v, scale=scale, color=INK, zorder=3, **style)
+    ax.autoscale_view()
+
+
+def _draw_stream(ax: Axes, x: np.ndarray, y: np.ndarray, mean: np.ndarray, density: float) -> None:
+    u, v = np.moveaxis(np.ma.masked_invalid(mean), -1, 0)
+    speed = np.ma.hypot(u / _spacing(x), v / _spacing(y))
+    width = 0.4 + 1.4 * (speed / (speed.max() or 1.0)).filled(0.0)
+    view = ax.get_xlim(), ax.get_ylim()
+    ax.streamplot(x, y, u, v, density=1.4 * density, linewidth=width, color=INK, arrowsize=1.0, zorder=3)
+    ax.set(xlim=view[0], ylim=view[1])  # streamplot cuts the view down to its grid

@@ -1,0 +1,464 @@
+from __future__ import annotations
+
+import anndata
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.collections import LineCollection, PathCollection
+from matplotlib.colors import to_rgba
+from matplotlib.quiver import Quiver
+
+from sctraj import pl
+from sctraj.pl._basis import MOST_CELLS, find_basis, project_velocity, projection, thin
+from sctraj.pl._velocity import grid_average
+
+DAYS = np.array([0.0, 1.0, 3.0, 4.0])
+TIMES = np.linspace(0.0, 4.0, 9)
+VELOCITY = np.array([1.0, 0.5, -0.2, 0.0])
+LINEAR = np.array([[0.3, -1.0], [2.0, 0.4], [0.1, 0.1], [-0.2, 0.5]])
+EVERY_PLOT = {
+    "loss": lambda a, **k: pl.loss(a, **k),
+    "trajectories": lambda a, **k: pl.trajectories(a, **k),
+    "trajectories, embedding": lambda a, **k: pl.trajectories(a, basis="linear", color="kind", **k),
+    "velocity": lambda a, **k: pl.velocity(a, **k),
+    "velocity, stream": lambda a, **k: pl.velocity(a, kind="stream", color="amount", **k),
+    "leave_one_out": lambda a, **k: pl.leave_one_out(a, **k),
+    "leave_one_out, map": lambda a, **k: pl.leave_one_out(a, kind="map", **k),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    before = dict(matplotlib.rcParams)  # noqa: TID251 - read, to see that nobody writes
+    yield
+    plt.close("all")
+    assert dict(matplotlib.rcParams) == before  # noqa: TID251
+
+
+@pytest.fixture
+def adata() -> anndata.AnnData:
+    """A cloud that drifts along a known constant velocity, with every slot that the plots read."""
+    rng = np.random.default_rng(0)
+    day = np.repeat(DAYS, 100)
+    n, steps = day.size, np.arange(200)
+    x = rng.normal(size=(n, 4)) + np.outer(day, VELOCITY)
+    cells = [f"cell{i}" for i in range(n)]
+    obs = pd.DataFrame({"day": day, "kind": pd.Categorical(rng.choice(["a", "b"], n)), "amount": rng.random(n)}, cells)
+    a = anndata.AnnData(np.zeros((n, 2), np.float32), obs=obs)
+    a.obsm["X_pca"], a.obsm["X_linear"] = x, x @ LINEAR
+    a.obsm["flow_velocity"] = np.tile(VELOCITY, (n, 1)).astype(np.float32)
+    paths = x[:, None] + (TIMES[None, :, None] - day[:, None, None]) * VELOCITY
+    a.obsm["flow_trajectories"] = paths.astype(np.float32)
+    share = rng.random((n, 2))
+    share[np.isin(day, DAYS[[0, -1]])] = np.nan
+    a.obsm["flow_w1"] = pd.DataFrame(share, index=cells, columns=["ot-cfm", "i-cfm"])
+    loss = pd.DataFrame({"0": 1 + rng.random(200), "1": 2 + rng.random(200)}, index=pd.Index(steps, name="step"))
+    loss["validation 0"] = np.where(steps % 50 == 0, 1.5, np.nan)
+    a.uns["flow"] = {
+        "params": {"use_rep": "X_pca", "time_key": "day", "method": "ot-cfm"},
+        "trajectory_times": TIMES,
+        "loss": loss,
+    }
+    a.uns["day"] = {"unit": "days"}
+    seeds = {"ot-cfm": 3, "i-cfm": 3, "previous": 1, "next": 1, "ot-interpolation": 1, "noise-reference": 4}
+    rows = [
+        (method, time, seed, metric, level + 0.1 * time + 0.05 * seed**2)
+        for level, (method, count) in enumerate(seeds.items())
+        for time in DAYS[1:-1]
+        for seed in range(count)
+        for metric in ("w1", "energy", "variance_ratio")
+    ]
+    a.uns["leave_one_out"] = pd.DataFrame(rows, columns=["method", "time", "seed", "metric", "value"])
+    a.uns["leave_one_out_protocol"] = {"time_key": "day"}
+    return a
+
+
+def artists(ax, kind):
+    return [one for one in ax.collections if type(one) is kind]
+
+
+def same_points(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two matrices hold the same rows in whatever order."""
+    return np.allclose(a[np.lexsort(a.T)], b[np.lexsort(b.T)])
+
+
+# --- every plot ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", EVERY_PLOT)
+def test_it_draws_in_the_axes_it_is_given_and_nowhere_else(adata, name):
+    figure, (left, right) = plt.subplots(1, 2, layout="constrained")
+    assert EVERY_PLOT[name](adata, ax=left) is left
+    assert left.has_data()
+    assert not right.has_data()
+    assert plt.get_fignums() == [figure.number]
+    figure.canvas.draw()
+
+
+@pytest.mark.parametrize("name", EVERY_PLOT)
+def test_it_makes_one_figure_of_its_own_whose_legend_covers_no_data(adata, name):
+    ax = EVERY_PLOT[name](adata)
+    assert len(plt.get_fignums()) == 1
+    ax.figure.canvas.draw()
+    if ax.get_legend() is not None:
+        assert not ax.get_legend().get_window_extent().overlaps(ax.get_window_extent())
+    whole = ax.figure.bbox.padded(1)
+    drawn = ax.figure.get_tightbbox().transformed(ax.figure.dpi_scale_trans)
+    assert whole.x0 <= drawn.x0
+    assert drawn.x1 <= whole.x1
+    assert whole.y0 <= drawn.y0
+    assert drawn.y1 <= whole.y1
+
+
+@pytest.mark.parametrize("name", EVERY_PLOT)
+def test_a_view_and_a_shuffle_are_drawn_as_well(adata, name):
+    shuffled = adata[np.random.default_rng(1).permutation(adata.n_obs)[:300]]
+    assert EVERY_PLOT[name](shuffled).has_data()
+    assert shuffled.is_view
+
+
+def test_it_changes_nothing_in_adata(adata):
+    before = adata.copy()
+    for draw in EVERY_PLOT.values():
+        draw(adata)
+        plt.close("all")
+    assert list(adata.obs) == list(before.obs)
+    assert set(adata.uns) == set(before.uns)
+    assert set(adata.obsm) == set(before.obsm)
+
+
+# --- loss ----------------------------------------------------------------------------------------------------------
+def test_loss_lines_are_the_raw_values_their_running_mean_and_the_validation(adata):
+    table = adata.uns["flow"]["loss"]
+    raw, smooth, validation, *_ = pl.loss(adata).lines
+    np.testing.assert_array_equal(raw.get_ydata(), table["0"])
+    middle = table["0"].to_numpy()[98:102]  # a window of 200 / 50 steps
+    assert smooth.get_ydata()[100] == pytest.approx(middle.mean())
+    np.testing.assert_array_equal(validation.get_xdata(), [0, 50, 100, 150])
+    assert validation.get_color() == raw.get_color() == smooth.get_color()
+
+
+def test_loss_axis_is_logarithmic_only_where_that_helps(adata):
+    assert pl.loss(adata).get_yscale() == "linear"
+    adata.uns["flow"]["loss"] = adata.uns["flow"]["loss"].mul(np.logspace(0, -3, 200), axis=0)
+    assert pl.loss(adata).get_yscale() == "log"
+
+
+def test_loss_of_many_members_has_a_short_legend(adata):
+    adata.uns["flow"]["loss"] = pd.DataFrame({str(i): np.linspace(2, 1, 50) + i for i in range(15)})
+    assert [text.get_text() for text in pl.loss(adata).get_legend().get_texts()] == [
+        "running means, 15 members",
+        "every step",
+    ]
+
+
+# --- projection ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("basis", [None, "X_pca", "pca", "copy"])
+def test_a_plane_of_the_representations_own_columns_is_a_slice(adata, basis):
+    x = adata.obsm["X_pca"]
+    adata.obsm["copy"] = x[:, :3].copy()
+    plane = find_basis(adata, basis, dims=(2, 0), use_rep="X_pca")
+    points = np.random.default_rng(0).normal(size=(20, 4)) * 100  # far from any cell
+    project = projection(plane, x, dims=(2, 0))
+    np.testing.assert_array_equal(project(points), points[:, [2, 0]])
+    np.testing.assert_allclose(project_velocity(project, x, x**2), (x**2)[:, [2, 0]], rtol=1e-9, atol=1e-9)
+
+
+def test_a_linear_basis_is_recovered_inside_the_cloud():
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1, 1, size=(20_000, 3))
+    map_ = rng.normal(size=(3, 2))
+    a = anndata.AnnData(obs=pd.DataFrame(index=np.arange(len(x)).astype(str)), obsm={"X_pca": x, "X_umap": x @ map_})
+    project = projection(find_basis(a, "umap", dims=(0, 1), use_rep="X_pca"), x, dims=(0, 1))
+    inside = rng.uniform(-0.7, 0.7, size=(200, 3))
+    spread = np.std(x @ map_)
+    error = np.linalg.norm(project(inside) - inside @ map_, axis=1)
+    assert np.sqrt(np.mean(error**2)) < 0.03 * spread
+    assert error.max() < 0.1 * spread
+    velocity = rng.normal(size=inside.shape)
+    found, true = project_velocity(project, inside, velocity), velocity @ map_
+    cosine = np.sum(found * true, 1) / np.linalg.norm(found, axis=1) / np.linalg.norm(true, axis=1)
+    assert np.median(cosine) > 0.99
+    assert np.median(np.linalg.norm(found, axis=1) / np.linalg.norm(true, axis=1)) == pytest.approx(1, abs=0.1)
+
+
+def test_an_embedding_is_never_left_and_what_is_missing_stays_missing(adata):
+    x = adata.obsm["X_pca"].copy()
+    x[0] = np.nan
+    project = projection(find_basis(adata, "linear", dims=(0, 1), use_rep="X_pca"), x, dims=(0, 1))
+    far = project(np.array([[1e6, 0, 0, 0], [np.nan, 0, 0, 0]]))
+    assert (far[0] <= adata.obsm["X_linear"].max(0)).all()
+    assert np.isnan(far[1]).all()
+
+
+def test_cells_at_rest_have_no_velocity_in_the_plane(adata):
+    x = adata.obsm["X_pca"]
+    project = projection(find_basis(adata, "linear", dims=(0, 1), use_rep="X_pca"), x, dims=(0, 1))
+    np.testing.assert_array_equal(project_velocity(project, x, np.zeros_like(x)), 0)
+
+
+def test_thinning_keeps_all_of_few_and_a_bounded_number_of_many():
+    np.testing.assert_array_equal(thin(5), np.arange(5))
+    many = thin(1_000_000)
+    assert many.size == np.unique(many).size == MOST_CELLS
+    assert many[-1] == 999_999
+
+
+def test_an_unknown_basis_lists_those_present_and_too_few_columns_are_counted(adata):
+    with pytest.raises(KeyError, match=r"basis='umap'.*X_pca.*X_linear"):
+        pl.velocity(adata, basis="umap")
+    with pytest.raises(ValueError, match=r"dims=\(0, 2\).*X_linear.*2"):
+        pl.trajectories(adata, basis="linear", dims=(0, 2))
+    assert plt.get_fignums() == []
+
+
+def test_a_plane_of_genes_is_named_after_them(adata):
+    plane = find_basis(adata, None, dims=(1, 0), use_rep="X")
+    assert plane.labels == ("1", "0")
+    assert find_basis(adata, "pca", dims=(1, 0), use_rep="X_pca").labels == ("PC2", "PC1")
+
+
+# --- trajectories --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("basis", [None, "linear"])
+def test_paths_are_the_projected_trajectories_coloured_by_time(adata, basis):
+    ax = pl.trajectories(adata, basis=basis, n_cells=7, rng=3)
+    (lines,) = artists(ax, LineCollection)
+    chosen = np.sort(np.random.default_rng(3).choice(adata.n_obs, size=7, replace=False))
+    plane = find_basis(adata, basis, dims=(0, 1), use_rep="X_pca")
+    project = projection(plane, adata.obsm["X_pca"], dims=(0, 1))
+    expected = np.stack([project(path) for path in adata.obsm["flow_trajectories"][chosen]])  # 7 x 9 x 2
+    segments = np.array(lines.get_segments()).reshape(7, TIMES.size - 1, 2, 2)
+    np.testing.assert_allclose(segments[:, :, 0], expected[:, :-1], rtol=1e-6)
+    np.testing.assert_allclose(segments[:, :, 1], expected[:, 1:], rtol=1e-6)
+    np.testing.assert_allclose(lines.get_array().reshape(7, -1)[0], (TIMES[1:] + TIMES[:-1]) / 2)
+    (points,) = artists(ax, PathCollection)
+    assert same_points(
+        np.column_stack([points.get_offsets(), points.get_array()]),
+        np.column_stack([plane.cells, adata.obs["day"]]),
+    )
+    assert points.get_rasterized()
+    assert points.norm.vmin == lines.norm.vmin == 0
+    assert points.norm.vmax == lines.norm.vmax == 4
+    assert [other.get_ylabel() for other in ax.figure.axes if other is not ax] == ["day (days)"]
+
+
+def test_more_paths_than_cells_and_none_at_all(adata):
+    (lines,) = artists(pl.trajectories(adata, n_cells=10_000), LineCollection)
+    assert len(lines.get_segments()) == adata.n_obs * (TIMES.size - 1)
+    (lines,) = artists(pl.trajectories(adata, n_cells=0), LineCollection)
+    assert len(lines.get_segments()) == 0
+
+
+def test_missing_stretches_of_a_path_are_left_out(adata):
+    adata.obsm["flow_trajectories"][:, :3] = np.nan
+    (lines,) = artists(pl.trajectories(adata, n_cells=5, basis="linear"), LineCollection)
+    assert len(lines.get_segments()) == 5 * (TIMES.size - 4)
+
+
+def test_a_category_colours_the_cells_and_scanpys_colours_are_kept(adata):
+    adata.uns["kind_colors"] = ["#112233", "#445566"]
+    ax = pl.trajectories(adata, color="kind")
+    (points,) = artists(ax, PathCollection)
+    colors = points.get_facecolors()
+    where = {tuple(place): color for place, color in zip(np.round(points.get_offsets(), 8).tolist(), colors[:, :3])}
+    expected = {"a": to_rgba("#112233")[:3], "b": to_rgba("#445566")[:3]}
+    for place, kind in zip(np.round(adata.obsm["X_pca"][:, :2], 8).tolist(), adata.obs["kind"]):
+        np.testing.assert_allclose(where[tuple(place)], expected[kind])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_missing_categories_are_grey_and_numbers_get_a_bar(adata):
+    adata.obs.loc["cell0", "kind"] = np.nan
+    adata.obs.loc["cell1", "amount"] = np.nan
+    (points,) = artists(pl.velocity(adata, color="kind"), PathCollection)
+    assert len(np.unique(points.get_facecolors(), axis=0)) == 3
+    ax = pl.velocity(adata, color="amount")
+    assert ax.get_legend() is None
+    assert [other.get_ylabel() for other in ax.figure.axes if other is not ax] == ["amount"]
+
+
+# --- velocity ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("basis", "truth"), [(None, VELOCITY[:2]), ("linear", VELOCITY @ LINEAR)])
+def test_arrows_point_along_the_known_velocity(adata, basis, truth):
+    ax = pl.velocity(adata, basis=basis)
+    (quiver,) = artists(ax, Quiver)
+    u, v = np.asarray(quiver.U), np.asarray(quiver.V)
+    cosine = (u * truth[0] + v * truth[1]) / np.hypot(u, v) / np.linalg.norm(truth)
+    assert np.quantile(cosine, 0.1) > (0.9999 if basis is None else 0.8)
+    if basis is None:
+        np.testing.assert_allclose(np.column_stack([u, v]), np.tile(truth, (u.size, 1)), rtol=1e-6)
+    assert (quiver.angles, quiver.scale_units) == ("xy", "xy")
+
+
+def test_arrow_tips_are_inside_the_axes(adata):
+    ax = pl.velocity(adata)
+    (quiver,) = artists(ax, Quiver)
+    tips = quiver.XY + np.column_stack([quiver.U, quiver.V]) / quiver.scale
+    assert (tips[:, 0] <= ax.get_xlim()[1]).all()
+    assert (tips[:, 1] <= ax.get_ylim()[1]).all()
+
+
+def test_grid_points_without_cells_are_empty():
+    rng = np.random.default_rng(0)
+    places = np.concatenate([rng.normal(0, 0.3, (200, 2)), rng.normal(10, 0.3, (200, 2))])
+    arrows = np.where(np.arange(400)[:, None] < 200, [1.0, 0.0], [0.0, 2.0])
+    x, y, mean = grid_average(places, arrows, n_grid=30, bandwidth=0.7, min_mass=0.03)
+    filled = np.isfinite(mean).all(-1)
+    assert not filled[(y > 3) & (y < 7)].any()
+    assert not filled[:, (x > 3) & (x < 7)].any()
+    np.testing.assert_allclose(mean[np.ix_(y < 2, x < 2)][filled[np.ix_(y < 2, x < 2)]][:, 0], 1.0)
+    np.testing.assert_allclose(mean[np.ix_(y > 8, x > 8)][filled[np.ix_(y > 8, x > 8)]][:, 1], 2.0)
+
+
+def test_streamlines_run_along_the_known_velocity_and_keep_every_cell_in_view(adata):
+    ax = pl.velocity(adata, kind="stream")
+    (lines,) = artists(ax, LineCollection)
+    run = np.array([segment[-1] - segment[0] for segment in lines.get_segments()])
+    run = run[np.linalg.norm(run, axis=1) > 0]
+    cosine = run @ VELOCITY[:2] / np.linalg.norm(run, axis=1) / np.linalg.norm(VELOCITY[:2])
+    np.testing.assert_allclose(cosine, 1.0, atol=1e-4)
+    cells = adata.obsm["X_pca"]
+    assert ax.get_xlim()[0] < cells[:, 0].min()
+    assert ax.get_ylim()[1] > cells[:, 1].max()
+
+
+@pytest.mark.parametrize("kind", ["arrows", "stream"])
+def test_a_field_at_rest_is_drawn_without_warnings(adata, kind):
+    adata.obsm["flow_velocity"] = np.zeros_like(adata.obsm["flow_velocity"])
+    pl.velocity(adata, kind=kind).figure.canvas.draw()
+
+
+def test_one_fast_cell_does_not_shrink_the_other_arrows(adata):
+    (usual,) = artists(pl.velocity(adata), Quiver)
+    farthest = adata.obsm["X_pca"][:, 0].argmax()
+    adata.obsm["flow_velocity"][farthest] *= 1e3
+    (quiver,) = artists(pl.velocity(adata), Quiver)
+    assert quiver.scale < 3 * usual.scale
+
+
+# --- leave one out -------------------------------------------------------------------------------------------------
+def values(adata, method, metric="w1"):
+    table = adata.uns["leave_one_out"]
+    return table[(table["method"] == method) & (table["metric"] == metric)].groupby("time")["value"]
+
+
+def test_methods_are_their_means_and_bars_reach_over_the_seeds(adata):
+    ax = pl.leave_one_out(adata)
+    for container, name in zip(ax.containers, ["ot-cfm", "i-cfm"]):
+        line, caps, _ = container
+        np.testing.assert_array_equal(line.get_xdata(), DAYS[1:-1])  # real times, not their ranks
+        np.testing.assert_allclose(line.get_ydata(), values(adata, name).mean())
+        np.testing.assert_allclose(caps[0].get_ydata(), values(adata, name).min())
+        np.testing.assert_allclose(caps[1].get_ydata(), values(adata, name).max())
+    assert ax.get_xlabel() == "held-out day (days)"
+
+
+def test_baselines_are_dashed_and_the_noise_reference_is_a_band(adata):
+    ax = pl.leave_one_out(adata, metric="energy")
+    for name in ("previous", "next", "ot-interpolation"):
+        (line,) = (line for line in ax.lines if line.get_label() == name)
+        np.testing.assert_allclose(line.get_ydata(), values(adata, name, "energy").mean())
+        assert line.get_linestyle() != "-"
+    band = ax.collections[0].get_paths()[0].get_extents()
+    noise = values(adata, "noise-reference", "energy")
+    assert (band.x0, band.x1) == (1.0, 3.0)
+    assert band.y0 == pytest.approx((noise.mean() - noise.std(ddof=0)).min())
+    assert band.y1 == pytest.approx((noise.mean() + noise.std(ddof=0)).max())
+
+
+def test_a_single_held_out_time_still_has_a_band(adata):
+    table = adata.uns["leave_one_out"]
+    adata.uns["leave_one_out"] = table[table["time"] == 1.0]
+    band = pl.leave_one_out(adata).collections[0].get_paths()[0].get_extents()
+    assert band.width > 0
+
+
+def test_one_method_keeps_its_colour_when_drawn_alone(adata):
+    both, alone = pl.leave_one_out(adata), pl.leave_one_out(adata, method="i-cfm")
+    assert len(alone.containers) == 1
+    assert alone.containers[0][0].get_color() == both.containers[1][0].get_color()
+
+
+@pytest.mark.parametrize("basis", [None, "linear"])
+@pytest.mark.parametrize("method", [None, "i-cfm"])
+def test_the_map_shows_the_shares_of_w1_and_greys_the_ends(adata, method, basis):
+    ax = pl.leave_one_out(adata, kind="map", method=method, basis=basis)
+    ends, held_out = artists(ax, PathCollection)
+    share = adata.obsm["flow_w1"][method or "ot-cfm"].to_numpy()
+    cells = adata.obsm["X_pca" if basis is None else "X_linear"][:, :2]
+    known = np.isfinite(share)
+    assert same_points(
+        np.column_stack([held_out.get_offsets(), held_out.get_array()]), np.column_stack([cells, share])[known]
+    )
+    assert same_points(np.asarray(ends.get_offsets()), cells[~known])
+    assert held_out.get_rasterized()
+    assert held_out.get_sizes()[0] == ends.get_sizes()[0]
+
+
+def test_a_map_of_the_first_snapshot_alone_is_grey(adata):
+    ax = pl.leave_one_out(adata[adata.obs["day"] == 0], kind="map")
+    assert len(artists(ax, PathCollection)) == 1
+
+
+def test_the_map_needs_no_fit_where_the_protocol_names_the_representation(adata):
+    del adata.uns["flow"]
+    with pytest.raises(KeyError, match="basis="):
+        pl.leave_one_out(adata, kind="map")
+    assert pl.leave_one_out(adata, kind="map", basis="linear").has_data()
+    adata.uns["leave_one_out_protocol"]["use_rep"] = "X_pca"
+    assert pl.leave_one_out(adata, kind="map").get_xlabel() == "PC1"
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("draw", "verb"),
+    [
+        (lambda a: pl.loss(a), "fit_flow"),
+        (lambda a: pl.velocity(a), "fit_flow"),
+        (lambda a: pl.trajectories(a), "fit_flow"),
+        (lambda a: pl.leave_one_out(a), "leave_one_out"),
+        (lambda a: pl.leave_one_out(a, kind="map"), "leave_one_out"),
+    ],
+)
+def test_a_missing_slot_names_the_function_to_run_first(adata, draw, verb):
+    bare = anndata.AnnData(adata.X, obs=adata.obs)
+    with pytest.raises(KeyError, match=rf"tl\.{verb}"):
+        draw(bare)
+    assert plt.get_fignums() == []
+
+
+def test_missing_trajectories_name_the_function_to_run_first(adata):
+    del adata.obsm["flow_trajectories"]
+    with pytest.raises(KeyError, match=r"tl\.trajectories"):
+        pl.trajectories(adata)
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda a: pl.velocity(a, kind="lines"), r"kind='lines'.*arrows.*stream"),
+        (lambda a: pl.leave_one_out(a, kind="lines"), r"kind='lines'.*distances.*map"),
+        (lambda a: pl.leave_one_out(a, metric="w3"), r"metric='w3'.*w1.*energy.*variance_ratio"),
+        (lambda a: pl.leave_one_out(a, method="previous"), r"method='previous'.*ot-cfm.*i-cfm"),
+        (lambda a: pl.leave_one_out(a, kind="map", method="cfm"), r"method='cfm'.*ot-cfm.*i-cfm"),
+    ],
+)
+def test_an_unknown_option_lists_the_valid_ones(adata, draw, message):
+    with pytest.raises(ValueError, match=message):
+        draw(adata)
+    assert plt.get_fignums() == []
+
+
+def test_an_unknown_colour_lists_the_columns(adata):
+    with pytest.raises(KeyError, match=r"color='gene'.*day.*kind.*amount"):
+        pl.velocity(adata, color="gene")
+    with pytest.raises(KeyError, match="color='gene'"):
+        pl.trajectories(adata, color="gene")
+
+
+def test_times_that_are_text_name_the_parser(adata):
+    adata.obs["day"] = "D" + adata.obs["day"].astype(str)
+    with pytest.raises(ValueError, match=r"pp\.parse_time"):
+        pl.velocity(adata)
