@@ -2,12 +2,295 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from .flow.snapshots import Snapshots
+    from .flow.vector_field import VectorField
+
 # --- slots ---------------------------------------------------------------------------------------------------------
 TIME = "time"  # obs: real time, float64; uns: unit, source column, mapping
 FLOW = "flow"  # default `key_added`: uns[key] and the prefix of what follows
 VELOCITY = "{key}_velocity"  # obsm: n_obs x d float32, per unit time, in use_rep units
+VELOCITY_SD = "{key}_velocity_sd"  # obs: float32, spread of the members' velocities; with more than one member
 TRAJECTORIES = "{key}_trajectories"  # obsm: n_obs x n_times x d float32; the times in uns[key]["trajectory_times"]
 W1 = "{key}_w1"  # obsm: DataFrame n_obs x methods; NaN at the first and last snapshot
 RESTORED = "{key}_restored"  # obsm: n_obs x d float32; NaN at the first and last snapshot
 LEAVE_ONE_OUT = "leave_one_out"  # uns: tidy DataFrame; prefixed with "{key}_" when key is not FLOW
 PROTOCOL = "{table}_protocol"  # uns: how that table came about; {table} is the name above
+
+_TIME_NAME = re.compile(
+    r"(?:^|[\W_])(?:real)?(?:time|day|hour|week|month|age|stage|date|hp[fi]|dp[fic])s?(?:point)?s?(?:$|[\W_\d])", re.I
+)
+
+SMALLEST_SNAPSHOT = 3  # cells: fewer have no spread to speak of
+
+
+def table_name(key: str) -> str:
+    """Return the name of the leave-one-out table in ``uns``."""
+    return LEAVE_ONE_OUT if key == FLOW else f"{key}_{LEAVE_ONE_OUT}"
+
+
+def check_key(key: str) -> None:
+    """Raise a ValueError for a name that h5ad and zarr cannot hold."""
+    if not key or "/" in key:
+        raise ValueError(
+            f'key_added must be a name without "/" (h5ad and zarr read it as a folder), not {key!r}. Pass another.'
+        )
+
+
+def own(adata: AnnData, *, copy: bool) -> AnnData:
+    """Return what may be written to: the copy asked for, or the AnnData itself, a view made actual with a warning."""
+    if copy:
+        return adata.copy()
+    if adata.is_view:
+        warnings.warn("Received a view of an AnnData. Making a copy.", stacklevel=3)
+        adata._init_as_actual(adata.copy())
+    return adata
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Cells:
+    """Snapshots and where their cells stand.
+
+    Attributes
+    ----------
+    snapshots
+        Sorted by time.
+    index
+        For each snapshot, the rows of the AnnData, ``(n_k,)``.
+    fingerprint
+        Hash of cell names, times and representation.
+    """
+
+    snapshots: Snapshots
+    index: tuple[np.ndarray, ...]
+    fingerprint: str
+
+    @property
+    def n_obs(self) -> int:
+        """Number of cells."""
+        return sum(len(rows) for rows in self.index)
+
+
+def read_rep(adata: AnnData, use_rep: str) -> np.ndarray:
+    """Return a representation as a dense, finite n_obs x d array; ``"X"`` is the matrix itself."""
+    if use_rep != "X" and use_rep not in adata.obsm:
+        there = ", ".join(f'"{name}"' for name in adata.obsm) or "none but X"
+        raise KeyError(f'No representation "{use_rep}" in adata.obsm; there are: {there}. Pass one of them as use_rep.')
+    values: Any = adata.X if use_rep == "X" else adata.obsm[use_rep]
+    if hasattr(values, "to_memory"):  # backed sparse
+        values = values.to_memory()
+    values = values.toarray() if sparse.issparse(values) else np.asarray(values)
+    if values.ndim != 2 or values.dtype.kind not in "fiub" or len(values) == 0:
+        raise ValueError(
+            f'Expected "{use_rep}" to be numbers, cells x dimensions; found {values.dtype}, shape {values.shape}. '
+            f"Pass another use_rep."
+        )
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if bad.size:
+        raise ValueError(
+            f'Expected finite values in "{use_rep}"; {bad.size} of {adata.n_obs} cells have NaN or inf '
+            f"({_some(adata.obs_names[bad])}). Leave those cells out, or compute the representation again."
+        )
+    return values
+
+
+def looks_like_time(name: str) -> bool:
+    """Whether a column could hold times, by its name."""
+    return _TIME_NAME.search(str(name)) is not None
+
+
+def missing_time(adata: AnnData, time_key: str) -> KeyError:
+    """Return the error for a time column that is not there, naming those that look like one."""
+    looks = [str(name) for name in adata.obs if looks_like_time(str(name))]
+    there = looks or [str(name) for name in adata.obs]
+    label = "columns that look like times" if looks else "there are"
+    return KeyError(
+        f'No column "{time_key}" in adata.obs; {label}: {_some(there, 20) or "none"}. Pass one of them as time_key.'
+    )
+
+
+def read_times(adata: AnnData, time_key: str) -> np.ndarray:
+    """Return the cells' real times, float64."""
+    if time_key not in adata.obs:
+        raise missing_time(adata, time_key)
+    column = adata.obs[time_key]
+    kind = column.cat.categories.dtype if isinstance(column.dtype, pd.CategoricalDtype) else column.dtype
+    if not pd.api.types.is_numeric_dtype(kind) or pd.api.types.is_bool_dtype(kind):
+        raise ValueError(
+            f'Expected real times, numbers, in obs["{time_key}"]; found {kind} such as '
+            f'{_some(column.astype(str).unique(), 3)}. Call sctraj.pp.parse_time(adata, "{time_key}") first and pass '
+            f"the column it writes."
+        )
+    times = column.astype(np.float64).to_numpy()
+    bad = np.flatnonzero(~np.isfinite(times))
+    if bad.size:
+        raise ValueError(
+            f'Expected finite times in obs["{time_key}"]; {bad.size} of {adata.n_obs} cells have NaN or inf '
+            f"({_some(adata.obs_names[bad])}). Leave those cells out or fill the times in."
+        )
+    if np.abs(times).max() > 2**53:
+        raise ValueError(
+            f'Expected times that float64 tells apart in obs["{time_key}"]; found {np.abs(times).max():.3g}. '
+            f"Subtract the first time and use a larger unit."
+        )
+    return times
+
+
+def read_snapshots(adata: AnnData, time_key: str, use_rep: str, *, least: int) -> Cells:
+    """Check times and representation, and return the cells as sorted snapshots.
+
+    Parameters
+    ----------
+    least
+        Number of snapshots needed.
+
+    Raises
+    ------
+    KeyError
+        If the column or the representation is not there.
+    ValueError
+        If either cannot be used; the message says what was expected, what was found, and what to do.
+    """
+    import torch
+
+    from .flow.snapshots import Snapshots
+
+    if not adata.obs_names.is_unique:
+        twice = adata.obs_names[adata.obs_names.duplicated()]
+        raise ValueError(
+            f"Expected every cell to have a name of its own; {len(twice)} names stand twice ({_some(twice)}). "
+            f"Call adata.obs_names_make_unique()."
+        )
+    times, values = read_times(adata, time_key), read_rep(adata, use_rep)
+    if values.dtype not in (np.float32, np.float64):
+        raise ValueError(
+            f'Expected float32 or float64 in "{use_rep}", found {values.dtype}: integers overflow or are raw counts, '
+            f'and float16 keeps three digits. Use a representation such as "X_pca", or convert with '
+            f'.astype("float32").'
+        )
+    spread = np.ptp(values, axis=0)
+    constant = np.flatnonzero(spread <= 4 * np.finfo(values.dtype).eps * np.abs(values).max(axis=0))
+    if constant.size:
+        raise ValueError(
+            f'Expected dimensions of "{use_rep}" that vary between cells; {constant.size} of {values.shape[1]} have '
+            f"one value for all ({_some(constant)}; the first is 0). Leave them out of the representation."
+        )
+    unique = np.unique(times)
+    if len(unique) < least:
+        raise ValueError(
+            f'Expected at least {least} snapshots in obs["{time_key}"], found {len(unique)} '
+            f"({_some(unique)}). Check that this is the column of sampling times."
+        )
+    index = tuple(np.flatnonzero(times == t) for t in unique)
+    small = [f"{t:g} ({len(rows)})" for t, rows in zip(unique, index) if len(rows) < SMALLEST_SNAPSHOT]
+    if small:
+        raise ValueError(
+            f"Expected at least {SMALLEST_SNAPSHOT} cells in every snapshot; found at time (cells): {_some(small)}. "
+            f"Merge or leave out these times{'; is the column continuous?' if len(small) > 10 else ''}."
+        )
+    points = tuple(torch.from_numpy(np.ascontiguousarray(values[rows])) for rows in index)
+    return Cells(Snapshots(tuple(unique), points), index, _fingerprint(adata, times, values))
+
+
+def _fingerprint(adata: AnnData, times: np.ndarray, values: np.ndarray) -> str:
+    digest = hashlib.sha256("\n".join(map(str, adata.obs_names)).encode())
+    digest.update(times.tobytes())
+    digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _some(values: Any, n: int = 5) -> str:
+    values = [str(v) for v in values]
+    return ", ".join(values[:n]) + (", ..." if len(values) > n else "")
+
+
+# --- the flow ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class StoredFlow:
+    """A fitted flow as it stands in ``uns``: its parameters, its field, and the cells it belongs to."""
+
+    params: Mapping[str, Any]
+    vector_field: VectorField
+    cells: Cells
+
+
+def write_flow(
+    adata: AnnData,
+    key: str,
+    *,
+    params: Mapping[str, Any],
+    weights: Mapping[str, np.ndarray],
+    loss: np.ndarray,
+    validation_loss: np.ndarray,
+    cells: Cells,
+) -> None:
+    """Write ``uns[key]``: arrays, numbers and text only."""
+    import torch
+
+    from . import __version__
+
+    adata.uns[key] = {
+        "params": dict(params),
+        "weights": dict(weights),
+        "loss": loss,
+        "validation_loss": validation_loss,
+        "times": np.array(cells.snapshots.times),
+        "versions": {"sctraj": __version__, "torch": str(torch.__version__)},
+        "fingerprint": cells.fingerprint,
+    }
+
+
+def write_by_cell(cells: Cells, values: Sequence[np.ndarray | None], dtype: type = np.float32) -> np.ndarray:
+    """Put snapshot-wise arrays ``(n_k, ...)`` into one in the AnnData's order; NaN where a snapshot has None."""
+    shape = next(v.shape[1:] for v in values if v is not None)
+    out = np.full((cells.n_obs, *shape), np.nan, dtype=dtype)
+    for rows, value in zip(cells.index, values, strict=True):
+        if value is not None:
+            out[rows] = value
+    return out
+
+
+def stored(adata: AnnData, key: str) -> dict[str, Any]:
+    """Return ``uns[key]`` of a fitted flow."""
+    flow = adata.uns.get(key)
+    if not isinstance(flow, Mapping) or "weights" not in flow or "params" not in flow:
+        raise KeyError(f'No flow in adata.uns["{key}"]. Call sctraj.tl.fit_flow(adata) first, or pass its key.')
+    return dict(flow)
+
+
+def read_flow(adata: AnnData, key: str, *, module: Any = None) -> StoredFlow:
+    """Return a fitted flow, having checked that it was fitted on these cells in this representation.
+
+    Raises
+    ------
+    KeyError
+        If there is none.
+    ValueError
+        If it was fitted on other cells or another representation.
+    """
+    from .flow.vector_field import VectorField
+
+    flow = stored(adata, key)
+    params = flow["params"]
+    cells = read_snapshots(adata, str(params["time_key"]), str(params["use_rep"]), least=1)
+    if cells.fingerprint != str(flow["fingerprint"]):
+        found = f"{adata.n_obs} cells" if adata.n_obs != int(params["n_obs"]) else "other times or coordinates"
+        raise ValueError(
+            f'Expected the {int(params["n_obs"])} cells, times and "{params["use_rep"]}" that uns["{key}"] was fitted '
+            f"on, found {found}. Call sctraj.tl.fit_flow again, or go back to the AnnData it was fitted on."
+        )
+    return StoredFlow(params, VectorField.from_arrays(flow["weights"], module), cells)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from anndata import AnnData
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -19,3 +20,16 @@ def real_data() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def _simulated() -> AnnData:
+    from sctraj.datasets import simulated_differentiation
+
+    return simulated_differentiation(n_cells=600, n_genes=40, n_pcs=6)
+
+
+@pytest.fixture
+def cells(_simulated: AnnData) -> AnnData:
+    """A small simulated time course of its own: 600 cells, six uneven times."""
+    return _simulated.copy()

@@ -167,14 +167,12 @@ def fit(
     held_back = None
     if validation:
         streams = [torch.Generator(device).manual_seed(p.seed + 1) for p in problems]
-        held_back = next(
-            _batches([to_device(p, device) for p in validation], streams, field, VALIDATION_PAIRS, 1)
-        )
+        held_back = next(_batches([to_device(p, device) for p in validation], streams, field, VALIDATION_PAIRS, 1))
     with torch.no_grad():
         shape = network(torch.zeros(members, 2, 1).to(field.scale), torch.zeros(members, 2, d).to(field.scale)).shape
     if shape != (members, 2, heads * d):
         raise ValueError(f"expected a module that maps (2, 1), (2, {d}) to (2, {heads * d}), found {tuple(shape[1:])}")
-    weights = list(network.parameters())
+    weights: list[Tensor] = list(network.parameters())
     fused = device.type in ("cpu", "cuda")
     optimiser = torch.optim.AdamW(weights, lr=training.learning_rate, weight_decay=training.weight_decay, fused=fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: one_cycle(k / n_steps))
@@ -249,7 +247,7 @@ def _draw(
                 t=((sample.t - origin) / gap).to(dtype),
                 x=((sample.x - shift) / scale).to(dtype),
                 velocity=(sample.velocity * (gap / scale)).to(dtype),
-                noise=(-sample.score * sample.std if with_score else sample.x[..., :0]).to(dtype),  # type: ignore[operator]
+                noise=(-sample.score * sample.std if with_score else sample.x[..., :0]).to(dtype),
                 # an interval's error counts by how far it displaces cells by the interval's end
                 weight=(length / gap).square().to(dtype).expand(n_steps, n_pairs, 1),
                 std=(sample.std / std if with_score else torch.zeros_like(sample.std)).to(dtype),

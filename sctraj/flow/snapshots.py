@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -67,7 +68,7 @@ class Snapshots:
         times, points = tuple(float(t) for t in self.times), tuple(self.points)
         if len(times) != len(points) or not points:
             raise ValueError(f"expected one snapshot per time and at least one, found {len(times)}, {len(points)}")
-        if any(not b > a for a, b in zip(times[:-1], times[1:])) or not all(abs(t) < float("inf") for t in times):
+        if any(not b > a for a, b in pairwise(times)) or not all(abs(t) < float("inf") for t in times):
             raise ValueError(f"expected finite, strictly increasing times, found {times}; merge or sort the snapshots")
         shapes = [tuple(x.shape) for x in points]
         if any(len(s) != 2 or s[0] == 0 or s[1] != shapes[0][1] for s in shapes):
@@ -103,10 +104,8 @@ class Snapshots:
 
     def intervals(self) -> tuple[Interval, ...]:
         """Return the ``T - 1`` intervals between consecutive snapshots."""
-        return tuple(
-            Interval(*(value for field in (self.times, self.points, self.mass) for value in field[k : k + 2]))
-            for k in range(len(self) - 1)
-        )
+        rows = zip(self.times, self.points, self.mass)
+        return tuple(Interval(t0, t1, x0, x1, m0, m1) for (t0, x0, m0), (t1, x1, m1) in pairwise(rows))
 
 
 def to_device(record: _Record, device: torch.device) -> _Record:

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ class MLP(nn.Module):
             draws = [torch.rand(shape, generator=rng, dtype=torch.float64) for rng in rngs]
             return nn.Parameter((2 * torch.stack(draws) - 1) / math.sqrt(fan_in))  # (M, *shape)
 
-        pairs = list(zip(sizes[:-1], sizes[1:]))
+        pairs = list(pairwise(sizes))
         self.weights = nn.ParameterList([uniform(n, n, m) for n, m in pairs])
         self.biases = nn.ParameterList([uniform(n, 1, m) for n, m in pairs])
 
@@ -194,7 +195,7 @@ class VectorField(nn.Module):
         return score
 
     @torch.no_grad()
-    def __call__(self, t: float, x: np.ndarray) -> np.ndarray:  # type: ignore[override]
+    def __call__(self, t: float, x: np.ndarray) -> np.ndarray:
         """Return the velocity at points ``(n, d)``, averaged over the members, as an array ``(n, d)``."""
         points = torch.as_tensor(np.asarray(x)).to(self.scale)
         return self.velocity(t, points.expand(self.members, *points.shape)).mean(0).cpu().numpy()

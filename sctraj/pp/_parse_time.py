@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import datetime
-import logging
 import math
 import numbers
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from .._adata import check_key, looks_like_time, own
+from .._log import logger
+
 if TYPE_CHECKING:
     from anndata import AnnData
 
-logger = logging.getLogger("sctraj")
 
 # --- the grammar ---------------------------------------------------------------------------------------------------
 _SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800}
@@ -53,9 +53,6 @@ _LABEL = re.compile(
     re.ASCII,
 )
 _MISSING = {"", "nan", "na", "n/a", "none", "null", "<na>", "nat"}
-_TIME_NAME = re.compile(
-    r"(?:^|[\W_])(?:real)?(?:time|day|hour|week|month|age|stage|date|hp[fi]|dp[fic])s?(?:point)?s?(?:$|[\W_\d])", re.I
-)
 
 
 class _Reading(NamedTuple):
@@ -131,11 +128,7 @@ def parse_time(
     clock = _one_clock(labels, readings, key)
     values, unit = _in_one_unit(readings, key, unit)
 
-    if copy:
-        adata = adata.copy()
-    elif adata.is_view:
-        warnings.warn("Received a view of an AnnData. Making a copy.", stacklevel=2)
-        adata._init_as_actual(adata.copy())
+    adata = own(adata, copy=copy)
     order = np.argsort(values, kind="stable")
     names = np.array([str(label) for label in labels])[order]
     adata.obs[key_added] = values[codes]
@@ -164,10 +157,7 @@ def _check_slots(adata: AnnData, key: str, key_added: str) -> None:
             f'key_added is "{key}", the source column, which is never overwritten. '
             f'Pass another, such as key_added="{key}_parsed".'
         )
-    if not key_added or "/" in key_added:
-        raise ValueError(
-            f'key_added must be a name without "/" (h5ad and zarr read it as a folder), not {key_added!r}.'
-        )
+    check_key(key_added)
     record = adata.uns.get(key_added)
     ours = isinstance(record, Mapping) and record.get("source") == key
     if (key_added in adata.obs or key_added in adata.uns) and not ours:
@@ -180,7 +170,7 @@ def _check_slots(adata: AnnData, key: str, key_added: str) -> None:
 
 def _looks_like_time(adata: AnnData, name: str) -> bool:
     """Whether a column is named like a time, or holds labels that state a unit of time."""
-    if _TIME_NAME.search(str(name)):
+    if looks_like_time(name):
         return True
     column = adata.obs[name].dropna()
     if getattr(column.dtype, "kind", "O") != "O" or column.empty:

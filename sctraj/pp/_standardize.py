@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import operator
-import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import sparse
+
+from .._adata import check_key, own, read_rep
+from .._log import logger
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-logger = logging.getLogger("sctraj")
 
 
 def standardize(
@@ -63,12 +61,9 @@ def standardize(
     """
     if key_added == use_rep:
         raise ValueError(f'key_added is "{use_rep}", the source, which is never overwritten. Pass another.')
-    if not key_added or "/" in key_added:
-        raise ValueError(
-            f'key_added must be a name without "/" (h5ad and zarr read it as a folder), not {key_added!r}.'
-        )
+    check_key(key_added)
     n_dims = operator.index(n_dims)
-    values = _read(adata, use_rep)
+    values = read_rep(adata, use_rep)
     if not 1 <= n_dims <= values.shape[1]:
         raise ValueError(
             f'n_dims must be 1 to {values.shape[1]}, the number of dimensions of "{use_rep}", not {n_dims}. '
@@ -84,36 +79,10 @@ def standardize(
         )
     mean, std = values.mean(axis=0), values.std(axis=0)
 
-    if copy:
-        adata = adata.copy()
-    elif adata.is_view:
-        warnings.warn("Received a view of an AnnData. Making a copy.", stacklevel=2)
-        adata._init_as_actual(adata.copy())
+    adata = own(adata, copy=copy)
     adata.obsm[key_added] = ((values - mean) / std).astype(np.float32)
     adata.uns[key_added] = {"use_rep": use_rep, "mean": mean, "std": std}
     logger.info(
         f'standardized the first {n_dims} dimensions of "{use_rep}"; wrote obsm["{key_added}"], uns["{key_added}"]'
     )
     return adata if copy else None
-
-
-def _read(adata: AnnData, use_rep: str) -> np.ndarray:
-    """Return a representation as a dense, finite n_obs x d array."""
-    if use_rep != "X" and use_rep not in adata.obsm:
-        there = ", ".join(f'"{name}"' for name in adata.obsm) or "none but X"
-        raise KeyError(f'No representation "{use_rep}" in adata.obsm; there are: {there}. Pass one of them as use_rep.')
-    values = adata.X if use_rep == "X" else adata.obsm[use_rep]
-    values = values.toarray() if sparse.issparse(values) else np.asarray(values)
-    if values.ndim != 2 or values.dtype.kind not in "fiub" or len(values) == 0:
-        raise ValueError(
-            f'Expected "{use_rep}" to be numbers, cells x dimensions; found {values.dtype}, shape {values.shape}. '
-            f"Pass another use_rep."
-        )
-    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
-    if bad.size:
-        cells = ", ".join(map(str, adata.obs_names[bad[:5]])) + (", ..." if bad.size > 5 else "")
-        raise ValueError(
-            f'Expected finite values in "{use_rep}"; {bad.size} of {adata.n_obs} cells have NaN or inf ({cells}). '
-            f"Leave those cells out, or compute the representation again."
-        )
-    return values

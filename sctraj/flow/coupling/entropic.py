@@ -20,7 +20,7 @@ WHOLE = 2**24  # entries: a plan up to this size is kept (128 MiB in float64), a
 ANNEALING = 10  # iterations at each epsilon on the way down
 NEWTON_EVERY = 10  # Sinkhorn iterations to a Newton step
 CONJUGATE_GRADIENTS = 50  # iterations at most within a Newton step
-SHARPEST = 1e-6  # epsilon below this fraction of the mean cost is refused: Sinkhorn needs of the order of cost / epsilon
+SHARPEST = 1e-6  # epsilon below this fraction of the mean cost is refused: rounding would rule
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,10 @@ def entropic(
     scale = float((log_a.exp() @ x0.square().sum(1)) + (log_b.exp() @ x1.square().sum(1)))  # about the mean cost
     if epsilon < SHARPEST * scale:
         raise ValueError(
-            f"expected an epsilon of at least {SHARPEST * scale:.3g} ({SHARPEST:g} of the data's mean squared distance), "
-            f"found {epsilon:.3g}: Sinkhorn would not converge. Take a sigma {1.1 * math.sqrt(SHARPEST * scale / epsilon):.2g} "
-            "times larger, or the exact coupling, which is the limit of sigma = 0"
+            f"expected an epsilon of at least {SHARPEST * scale:.3g} ({SHARPEST:g} of the mean squared distance), "
+            f"found {epsilon:.3g}: Sinkhorn would not converge. Take a sigma at least "
+            f"{1.1 * math.sqrt(SHARPEST * scale / epsilon):.2g} times larger, or the exact coupling (method='ot-cfm'), "
+            "the limit of sigma = 0"
         )
     costs = _Costs(x0, x1)
     g, iterations, error = torch.zeros_like(log_b), 0, math.inf

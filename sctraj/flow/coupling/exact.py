@@ -60,9 +60,9 @@ def optimal_plan(x0: Tensor, x1: Tensor, mass0: Tensor, mass1: Tensor, *, p: int
     RuntimeError
         If the solver reports that the plan is not optimal.
     """
-    cost = torch.cdist(
-        x0.double().cpu(), x1.double().cpu(), compute_mode="donot_use_mm_for_euclid_dist"
-    ).numpy() ** p  # (n0, n1)
+    cost = (
+        torch.cdist(x0.double().cpu(), x1.double().cpu(), compute_mode="donot_use_mm_for_euclid_dist").numpy() ** p
+    )  # (n0, n1)
     a, b = (m.double().cpu().numpy() for m in (mass0, mass1))
     plan, log = ot.emd(a / a.sum(), b / b.sum(), cost, numItermax=10_000_000, log=True)
     if log["warning"] is not None:

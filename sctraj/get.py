@@ -1,0 +1,175 @@
+"""Slots back as DataFrames, and the fitted field as something to call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from . import _adata
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from torch import nn
+
+    from .flow.vector_field import VectorField
+
+__all__ = ["leave_one_out", "loss", "representation", "trajectories", "vector_field", "velocity"]
+
+
+def vector_field(adata: AnnData, *, key: str = _adata.FLOW, module: nn.Module | None = None) -> VectorField:
+    """Return the fitted vector field, ready to call: ``field(t, x)``, also after a round trip through a file.
+
+    Parameters
+    ----------
+    adata
+        Annotated data with a flow by `sctraj.tl.fit_flow`.
+    key
+        Name of the flow.
+    module
+        The user's own module, if the flow was fitted with one; its weights are replaced by the fitted ones.
+
+    Returns
+    -------
+    A field of M members. ``field(t, x)`` takes a real time and an array ``(n, d)`` in the units of the
+    representation and returns the members' mean velocity ``(n, d)`` per unit of time. ``field.velocity(t, x)`` and
+    ``field.score(t, x)`` take and return tensors ``(M, n, d)``.
+
+    Raises
+    ------
+    KeyError
+        No such flow.
+    ValueError
+        The flow was fitted on other cells or another representation, or with a module that was not passed.
+    """
+    return _adata.read_flow(adata, key, module=module).vector_field
+
+
+def loss(adata: AnnData, *, key: str = _adata.FLOW) -> pd.DataFrame:
+    """Return the loss history: one row per step, one column per member.
+
+    Parameters
+    ----------
+    adata
+        Annotated data with a flow by `sctraj.tl.fit_flow`.
+    key
+        Name of the flow.
+
+    Returns
+    -------
+    Index ``step``; columns ``"0"``, ``"1"``, ... and, with early stopping, ``"validation 0"``, ... which are NaN at
+    the steps between two looks. Dimensionless: see `sctraj.flow.flow_matching.Fit`.
+    """
+    from .flow.flow_matching import EVALUATE_EVERY
+
+    flow = _adata.stored(adata, key)
+    values = np.asarray(flow["loss"])
+    index = pd.RangeIndex(1, len(values) + 1, name="step")
+    table = pd.DataFrame(values, index=index, columns=[str(m) for m in range(values.shape[1])])
+    validation = np.asarray(flow["validation_loss"])
+    if len(validation):
+        steps = EVALUATE_EVERY * np.arange(1, len(validation) + 1)
+        names = [f"validation {m}" for m in range(validation.shape[1])]
+        table = table.join(pd.DataFrame(validation, index=pd.Index(steps, name="step"), columns=names))
+    return table
+
+
+def velocity(adata: AnnData, *, key: str = _adata.FLOW) -> pd.DataFrame:
+    """Return every cell's velocity at its own time.
+
+    Parameters
+    ----------
+    adata
+        Annotated data with a flow by `sctraj.tl.fit_flow`.
+    key
+        Name of the flow.
+
+    Returns
+    -------
+    n_obs x d, in units of the representation per unit of time.
+    """
+    values = _slot(adata, _adata.VELOCITY.format(key=key), "tl.fit_flow")
+    return pd.DataFrame(np.asarray(values), index=adata.obs_names)
+
+
+def trajectories(adata: AnnData, *, key: str = _adata.FLOW) -> pd.DataFrame:
+    """Return every cell's trajectory.
+
+    Parameters
+    ----------
+    adata
+        Annotated data with trajectories by `sctraj.tl.trajectories`.
+    key
+        Name of the flow.
+
+    Returns
+    -------
+    One row per cell and time (index ``cell``, ``time``), d columns in units of the representation.
+    """
+    values = np.asarray(_slot(adata, _adata.TRAJECTORIES.format(key=key), "tl.trajectories"))
+    times = np.asarray(_adata.stored(adata, key)["trajectory_times"])
+    index = pd.MultiIndex.from_product([adata.obs_names, times], names=["cell", "time"])
+    return pd.DataFrame(values.reshape(len(index), -1), index=index)
+
+
+def representation(adata: AnnData, *, key: str = _adata.FLOW) -> np.ndarray:
+    """Return the cells in the representation that a flow was fitted in, n_obs x d.
+
+    Parameters
+    ----------
+    adata
+        Annotated data with a flow by `sctraj.tl.fit_flow`.
+    key
+        Name of the flow.
+
+    Returns
+    -------
+    n_obs x d, in its own units.
+    """
+    return _adata.read_rep(adata, str(_adata.stored(adata, key)["params"]["use_rep"]))
+
+
+def leave_one_out(adata: AnnData, *, key: str = _adata.FLOW, metric: str | None = None) -> pd.DataFrame:
+    """Return the distances of restored to held-out snapshots.
+
+    Parameters
+    ----------
+    adata
+        Annotated data with a table by `sctraj.tl.leave_one_out`.
+    key
+        Prefix of its slots.
+    metric
+        One of ``w1``, ``w2``, ``mmd``, ``energy``, ``variance_ratio``; None for all, tidy.
+
+    Returns
+    -------
+    Tidy (columns ``method``, ``time``, ``seed``, ``metric``, ``value``), or for one metric wide: a row per method
+    or baseline, a column per held-out time (mean over seeds), their mean, and ``sd``, the standard deviation over
+    seeds of the mean over times (NaN for a single seed).
+    """
+    name = _adata.table_name(key)
+    if name not in adata.uns:
+        raise KeyError(f'No table in adata.uns["{name}"]. Call sctraj.tl.leave_one_out(adata) first, or pass its key.')
+    tidy = pd.DataFrame(adata.uns[name]).copy()
+    if metric is None:
+        return tidy
+    metrics = list(pd.unique(tidy["metric"]))
+    if metric not in metrics:
+        raise ValueError(f"Expected a metric of {', '.join(metrics)}; found {metric!r}.")
+    one = tidy[tidy["metric"] == metric]
+    order = list(pd.unique(one["method"].astype(str)))
+    wide = one.pivot_table(index="method", columns="time", values="value", aggfunc="mean", observed=True).loc[order]
+    by_seed = one.groupby(["method", "seed"], observed=True)["value"].mean()
+    mean, sd = by_seed.groupby("method").mean(), by_seed.groupby("method").std()
+    wide["mean"], wide["sd"] = mean.loc[order], sd.loc[order]
+    wide.columns.name = None
+    return wide
+
+
+def _slot(adata: AnnData, name: str, writer: str) -> Any:
+    if name not in adata.obsm:
+        raise KeyError(f'No adata.obsm["{name}"]. Call sctraj.{writer}(adata) first, or pass its key.')
+    value: Mapping[str, Any] | Any = adata.obsm[name]
+    return value

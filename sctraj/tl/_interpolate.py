@@ -1,0 +1,133 @@
+"""The population at a time nobody sampled."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from .. import _adata
+from .._log import logger
+from ..flow.flow_matching import pick_device
+from ..flow.integrate import Solver, push
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from torch import nn
+
+
+def interpolate(
+    adata: AnnData,
+    time: float,
+    *,
+    solver: Solver = "rk4",
+    n_steps: int = 50,
+    tolerance: float = 1e-4,
+    decode: bool = True,
+    module: nn.Module | None = None,
+    device: str = "auto",
+    key: str = "flow",
+) -> AnnData:
+    """Predict the population at a time between the first and the last snapshot.
+
+    All cells of the snapshot at or before that time are moved along the flow up to it.
+
+    Parameters
+    ----------
+    adata
+        Annotated data with a flow by `sctraj.tl.fit_flow`.
+    time
+        Real time, within the snapshots' range.
+    solver
+        ``"rk4"`` or ``"euler"`` on a fixed grid, or ``"dopri5"``.
+    n_steps
+        Steps of a fixed grid per mean gap between snapshots.
+    tolerance
+        Of ``"dopri5"``, relative.
+    decode
+        Decode to genes where the flow is in ``obsm["X_pca"]`` and ``varm["PCs"]`` is there.
+    module
+        The user's own module, if the flow was fitted with one.
+    device
+        ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
+    key
+        Name of the flow.
+
+    Returns
+    -------
+    A new AnnData, one row per moved cell: ``obsm[use_rep]``, ``obs[time_key]``, ``obs["source_cell"]`` (the observed
+    cell it comes from) and, decoded, ``X`` (float32) of the genes that the components were computed from.
+
+    Raises
+    ------
+    KeyError
+        No such flow.
+    ValueError
+        A time outside the range; other cells than those fitted; components that do not reproduce ``X_pca`` from ``X``
+        (then ``decode=False`` leaves the genes out).
+    """
+    from anndata import AnnData
+
+    where = pick_device(device)
+    flow = _adata.read_flow(adata, key, module=module)
+    snapshots, use_rep = flow.cells.snapshots, str(flow.params["use_rep"])
+    if not snapshots.times[0] <= time <= snapshots.times[-1]:
+        raise ValueError(
+            f"expected a time from {snapshots.times[0]:g} to {snapshots.times[-1]:g}, the snapshots' range, found "
+            f"{time}; beyond it the flow was never trained"
+        )
+    decoder = _decoder(adata, use_rep) if decode else None
+    k = max(i for i, t in enumerate(snapshots.times) if t <= time)
+    field = flow.vector_field.to(where).ensemble()
+    start = snapshots.times[k]
+    x = snapshots.points[k].to(field.scale)[None]
+    if time > start:
+        steps = max(1, math.ceil(n_steps * (time - start) / snapshots.mean_gap))
+        x = push(field, x, start, float(time), solver=solver, n_steps=steps, tolerance=tolerance)
+    restored = x[0].cpu().numpy().astype(np.float32)
+
+    sources = np.asarray(adata.obs_names[flow.cells.index[k]], dtype=object)
+    obs = pd.DataFrame(
+        {str(flow.params["time_key"]): np.full(len(sources), float(time)), "source_cell": sources},
+        index=pd.Index([f"{name}_at_{time:g}" for name in sources]),
+    )
+    if decoder is None:
+        result = AnnData(obs=obs, obsm={use_rep: restored})
+    else:
+        genes, mean, loadings = decoder
+        decoded = (restored.astype(np.float64) @ loadings.T + mean).astype(np.float32)
+        result = AnnData(X=decoded, obs=obs, var=adata.var.iloc[genes].copy(), obsm={use_rep: restored})
+    logger.info(
+        f"the population at {time:g}: {len(sources)} cells moved from {start:g}"
+        f"{f', decoded to {result.n_vars} genes' if decoder is not None else ', not decoded to genes'}"
+    )
+    return result
+
+
+def _decoder(adata: AnnData, use_rep: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Return genes, their means and loadings ``(n_genes, d)`` that lead from ``X_pca`` back to genes, if there are.
+
+    scanpy keeps no means, so they are computed again from ``X``; that ``(X - mean) PCs`` gives ``X_pca`` is checked.
+    """
+    if use_rep != "X_pca" or "PCs" not in adata.varm:
+        return None
+    scores = np.asarray(adata.obsm[use_rep], dtype=np.float64)
+    loadings = np.asarray(adata.varm["PCs"], dtype=np.float64)[:, : scores.shape[1]]
+    genes = np.flatnonzero(np.abs(loadings).any(axis=1))
+    matrix = adata.X
+    if matrix is not None and loadings.shape[1] == scores.shape[1]:
+        matrix = matrix[:, genes]
+        mean = np.asarray(matrix.mean(axis=0)).ravel().astype(np.float64)
+        projected = np.asarray(matrix @ loadings[genes]) - mean @ loadings[genes]
+        worst = np.abs(projected - scores).max() / np.abs(scores).max()
+        if worst < 1e-2:
+            return genes, mean, loadings[genes]
+        reason = f"(X - mean) PCs differs from X_pca by up to {worst:.2g} of its largest value"
+    else:
+        reason = "X is missing or PCs has fewer components than X_pca"
+    raise ValueError(
+        f"Expected X and varm['PCs'] to reproduce obsm['X_pca'], to decode cells to genes; found: {reason} "
+        f"(X was changed, or scaled, after the PCA?). Recompute the PCA, or pass decode=False."
+    )

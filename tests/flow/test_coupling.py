@@ -1,0 +1,253 @@
+"""Laws of the couplings: the right plan, the right marginals, and draws that follow the plan."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import numpy as np
+import ot
+import pytest
+import torch
+from numpy.polynomial.hermite_e import hermegauss
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
+from scipy.stats import chisquare
+
+from sctraj.flow.coupling import blocked, entropic, exact, independent
+from sctraj.flow.snapshots import Interval
+
+entropic_module = sys.modules["sctraj.flow.coupling.entropic"]  # the package's attribute of that name is the function
+
+
+def make_interval(n0, n1, *, d=2, weighted=False, seed=0, t0=1.3, t1=4.1) -> Interval:
+    rng = np.random.default_rng(seed)
+    masses = [rng.exponential(size=n) if weighted else np.ones(n) for n in (n0, n1)]
+    x0, x1 = rng.normal(size=(n0, d)), 0.7 * rng.normal(size=(n1, d)) + 1
+    mass0, mass1 = (torch.tensor(m / m.sum()) for m in masses)
+    return Interval(t0, t1, torch.tensor(x0), torch.tensor(x1), mass0, mass1)
+
+
+def squared(interval: Interval) -> np.ndarray:
+    return cdist(interval.x0.numpy(), interval.x1.numpy(), "sqeuclidean")
+
+
+def dense(plan, interval: Interval) -> np.ndarray:
+    matrix = np.zeros((len(interval.x0), len(interval.x1)))
+    np.add.at(matrix, (plan.i.numpy(), plan.j.numpy()), plan.mass.numpy())
+    return matrix
+
+
+def assert_marginals(matrix: np.ndarray, interval: Interval, atol: float) -> None:
+    np.testing.assert_allclose(matrix.sum(1), interval.mass0.numpy(), rtol=0, atol=atol)
+    np.testing.assert_allclose(matrix.sum(0), interval.mass1.numpy(), rtol=0, atol=atol)
+
+
+def test_exact_is_the_linear_assignment_of_equal_snapshots():
+    interval = make_interval(60, 60)
+    plan = exact(interval)
+    rows, columns = linear_sum_assignment(squared(interval))
+    order = plan.i.argsort()
+    assert (plan.i[order].numpy() == rows).all()
+    assert (plan.j[order].numpy() == columns).all()
+    assert plan.cost == pytest.approx(squared(interval)[rows, columns].mean(), rel=1e-12)  # rounding
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_exact_of_unequal_snapshots_has_the_optimal_cost_and_both_marginals(weighted):
+    interval = make_interval(40, 55, weighted=weighted)
+    plan = exact(interval)
+    best = ot.emd2(interval.mass0.numpy(), interval.mass1.numpy(), squared(interval))
+    assert plan.cost == pytest.approx(best, rel=1e-12)  # the same linear programme: rounding
+    matrix = dense(plan, interval)
+    assert_marginals(matrix, interval, atol=1e-14)  # rounding of masses of the order of 1/50
+    assert (matrix * squared(interval)).sum() == pytest.approx(plan.cost, rel=1e-12)
+    assert len(plan.i) <= 40 + 55 - 1  # a vertex of the transport polytope
+
+
+def test_blocked_keeps_both_marginals_whatever_the_weights():
+    interval = make_interval(90, 67, weighted=True)
+    interval.mass0[3] = 0.0
+    interval.mass0[:] /= interval.mass0.sum()
+    plan = blocked(interval, torch.Generator().manual_seed(1), block=20)
+    assert_marginals(dense(plan, interval), interval, atol=1e-12)  # cells cut at block borders add up to rounding
+    assert not (plan.i == 3).any()
+
+
+def test_blocked_costs_between_exact_and_independent():
+    interval = make_interval(200, 150, weighted=True)
+    plan = blocked(interval, torch.Generator().manual_seed(1), block=40)
+    product = interval.mass0.numpy() @ squared(interval) @ interval.mass1.numpy()
+    assert exact(interval).cost < plan.cost < product
+    assert (dense(plan, interval) * squared(interval)).sum() == pytest.approx(plan.cost, rel=1e-10)  # rounding
+
+
+def test_larger_blocks_come_closer_to_the_exact_cost():
+    interval = make_interval(240, 240)
+    costs = [
+        np.mean([blocked(interval, torch.Generator().manual_seed(seed), block=block).cost for seed in range(5)])
+        for block in (10, 30, 121)
+    ]
+    assert costs[0] > costs[1] > costs[2] > exact(interval).cost
+
+
+def test_small_snapshots_get_the_exact_plan_from_blocked():
+    interval = make_interval(30, 41, weighted=True)
+    plan, whole = blocked(interval, torch.Generator(), block=41), exact(interval)
+    assert torch.equal(plan.i, whole.i)
+    assert torch.equal(plan.j, whole.j)
+    assert torch.equal(plan.mass, whole.mass)
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-6])
+def test_entropic_marginals_hold_to_the_tolerance(tolerance):
+    interval = make_interval(50, 35, weighted=True)
+    plan = entropic(interval, epsilon=0.3, tolerance=tolerance)
+    matrix = plan.matrix().numpy()
+    np.testing.assert_allclose(matrix.sum(1), interval.mass0.numpy(), rtol=1e-10)  # exact by construction: rounding
+    error = np.abs(matrix.sum(0) - interval.mass1.numpy()).sum()
+    assert error < tolerance
+    assert plan.marginal_error == pytest.approx(error, rel=1e-3, abs=1e-12)  # what it says is what it is
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 0.5, 20.0])
+def test_entropic_is_the_plan_of_an_independent_solver(epsilon):
+    interval = make_interval(30, 41, weighted=True)
+    plan = entropic(interval, epsilon=epsilon, tolerance=1e-10)
+    a, b = interval.mass0.numpy(), interval.mass1.numpy()
+    theirs = ot.sinkhorn(
+        a, b, squared(interval), epsilon, method="sinkhorn_log", stopThr=1e-10, numItermax=50_000, warn=False
+    )
+    # both marginals are within 1e-10 of one; the plan's condition number at the smallest epsilon is about 1e3
+    np.testing.assert_allclose(plan.matrix().numpy(), theirs, rtol=0, atol=1e-7 / 30)
+
+
+def test_entropic_lies_between_its_limits():
+    interval = make_interval(40, 40)
+    best, product = exact(interval).cost, squared(interval).mean()
+    costs = [
+        float((entropic(interval, epsilon=e, tolerance=1e-6).matrix().numpy() * squared(interval)).sum())
+        for e in (1e-3, 0.1, 1.0, 1e4)
+    ]
+    assert best < costs[0] < costs[1] < costs[2] < costs[3] < product
+    assert costs[0] == pytest.approx(best, rel=1e-2)  # suboptimality of the order of epsilon, against a cost of one
+    assert costs[3] == pytest.approx(product, rel=1e-3)  # cost / epsilon
+
+
+def test_well_separated_clusters_of_unequal_masses_converge():
+    rng = np.random.default_rng(0)
+    far = np.array([20.0, 0.0])
+    x0 = np.concatenate([rng.normal(size=(30, 2)), far + rng.normal(size=(70, 2))])
+    x1 = np.concatenate([rng.normal(size=(60, 2)), far + rng.normal(size=(40, 2))])
+    uniform = torch.full((100,), 0.01, dtype=torch.float64)
+    interval = Interval(0.0, 1.0, torch.tensor(x0), torch.tensor(x1), uniform, uniform)
+    plan = entropic(interval, epsilon=0.5, tolerance=1e-6, max_iterations=200)  # plain Sinkhorn: e^(gap/epsilon)
+    matrix = plan.matrix().numpy()
+    blocks = [[matrix[:30, :60].sum(), matrix[:30, 60:].sum()], [matrix[30:, :60].sum(), matrix[30:, 60:].sum()]]
+    # what the masses force, and not a cell more: crossing back and forth would cost e^(-2 gap^2/epsilon)
+    np.testing.assert_allclose(blocks, [[0.3, 0.0], [0.3, 0.4]], atol=1e-6)  # the marginals' tolerance
+
+
+@pytest.mark.parametrize("whole", [100, 700])
+def test_tiled_entropic_equals_whole(monkeypatch, whole):
+    interval = make_interval(60, 45, weighted=True)
+    kept = entropic(interval, epsilon=0.2, tolerance=1e-8)
+    monkeypatch.setattr(entropic_module, "WHOLE", whole)
+    tiled = entropic(interval, epsilon=0.2, tolerance=1e-8)
+    assert kept.cumulative is not None
+    assert tiled.cumulative is None
+    assert tiled.n_iterations == kept.n_iterations
+    np.testing.assert_allclose(tiled.matrix(), kept.matrix(), rtol=1e-8, atol=1e-16)  # rounding of exponents
+
+
+@pytest.mark.parametrize(("a", "b", "sigma"), [(1.0, 1.0, 1.0), (1.0, 2.0, 0.6), (0.5, 1.5, 1.2)])
+def test_entropic_plan_between_gaussians_has_the_bridge_covariance(a, b, sigma):
+    nodes, weights = hermegauss(60)  # a quadrature of N(0, 1): the discrete problem is the continuous one
+    mass = torch.tensor(weights / weights.sum())
+    x = torch.tensor(nodes)[:, None]
+    t0, t1 = 1.3, 2.3
+    interval = Interval(t0, t1, a * x, b * x, mass, mass)
+    plan = entropic(interval, epsilon=2 * sigma**2 * (t1 - t0), tolerance=1e-9)
+    covariance = float(((a * x) * plan.matrix() * (b * x).T).sum())
+    s = sigma**2 * (t1 - t0)
+    # Bunne et al. 2023, theorem 3; quadrature of e^(smooth) with 60 nodes is good to far below 1e-5
+    assert covariance == pytest.approx((-s + math.sqrt(s**2 + 4 * a**2 * b**2)) / 2, rel=1e-5)
+
+
+def test_too_small_an_epsilon_is_refused_and_sigma_named():
+    interval = make_interval(20, 20)
+    with pytest.raises(ValueError, match="sigma"):
+        entropic(interval, epsilon=1e-8)
+    with pytest.raises(ValueError, match="positive epsilon"):
+        entropic(interval, epsilon=0.0)
+    with pytest.raises(ValueError, match="positive epsilon"):
+        entropic(interval, epsilon=math.nan)
+
+
+def test_no_convergence_is_an_error_not_a_plan():
+    with pytest.raises(RuntimeError, match="Sinkhorn"):
+        entropic(make_interval(30, 30, weighted=True), epsilon=0.05, max_iterations=1, tolerance=1e-14)
+
+
+def tiled_entropic(interval):
+    return entropic(interval, epsilon=0.8, tolerance=1e-8)
+
+
+COUPLINGS = {
+    "exact": (exact, lambda interval: dense(exact(interval), interval)),
+    "blocked": (
+        lambda interval: blocked(interval, torch.Generator().manual_seed(0), block=5),
+        lambda interval: dense(blocked(interval, torch.Generator().manual_seed(0), block=5), interval),
+    ),
+    "independent": (independent, lambda interval: np.outer(interval.mass0, interval.mass1)),
+    "entropic": (tiled_entropic, lambda interval: tiled_entropic(interval).matrix().numpy()),
+    "entropic-tiled": (tiled_entropic, lambda interval: tiled_entropic(interval).matrix().numpy()),
+}
+
+
+@pytest.fixture(params=list(COUPLINGS))
+def coupling(request, monkeypatch):
+    if request.param == "entropic-tiled":
+        monkeypatch.setattr(entropic_module, "WHOLE", 16)
+    return COUPLINGS[request.param]
+
+
+def test_draws_follow_the_plan(coupling):
+    make, matrix = coupling
+    interval = make_interval(8, 6, weighted=True)
+    interval.mass0[2] = interval.mass1[0] = interval.mass1[5] = 0.0  # in the middle and at both ends
+    for mass in (interval.mass0, interval.mass1):
+        mass /= mass.sum()
+    n = 40_000
+    i, j = make(interval).sample(n, torch.Generator().manual_seed(3))
+    counts = np.zeros((8, 6))
+    np.add.at(counts, (i.numpy(), j.numpy()), 1)
+    assert counts[2].sum() == counts[:, 0].sum() == counts[:, 5].sum() == 0  # cells without mass never come up
+    plan = matrix(interval)
+    likely = n * plan > 5  # where the chi-square approximation holds; the rest in one
+    observed = np.append(counts[likely], counts[~likely].sum())
+    expected = np.append(n * plan[likely], n * plan[~likely].sum())
+    if expected[-1] < 5:
+        assert observed[-1] < 20  # a Poisson number of mean 5 exceeds 20 once in a million
+        observed, expected = observed[:-1], expected[:-1] * (observed[:-1].sum() / expected[:-1].sum())
+    assert chisquare(observed, expected).pvalue > 1e-3  # fixed seed: it passes or fails for good
+
+
+def test_same_generator_same_draws(coupling):
+    make, _ = coupling
+    interval = make_interval(8, 6, weighted=True)
+    first, second, other = (make(interval).sample(200, torch.Generator().manual_seed(s)) for s in (5, 5, 6))
+    assert torch.equal(torch.stack(first), torch.stack(second))
+    assert not torch.equal(torch.stack(first), torch.stack(other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_far_from_the_origin_the_plan_is_the_same(coupling, dtype):
+    _, matrix = coupling
+    near = make_interval(20, 15, weighted=True)
+    x0, x1 = ((x * 256).round() / 256 for x in (near.x0, near.x1))  # so that adding 1e4 is exact, in float32 too
+    plans = [
+        matrix(Interval(1.3, 4.1, (x0 + shift).to(dtype), (x1 + shift).to(dtype), near.mass0, near.mass1))
+        for shift in (0, 10_000)
+    ]
+    np.testing.assert_allclose(plans[1], plans[0], rtol=0, atol=1e-10)  # rounding in float64

@@ -1,0 +1,167 @@
+"""Bad input: an error that says what was expected, what was found and what to do, and nothing written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anndata import AnnData
+from scipy import sparse
+
+import sctraj
+
+Change = Callable[[AnnData], None]
+QUICK = {"n_steps": 5, "batch_size": 8}
+
+
+def _set(adata: AnnData, slot: str, value: object) -> None:
+    adata.obsm[slot] = value
+
+
+def _nan_times(adata: AnnData) -> None:
+    adata.obs.loc[adata.obs_names[[3, 7]], "time"] = np.nan
+
+
+def _nan_cells(adata: AnnData) -> None:
+    adata.obsm["X_pca"][[5, 9], 1] = np.inf
+
+
+def _tiny_snapshot(adata: AnnData) -> None:
+    adata.obs.loc[adata.obs_names[:2], "time"] = 99.0
+
+
+def _constant(adata: AnnData) -> None:
+    adata.obsm["X_pca"][:, 2] = 3.0
+
+
+def _duplicates(adata: AnnData) -> None:
+    names = adata.obs_names.to_numpy().copy()
+    names[1] = names[0]
+    adata.obs_names = names
+
+
+def _one_snapshot(adata: AnnData) -> None:
+    adata.obs["time"] = 1.0
+
+
+CASES: dict[str, tuple[Change, dict[str, object], type[Exception], str]] = {
+    "no such time column": (lambda a: None, {"time_key": "hour"}, KeyError, "look like times.*day.*time|time.*day"),
+    "text times": (lambda a: None, {"time_key": "day"}, ValueError, r"pp\.parse_time\(adata, \"day\"\)"),
+    "boolean times": (lambda a: a.obs.insert(0, "b", True), {"time_key": "b"}, ValueError, "bool"),
+    "NaN times": (_nan_times, {}, ValueError, "2 of 600 cells.*cell_3, cell_7"),
+    "NaN cells": (_nan_cells, {}, ValueError, "2 of 600 cells.*cell_5, cell_9"),
+    "one snapshot": (_one_snapshot, {}, ValueError, "at least 2 snapshots.*found 1"),
+    "tiny snapshot": (_tiny_snapshot, {}, ValueError, r"at least 3 cells.*99 \(2\)"),
+    "no such representation": (lambda a: None, {"use_rep": "X_umap"}, KeyError, "X_umap.*X_pca"),
+    "integers": (lambda a: _set(a, "R", np.arange(1800, dtype=np.int8).reshape(600, 3)), {"use_rep": "R"}, ValueError,
+                 "float32 or float64.*int8"),
+    "float16": (lambda a: _set(a, "R", a.obsm["X_pca"].astype(np.float16)), {"use_rep": "R"}, ValueError, "float16"),
+    "duplicate names": (_duplicates, {}, ValueError, "obs_names_make_unique"),
+    "constant dimension": (_constant, {}, ValueError, r"1 of 6.*\(2; the first is 0\)"),
+    "sigma below zero": (lambda a: None, {"sigma": -1.0}, ValueError, "sigma of at least 0, found -1"),
+    "sigma not finite": (lambda a: None, {"sigma": float("nan")}, ValueError, "finite sigma"),
+    "no sigma for a score": (lambda a: None, {"sigma": 0.0, "method": "sb-cfm"}, ValueError, "positive sigma.*ot-cfm"),
+    "sigma too small": (lambda a: None, {"sigma": 1e-5, "method": "sb-cfm"}, ValueError, "sigma at least .* larger"),
+    "unknown method": (lambda a: None, {"method": "ot"}, ValueError, "ot-cfm.*found 'ot'"),
+    "unknown device": (lambda a: None, {"device": "tpu"}, ValueError, "auto, cpu, cuda, mps, found 'tpu'"),
+    "no members": (lambda a: None, {"n_members": 0}, ValueError, "at least one member.*found 0"),
+    "no steps": (lambda a: None, {"n_steps": 0}, ValueError, "n_steps.*at least 1, found 0"),
+    "no batch": (lambda a: None, {"batch_size": 0}, ValueError, "batch_size"),
+    "learning rate": (lambda a: None, {"learning_rate": -1.0}, ValueError, "learning_rate"),
+    "patience": (lambda a: None, {"patience": 0}, ValueError, "patience"),
+    "seed": (lambda a: None, {"rng": -1}, ValueError, "rng"),
+    "key with a slash": (lambda a: None, {"key_added": "a/b"}, ValueError, 'without "/"'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fit_flow_refuses(cells: AnnData, name: str) -> None:
+    change, arguments, kind, message = CASES[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *a, **k: None)  # anndata warns of duplicate names
+        change(cells)
+    slots = {kind: set(getattr(cells, kind).keys()) for kind in ("obs", "obsm", "uns", "varm", "layers")}
+    with pytest.raises(kind, match=message):
+        sctraj.tl.fit_flow(cells, **{**QUICK, **arguments})  # type: ignore[arg-type]
+    assert slots == {kind: set(getattr(cells, kind).keys()) for kind in slots}
+
+
+def test_cuda_without_cuda(cells: AnnData) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ValueError, match=r"working cuda device.*device='cpu'"):
+        sctraj.tl.fit_flow(cells, device="cuda", **QUICK)
+
+
+def test_leave_one_out_refuses(cells: AnnData) -> None:
+    two = cells[cells.obs["time"] < 2].copy()
+    with pytest.raises(ValueError, match=r"at least 3 snapshots.*found 2"):
+        sctraj.tl.leave_one_out(two, **QUICK)
+    for methods in ((), ("ot-cfm", "ot-cfm"), ("sinkhorn",)):
+        with pytest.raises(ValueError, match="distinct methods"):
+            sctraj.tl.leave_one_out(cells, methods=methods, **QUICK)
+    with pytest.raises(ValueError, match="found 0"):
+        sctraj.tl.leave_one_out(cells, n_seeds=0, **QUICK)
+    assert "leave_one_out" not in cells.uns
+
+
+def test_numeric_categories_and_sparse_representations_work(cells: AnnData) -> None:
+    expected = sctraj.tl.fit_flow(cells, copy=True, **QUICK).obsm["flow_velocity"]
+    cells.obs["t"] = pd.Categorical(cells.obs["time"])
+    cells.obsm["sparse"] = sparse.csr_matrix(cells.obsm["X_pca"])
+    sctraj.tl.fit_flow(cells, "t", use_rep="sparse", **QUICK)
+    assert np.array_equal(cells.obsm["flow_velocity"], expected)
+
+
+def test_view_is_copied_with_a_warning(cells: AnnData) -> None:
+    view = cells[cells.obs["time"] < 5]
+    with pytest.warns(UserWarning, match="view"):
+        sctraj.tl.fit_flow(view, **QUICK)
+    assert not view.is_view
+    assert "flow" in view.uns
+    assert "flow" not in cells.uns
+
+
+def test_flow_of_other_cells(cells: AnnData) -> None:
+    sctraj.tl.fit_flow(cells, **QUICK)
+    with pytest.raises(ValueError, match=r"600 cells.*found 300 cells"):
+        sctraj.get.vector_field(cells[::2].copy())
+    moved = cells.copy()
+    moved.obsm["X_pca"][0, 0] += 1
+    with pytest.raises(ValueError, match="other times or coordinates"):
+        sctraj.tl.trajectories(moved)
+    renamed = cells.copy()
+    renamed.obs_names = [f"other_{name}" for name in renamed.obs_names]
+    with pytest.raises(ValueError, match="fitted on"):
+        sctraj.tl.interpolate(renamed, 1.0)
+
+
+def test_trajectory_times(cells: AnnData) -> None:
+    sctraj.tl.fit_flow(cells, **QUICK)
+    for times in (1, [], [2.0, 1.0], [-0.1, 1.0], [1.0, 7.5], [float("nan")]):
+        with pytest.raises(ValueError, match="times"):
+            sctraj.tl.trajectories(cells, times=times)
+    with pytest.raises(ValueError, match="solver"):
+        sctraj.tl.trajectories(cells, solver="heun")
+    assert "flow_trajectories" not in cells.obsm
+
+
+def test_units_far_from_one(cells: AnnData) -> None:
+    """Neither the clock's unit nor the representation's scale changes the result, with sigma at its default.
+
+    By powers of four, which floating-point numbers carry without rounding.
+    """
+    for method in ("ot-cfm", "sb-cfm"):
+        one = sctraj.tl.fit_flow(cells, method=method, copy=True, **QUICK)
+        scaled = cells.copy()
+        scaled.obsm["X_pca"] = scaled.obsm["X_pca"] * 1024
+        scaled.obs["time"] *= 16
+        sctraj.tl.fit_flow(scaled, method=method, **QUICK)
+        ratio = scaled.uns["flow"]["params"]["sigma"] / one.uns["flow"]["params"]["sigma"]
+        assert ratio == pytest.approx(1024 / 4 if method == "sb-cfm" else 1024, rel=1e-6)
+        expected = one.obsm["flow_velocity"] * 1024 / 16
+        error = np.abs(scaled.obsm["flow_velocity"] - expected).max() / np.abs(expected).max()
+        assert error < 1e-5

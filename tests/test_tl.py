@@ -1,0 +1,308 @@
+"""The scanpy-style face: slots, round trips, determinism, and the laws that restorations obey."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scanpy as sc
+import torch
+from anndata import AnnData
+from torch import nn
+
+import sctraj
+
+QUICK = {"n_steps": 30, "batch_size": 32}
+
+
+def _everything(adata: AnnData) -> AnnData:
+    sctraj.tl.fit_flow(adata, n_members=2, patience=3, **QUICK)
+    sctraj.tl.trajectories(adata, times=7, n_steps=5)
+    sctraj.tl.leave_one_out(adata, methods=("ot-cfm", "i-cfm"), n_seeds=2, **QUICK)
+    return adata
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, pd.DataFrame):
+        return a.equals(b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, np.asarray(b), equal_nan=a.dtype.kind == "f")
+    return a == b
+
+
+def test_slots(cells: AnnData) -> None:
+    before = cells.copy()
+    _everything(cells)
+    n, d = cells.obsm["X_pca"].shape
+    assert cells.obsm["flow_velocity"].shape == (n, d)
+    assert cells.obsm["flow_velocity"].dtype == np.float32
+    assert (cells.obs["flow_velocity_sd"] > 0).all()
+    assert cells.obsm["flow_trajectories"].shape == (n, 7, d)
+    assert cells.obsm["flow_trajectories"].dtype == np.float32
+    assert list(cells.obsm["flow_w1"].columns) == ["ot-cfm", "i-cfm"]
+    assert cells.obsm["flow_restored"].shape == (n, d)
+    assert cells.obsm["flow_restored"].dtype == np.float32
+    ends = cells.obs["time"].isin([0.0, 7.0]).to_numpy()
+    assert np.isnan(cells.obsm["flow_restored"][ends]).all()
+    assert np.isfinite(cells.obsm["flow_restored"][~ends]).all()
+    assert cells.obsm["flow_w1"][ends].isna().all(axis=None)
+    assert list(cells.uns["leave_one_out"].columns) == ["method", "time", "seed", "metric", "value"]
+    flow = cells.uns["flow"]
+    assert flow["params"]["sigma"] > 0
+    assert flow["times"].tolist() == [0.0, 1.0, 2.5, 3.5, 5.5, 7.0]
+    assert flow["loss"].shape == (30, 2)
+    assert flow["validation_loss"].shape[1] == 2
+    # nothing else was touched
+    for slot in ("X_pca", "X_latent"):
+        assert np.array_equal(before.obsm[slot], cells.obsm[slot])
+    assert before.obs.equals(cells.obs[before.obs.columns])
+
+
+@pytest.mark.filterwarnings("ignore:Writing zarr v2:UserWarning")
+@pytest.mark.parametrize("kind", ["h5ad", "zarr"])
+def test_every_slot_survives_a_file(cells: AnnData, tmp_path, kind: str) -> None:
+    _everything(cells)
+    path = tmp_path / f"cells.{kind}"
+    getattr(cells, f"write_{kind}")(path)
+    back = getattr(anndata, f"read_{kind}")(path)
+    for slot in ("flow_velocity", "flow_trajectories", "flow_w1", "flow_restored"):
+        assert _same(cells.obsm[slot], back.obsm[slot]), slot
+    for part in ("weights", "loss", "validation_loss", "trajectory_times", "versions"):
+        assert _same(cells.uns["flow"][part], back.uns["flow"][part]), part
+    assert _same(
+        sctraj.get.leave_one_out(cells)["value"].to_numpy(), sctraj.get.leave_one_out(back)["value"].to_numpy()
+    )
+    x = cells.obsm["X_pca"][:5]
+    assert np.array_equal(sctraj.get.vector_field(cells)(1.3, x), sctraj.get.vector_field(back)(1.3, x))
+    sctraj.tl.trajectories(back, times=7, n_steps=5)
+    assert np.array_equal(cells.obsm["flow_trajectories"], back.obsm["flow_trajectories"])
+
+
+def test_field_is_callable_in_another_process(cells: AnnData, tmp_path) -> None:
+    sctraj.tl.fit_flow(cells, **QUICK)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    code = (
+        "import sys, anndata, sctraj\n"
+        "a = anndata.read_h5ad(sys.argv[1])\n"
+        "print(float(sctraj.get.vector_field(a)(2.0, a.obsm['X_pca'][:3]).sum()))\n"
+    )
+    run = [sys.executable, "-c", code, str(tmp_path / "cells.h5ad")]
+    printed = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    assert float(printed) == float(sctraj.get.vector_field(cells)(2.0, cells.obsm["X_pca"][:3]).sum())
+
+
+def test_same_seed_same_bits_and_no_global_state(cells: AnnData) -> None:
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
+    one, two = _everything(cells.copy()), _everything(cells.copy())
+    assert torch.equal(torch_state, torch.get_rng_state())
+    assert np.array_equal(numpy_state[1], np.random.get_state()[1])  # noqa: NPY002
+    for slot in ("flow_velocity", "flow_trajectories", "flow_w1", "flow_restored"):
+        assert _same(one.obsm[slot], two.obsm[slot]), slot
+    other = sctraj.tl.fit_flow(cells, rng=1, copy=True, **QUICK)
+    assert other is not None
+    assert not np.array_equal(other.obsm["flow_velocity"], one.obsm["flow_velocity"])
+    # the seed drawn from a Generator is kept, and repeats the fit
+    drawn = sctraj.tl.fit_flow(cells, rng=np.random.default_rng(5), copy=True, **QUICK)
+    again = sctraj.tl.fit_flow(cells, rng=drawn.uns["flow"]["params"]["seed"], copy=True, **QUICK)
+    assert np.array_equal(drawn.obsm["flow_velocity"], again.obsm["flow_velocity"])
+
+
+def test_cell_order_does_not_matter_to_slots(cells: AnnData) -> None:
+    """Interleaved snapshots: every value must stand at its own cell."""
+    order = np.random.default_rng(0).permutation(cells.n_obs)
+    shuffled = cells[order].copy()
+    sctraj.tl.fit_flow(shuffled, **QUICK)
+    sctraj.tl.trajectories(shuffled, times=[0.0, 1.0, 2.5, 3.5, 5.5, 7.0], n_steps=5)
+    field = sctraj.get.vector_field(shuffled)
+    for k, t in enumerate([0.0, 1.0, 2.5, 3.5, 5.5, 7.0]):
+        own = (shuffled.obs["time"] == t).to_numpy()
+        np.testing.assert_allclose(
+            shuffled.obsm["flow_velocity"][own], field(t, shuffled.obsm["X_pca"][own]), rtol=1e-4, atol=1e-5
+        )
+        # at its own time a cell is exactly where it was observed
+        assert np.array_equal(shuffled.obsm["flow_trajectories"][own, k], shuffled.obsm["X_pca"][own])
+
+
+def test_key_added_and_copy(cells: AnnData, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="sctraj"):
+        out = sctraj.tl.leave_one_out(cells, n_seeds=1, key_added="mine", copy=True, **QUICK)
+        out = sctraj.tl.fit_flow(out, key_added="mine", copy=True, **QUICK)
+    assert not cells.uns.keys() & {"mine", "mine_leave_one_out", "leave_one_out"}
+    assert {"mine", "mine_leave_one_out", "mine_leave_one_out_protocol"} <= out.uns.keys()
+    assert {"mine_w1", "mine_restored", "mine_velocity"} <= out.obsm.keys()
+    assert len(sctraj.get.leave_one_out(out, key="mine"))
+    for slot in ("mine_leave_one_out", "mine_w1", "mine_restored", "mine_velocity", "has seen the held-out snapshots"):
+        assert slot in caplog.text
+    assert f"sigma = {out.uns['mine']['params']['sigma']:.4g}" in caplog.text
+
+
+def test_share_averages_to_the_table(cells: AnnData) -> None:
+    sctraj.tl.leave_one_out(cells, methods=("ot-cfm", "i-cfm"), n_seeds=3, **QUICK)
+    wide = sctraj.get.leave_one_out(cells, metric="w1")
+    for method in ("ot-cfm", "i-cfm"):
+        by_time = cells.obsm["flow_w1"][method].groupby(cells.obs["time"]).mean().dropna()
+        np.testing.assert_allclose(by_time, wide.loc[method, by_time.index.tolist()], rtol=1e-9)
+
+
+def test_baselines_and_noise_reference(cells: AnnData) -> None:
+    sctraj.tl.leave_one_out(cells, n_seeds=10, **QUICK)
+    table = sctraj.get.leave_one_out(cells)
+    x = {t: cells.obsm["X_pca"][(cells.obs["time"] == t).to_numpy()] for t in (0.0, 1.0, 2.5)}
+    value = table.set_index(["method", "time", "seed", "metric"])["value"]
+    assert value["previous", 1.0, 0, "w1"] == pytest.approx(sctraj.metrics.wasserstein(x[0.0], x[1.0]))
+    assert value["next", 1.0, 0, "energy"] == pytest.approx(sctraj.metrics.energy_distance(x[2.5], x[1.0]))
+    noise = table[(table["method"] == "noise-reference") & (table["metric"] == "energy")]
+    by_seed = noise.groupby("seed")["value"].mean()
+    assert abs(by_seed.mean()) < 3 * by_seed.std() / np.sqrt(len(by_seed)) + 1e-3  # halves of one law: zero on average
+    sizes = cells.uns["leave_one_out_protocol"]["noise_reference_sizes"]
+    assert sizes.sum(1).tolist() == [(cells.obs["time"] == t).sum() for t in (1.0, 2.5, 3.5, 5.5)]
+
+
+def test_restoration_on_simulated_cells() -> None:
+    """Uneven gaps, known truth: far better than either neighbour, and as good as exact OT interpolation."""
+    cells = sctraj.datasets.simulated_differentiation()
+    sctraj.tl.leave_one_out(cells, use_rep="X_latent", n_seeds=2)
+    w1, energy = (sctraj.get.leave_one_out(cells, metric=m)["mean"] for m in ("w1", "energy"))
+    assert w1["ot-cfm"] < 0.4 * min(w1["previous"], w1["next"])
+    assert w1["ot-cfm"] < 1.03 * w1["ot-interpolation"]
+    assert energy["ot-cfm"] < 0.1 * min(energy["previous"], energy["next"])
+
+
+def test_velocity_matches_the_known_one() -> None:
+    """Where there is no ambiguity (between the ends), the direction and length of the true velocity are found."""
+    cells = sctraj.datasets.simulated_differentiation()
+    sctraj.tl.fit_flow(cells, use_rep="X_latent")
+    inner = cells.obs["time"].between(1, 5.5).to_numpy()
+    found, true = cells.obsm["flow_velocity"][inner], cells.obsm["velocity_latent"][inner]
+    cosine = (found * true).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(true, axis=1)
+    assert np.median(cosine) > 0.95
+    assert np.median(np.linalg.norm(found, axis=1) / np.linalg.norm(true, axis=1)) == pytest.approx(1, abs=0.15)
+
+
+def test_stochastic_trajectories(cells: AnnData) -> None:
+    sctraj.tl.fit_flow(cells, method="sb-cfm", n_steps=200, batch_size=64)
+    sctraj.tl.trajectories(cells, times=5, stochastic=True, n_steps=20)
+    one = cells.obsm["flow_trajectories"].copy()
+    sctraj.tl.trajectories(cells, times=5, stochastic=True, n_steps=20, rng=1)
+    first = (cells.obs["time"] == 0).to_numpy()
+    assert np.array_equal(one[first, 0], cells.obsm["flow_trajectories"][first, 0])
+    assert not np.allclose(one[first, 1], cells.obsm["flow_trajectories"][first, 1])
+    # both ways in time the population stays where the data are
+    last = (cells.obs["time"] == 7).to_numpy()
+    for start, k, end in ((first, -1, last), (last, 0, first)):
+        arrived, there = one[start, k], cells.obsm["X_pca"][end]
+        assert sctraj.metrics.energy_distance(arrived, there) < 0.25 * sctraj.metrics.energy_distance(
+            cells.obsm["X_pca"][start], there
+        )
+
+
+def test_stochastic_needs_a_score(cells: AnnData) -> None:
+    sctraj.tl.fit_flow(cells, **QUICK)
+    with pytest.raises(ValueError, match="sb-cfm"):
+        sctraj.tl.trajectories(cells, stochastic=True)
+    assert "flow_trajectories" not in cells.obsm
+
+
+def test_own_module(cells: AnnData) -> None:
+    class Net(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(7, 16), nn.Tanh(), nn.Linear(16, 6))
+            generator = torch.Generator().manual_seed(seed)
+            for p in self.parameters():
+                nn.init.normal_(p, std=0.3, generator=generator)
+
+        def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(torch.cat([t, x], -1))
+
+    sctraj.tl.fit_flow(cells, module=Net(0), n_members=2, n_steps=100, batch_size=64)
+    assert cells.uns["flow"]["loss"][-10:].mean() < 0.7 * cells.uns["flow"]["loss"][:10].mean()
+    with pytest.raises(ValueError, match="module"):
+        sctraj.get.vector_field(cells)
+    field = sctraj.get.vector_field(cells, module=Net(1))
+    own = (cells.obs["time"] == 1).to_numpy()
+    np.testing.assert_allclose(field(1.0, cells.obsm["X_pca"][own]), cells.obsm["flow_velocity"][own], atol=1e-5)
+
+
+def test_interpolate(cells: AnnData) -> None:
+    sctraj.tl.fit_flow(cells, n_steps=200, batch_size=64)
+    middle = sctraj.tl.interpolate(cells, 4.5)
+    source = (cells.obs["time"] == 3.5).to_numpy()
+    assert middle.obs["source_cell"].tolist() == cells.obs_names[source].tolist()
+    assert (middle.obs["time"] == 4.5).all()
+    sctraj.tl.trajectories(cells, times=[3.5, 4.5])
+    np.testing.assert_allclose(middle.obsm["X_pca"], cells.obsm["flow_trajectories"][source, 1], atol=1e-4)
+    # decoding then projecting gives the components back
+    mean = cells.X.mean(axis=0)
+    np.testing.assert_allclose((middle.X - mean) @ cells.varm["PCs"], middle.obsm["X_pca"], atol=1e-3)
+    assert middle.var_names.equals(cells.var_names)
+    at_a_snapshot = sctraj.tl.interpolate(cells, 3.5)
+    assert np.array_equal(at_a_snapshot.obsm["X_pca"], cells.obsm["X_pca"][source])
+    for outside in (-1, 7.1, float("nan")):
+        with pytest.raises(ValueError, match="range"):
+            sctraj.tl.interpolate(cells, outside)
+
+
+def test_interpolate_refuses_components_of_another_matrix(cells: AnnData) -> None:
+    sctraj.tl.fit_flow(cells, **QUICK)
+    cells.X = np.asarray(cells.X) * 2
+    with pytest.raises(ValueError, match="decode=False"):
+        sctraj.tl.interpolate(cells, 2.0)
+    assert sctraj.tl.interpolate(cells, 2.0, decode=False).n_vars == 0
+
+
+def test_sparse_matrix_decodes(cells: AnnData) -> None:
+    from scipy import sparse
+
+    sctraj.tl.fit_flow(cells, **QUICK)
+    dense = sctraj.tl.interpolate(cells, 2.0).X
+    cells.X = sparse.csr_matrix(cells.X)
+    np.testing.assert_allclose(sctraj.tl.interpolate(cells, 2.0).X, dense, atol=1e-4)
+
+
+def test_get_names_what_to_run_first(cells: AnnData) -> None:
+    for call, hint in (
+        (sctraj.get.vector_field, "tl.fit_flow"),
+        (sctraj.get.loss, "tl.fit_flow"),
+        (sctraj.get.velocity, "tl.fit_flow"),
+        (sctraj.get.trajectories, "tl.trajectories"),
+        (sctraj.get.leave_one_out, "tl.leave_one_out"),
+        (sctraj.tl.trajectories, "tl.fit_flow"),
+    ):
+        with pytest.raises(KeyError, match=hint):
+            call(cells)
+
+
+def test_real_cells(real_data) -> None:
+    """Embryoid bodies, the published 5-D protocol: the baselines to three decimals, the method at its mark."""
+    cells = anndata.read_h5ad(real_data("embryoid_body_2750.h5ad"))
+    sctraj.pp.standardize(cells)
+    sctraj.tl.leave_one_out(cells, use_rep="X_std", methods=("ot-cfm",), n_seeds=2)
+    w1 = sctraj.get.leave_one_out(cells, metric="w1")["mean"]
+    assert round(w1["previous"], 3) == 1.273
+    assert round(w1["ot-interpolation"], 3) == 0.887
+    assert w1["ot-cfm"] <= 0.89
+
+
+def test_real_text_days(real_data) -> None:
+    """iPSC to cardiomyocyte: text days, uneven gaps, four held-out days, each at its real time."""
+    cells = anndata.read_h5ad(real_data("ipsc_cardiomyocyte_1081.h5ad"))
+    sctraj.pp.parse_time(cells, "day")
+    sc.pp.pca(cells, n_comps=5)
+    sctraj.pp.standardize(cells, n_dims=5)
+    with pytest.raises(ValueError, match="parse_time"):
+        sctraj.tl.fit_flow(cells, "day", use_rep="X_std")
+    sctraj.tl.fit_flow(cells, use_rep="X_std", **QUICK)
+    sctraj.tl.leave_one_out(cells, use_rep="X_std", n_seeds=1, n_steps=300)
+    w1 = sctraj.get.leave_one_out(cells, metric="w1")
+    assert w1.columns[:4].tolist() == [1.0, 1.5, 2.0, 2.5]
+    assert round(w1.loc["previous", "mean"], 3) == 1.844
+    assert round(w1.loc["ot-interpolation", "mean"], 3) == 1.405
+    assert w1.loc["ot-cfm", "mean"] < 1.45
