@@ -111,7 +111,7 @@ def trajectories(adata: AnnData, *, key: str = _adata.FLOW) -> pd.DataFrame:
     values = np.asarray(_slot(adata, _adata.TRAJECTORIES.format(key=key), "tl.trajectories"))
     times = np.asarray(_adata.stored(adata, key)["trajectory_times"])
     index = pd.MultiIndex.from_product([adata.obs_names, times], names=["cell", "time"])
-    return pd.DataFrame(values.reshape(len(index), -1), index=index)
+    return pd.DataFrame(values.reshape(len(index), values.shape[-1]), index=index)
 
 
 def representation(adata: AnnData, *, key: str = _adata.FLOW) -> np.ndarray:

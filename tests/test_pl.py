@@ -12,7 +12,7 @@ from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_rgba
 from matplotlib.quiver import Quiver
 
-from sctraj import pl
+from sctraj import get, pl
 from sctraj.pl._basis import MOST_CELLS, find_basis, project_velocity, projection, thin
 from sctraj.pl._velocity import grid_average
 
@@ -44,7 +44,7 @@ def adata() -> anndata.AnnData:
     """A cloud that drifts along a known constant velocity, with every slot that the plots read."""
     rng = np.random.default_rng(0)
     day = np.repeat(DAYS, 100)
-    n, steps = day.size, np.arange(200)
+    n = day.size
     x = rng.normal(size=(n, 4)) + np.outer(day, VELOCITY)
     cells = [f"cell{i}" for i in range(n)]
     obs = pd.DataFrame({"day": day, "kind": pd.Categorical(rng.choice(["a", "b"], n)), "amount": rng.random(n)}, cells)
@@ -56,12 +56,12 @@ def adata() -> anndata.AnnData:
     share = rng.random((n, 2))
     share[np.isin(day, DAYS[[0, -1]])] = np.nan
     a.obsm["flow_w1"] = pd.DataFrame(share, index=cells, columns=["ot-cfm", "i-cfm"])
-    loss = pd.DataFrame({"0": 1 + rng.random(200), "1": 2 + rng.random(200)}, index=pd.Index(steps, name="step"))
-    loss["validation 0"] = np.where(steps % 50 == 0, 1.5, np.nan)
     a.uns["flow"] = {
         "params": {"use_rep": "X_pca", "time_key": "day", "method": "ot-cfm"},
         "trajectory_times": TIMES,
-        "loss": loss,
+        "weights": {},
+        "loss": np.array([1, 2]) + rng.random((200, 2)),
+        "validation_loss": np.full((8, 2), 1.5),
     }
     a.uns["day"] = {"unit": "days"}
     seeds = {"ot-cfm": 3, "i-cfm": 3, "previous": 1, "next": 1, "ot-interpolation": 1, "noise-reference": 4}
@@ -131,23 +131,24 @@ def test_it_changes_nothing_in_adata(adata):
 
 # --- loss ----------------------------------------------------------------------------------------------------------
 def test_loss_lines_are_the_raw_values_their_running_mean_and_the_validation(adata):
-    table = adata.uns["flow"]["loss"]
+    table = get.loss(adata)
     raw, smooth, validation, *_ = pl.loss(adata).lines
     np.testing.assert_array_equal(raw.get_ydata(), table["0"])
     middle = table["0"].to_numpy()[98:102]  # a window of 200 / 50 steps
     assert smooth.get_ydata()[100] == pytest.approx(middle.mean())
-    np.testing.assert_array_equal(validation.get_xdata(), [0, 50, 100, 150])
+    np.testing.assert_array_equal(validation.get_xdata(), 25 * np.arange(1, 9))
     assert validation.get_color() == raw.get_color() == smooth.get_color()
 
 
 def test_loss_axis_is_logarithmic_only_where_that_helps(adata):
     assert pl.loss(adata).get_yscale() == "linear"
-    adata.uns["flow"]["loss"] = adata.uns["flow"]["loss"].mul(np.logspace(0, -3, 200), axis=0)
+    adata.uns["flow"]["loss"] *= np.logspace(0, -3, 200)[:, None]
     assert pl.loss(adata).get_yscale() == "log"
 
 
 def test_loss_of_many_members_has_a_short_legend(adata):
-    adata.uns["flow"]["loss"] = pd.DataFrame({str(i): np.linspace(2, 1, 50) + i for i in range(15)})
+    adata.uns["flow"]["loss"] = np.linspace(2, 1, 50)[:, None] + np.arange(15)
+    adata.uns["flow"]["validation_loss"] = np.empty((0, 15))
     assert [text.get_text() for text in pl.loss(adata).get_legend().get_texts()] == [
         "running means, 15 members",
         "every step",

@@ -210,6 +210,14 @@ def test_stochastic_needs_a_score(cells: AnnData) -> None:
     assert "flow_trajectories" not in cells.obsm
 
 
+def test_a_new_fit_takes_the_old_ones_trajectories_away(cells: AnnData) -> None:
+    sctraj.tl.fit_flow(cells, n_members=2, **QUICK)
+    sctraj.tl.trajectories(cells, times=3, n_steps=2)
+    sctraj.tl.fit_flow(cells, **QUICK)
+    assert "flow_trajectories" not in cells.obsm
+    assert "flow_velocity_sd" not in cells.obs
+
+
 def test_own_module(cells: AnnData) -> None:
     class Net(nn.Module):
         def __init__(self, seed: int) -> None:

@@ -229,17 +229,24 @@ class _Cloud(NamedTuple):
 
 
 def _cloud(x: ArrayLike, weights: ArrayLike | None, *, like: ArrayLike | None = None) -> _Cloud:
-    points = torch.as_tensor(x).double().cpu()
+    points = _double(x)
     if points.dim() != 2 or len(points) == 0 or not bool(points.isfinite().all()):
         raise ValueError(f"expected finite points (n, d), found shape {tuple(points.shape)}")
-    if like is not None and points.shape[1] != torch.as_tensor(like).shape[1]:
-        raise ValueError(f"expected points of one dimension, found {torch.as_tensor(like).shape[1]}, {points.shape[1]}")
+    if like is not None and points.shape[1] != (d := _double(like).shape[1]):
+        raise ValueError(f"expected points of one dimension, found {d}, {points.shape[1]}")
     if weights is None:
         return _Cloud(points, torch.full((len(points),), 1 / len(points), dtype=torch.float64))
-    mass = torch.as_tensor(weights).double().cpu()
+    mass = _double(weights)
     if mass.shape != (len(points),) or not bool((mass >= 0).all()) or not 0 < float(mass.sum()) < math.inf:
         raise ValueError(f"expected {len(points)} non-negative weights, some above zero, found {tuple(mass.shape)}")
     return _Cloud(points, mass / mass.sum())
+
+
+def _double(values: ArrayLike) -> Tensor:
+    if isinstance(values, Tensor):
+        return values.detach().double().cpu()
+    # a copy: torch takes neither negative strides nor, without a warning, what is read-only; lists it takes as float32
+    return torch.from_numpy(np.array(values, dtype=np.float64))
 
 
 def _identity(distance: Tensor) -> Tensor:

@@ -7,12 +7,11 @@ is one batched matmul per layer. No member's numbers enter another's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import trange
 
 from .problem import Problem
 from .snapshots import to_device
@@ -180,7 +179,7 @@ def fit(
     stopping = _EarlyStopping(average, members, training.patience or n_steps, device)
 
     losses, validation_losses = [], []
-    for step in trange(n_steps, disable=not progress, desc=f"flow matching, {members} member(s)", leave=False):
+    for step in _steps(n_steps, members, progress=progress):
         loss = _loss(field, next(batches))  # (M,)
         loss.sum().backward()  # members share nothing: each gets the gradient of its own loss
         optimiser.step()
@@ -204,6 +203,14 @@ def fit(
     empty = history.new_zeros(0, members)
     field.eval().requires_grad_(False)
     return Fit(field, history, torch.stack(validation_losses).cpu() if validation_losses else empty)
+
+
+def _steps(n_steps: int, members: int, *, progress: bool) -> Iterable[int]:
+    if not progress:
+        return range(n_steps)
+    from tqdm.auto import trange  # warns where a notebook lacks its widgets: only whom it concerns
+
+    return trange(n_steps, desc=f"flow matching, {members} member(s)", leave=False)
 
 
 def one_cycle(progress: float) -> float:

@@ -35,7 +35,7 @@ def fit_flow(
     width: int = 64,
     depth: int = 3,
     n_steps: int = 500,
-    batch_size: int = 256,
+    batch_size: int = 128,
     learning_rate: float = 5e-3,
     weight_decay: float = 1e-5,
     ema_decay: float = 0.99,
@@ -124,6 +124,7 @@ def fit_flow(
     velocity = [_velocity_at(result.vector_field, t, x) for t, x in zip(cells.snapshots.times, cells.snapshots.points)]
 
     adata = _adata.own(adata, copy=copy)
+    adata.obsm.pop(_adata.TRAJECTORIES.format(key=key_added), None)  # of an earlier flow of this name
     used = problems[0].path.sigma
     params = {
         "method": method, "time_key": time_key, "use_rep": use_rep, "sigma": used, "n_members": n_members,
@@ -149,7 +150,7 @@ def fit_flow(
         adata.obs[spread] = _adata.write_by_cell(cells, [sd for _, sd in velocity])
         written += f', obs["{spread}"]'
     elif spread in adata.obs:
-        del adata.obs[spread]  # of an earlier flow of this name
+        del adata.obs[spread]
     logger.info(
         f"{method} fitted to {len(cells.snapshots)} snapshots of {cells.n_obs} cells in {use_rep}, sigma = {used:.4g}, "
         f"on {where}; wrote {written}"

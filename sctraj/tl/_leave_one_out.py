@@ -38,7 +38,7 @@ def leave_one_out(
     width: int = 64,
     depth: int = 3,
     n_steps: int = 500,
-    batch_size: int = 256,
+    batch_size: int = 128,
     learning_rate: float = 5e-3,
     weight_decay: float = 1e-5,
     ema_decay: float = 0.99,

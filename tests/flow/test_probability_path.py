@@ -63,7 +63,6 @@ def test_mean_and_variance_given_the_time(path):
 @each_path
 def test_velocity_is_the_rate_of_the_sampled_path_in_real_time(path):
     sample = draw(path, 2000)
-    x0, x1 = ends(2000)
     mean, variance = truth(path, sample.t)
     noise = (sample.x - mean) / variance.sqrt()
     h = 1e-6 * LENGTH  # a thousandth of the bridge's margin

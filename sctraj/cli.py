@@ -1,0 +1,280 @@
+"""The command line: fit, benchmark, plot. Options, types and defaults are those of the functions called."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+
+import click
+
+from . import __version__, benchmark, datasets, pl, pp, tl
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+EXPECTED = (ValueError, KeyError, TypeError, OSError, RuntimeError)
+PLOTS: dict[str, tuple[str, dict[str, str]]] = {
+    "velocity": ("velocity", {}),
+    "trajectories": ("trajectories", {}),
+    "loss": ("loss", {}),
+    "leave-one-out": ("leave_one_out", {"kind": "distances"}),
+    "map": ("leave_one_out", {"kind": "map"}),
+}
+NEEDS_PYTHON = {"module", "copy"}  # arguments that a command line cannot give
+
+
+# --- options from signatures ---------------------------------------------------------------------------------------
+class Several(click.ParamType):
+    """Values with commas between them."""
+
+    name = "A,B,..."
+
+    def __init__(self, item: click.ParamType) -> None:
+        self.item = item
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        """Split text; leave a default as it is."""
+        items = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+        return tuple(self.item.convert(item, param, ctx) for item in items)
+
+
+def click_type(hint: Any) -> click.ParamType:
+    """Return the first member of a type hint that can be typed on a command line."""
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for member in members:
+        if get_origin(member) is Literal:
+            return click.Choice([str(value) for value in get_args(member)])
+        if get_origin(member) is Sequence:
+            return Several(click_type(get_args(member)[0]))
+        if member in (bool, int, float, str):
+            return click.types.convert_type(member)
+    raise TypeError(f"{hint} cannot be given on a command line; leave the parameter out of the options.")
+
+
+def described(function: Callable[..., Any]) -> dict[str, str]:
+    """Return what a numpydoc docstring says about each parameter."""
+    section = re.search(r"^Parameters\n-+\n(.*?)(?:\n\n^\S+\n-+$|\Z)", inspect.getdoc(function) or "", re.M | re.S)
+    entries = re.findall(r"^(\S.*)\n((?:[ ]+.*\n?|\n)+)", section[1] + "\n" if section else "", re.M)
+    texts = {name.strip(): " ".join(text.split()) for names, text in entries for name in names.split(",")}
+    return {name: text.replace("``", "").replace("`", "") for name, text in texts.items()}
+
+
+def options(*functions: Callable[..., Any], skip: Iterable[str] = (), only: Iterable[str] | None = None) -> list:
+    """Turn the parameters of functions, but for the AnnData, into options; of two with one name the later counts.
+
+    Parameters
+    ----------
+    functions
+        With annotated parameters, each with a default.
+    skip, only
+        Names to leave out; names to take.
+    """
+    left_out = {*NEEDS_PYTHON, *skip}
+    made: dict[str, click.Option] = {}
+    helps: dict[str, str] = {}
+    for function in functions:
+        # "As in ..." refers to a function read before
+        helps |= {name: text for name, text in described(function).items() if not text.startswith("As in")}
+        for name, parameter in list(inspect.signature(function).parameters.items())[1:]:
+            if name in left_out or (only is not None and name not in only) or parameter.kind is parameter.VAR_KEYWORD:
+                continue
+            hint = parameter.annotation
+            if isinstance(hint, str):
+                hint = eval(hint, function.__globals__)  # type: ignore[attr-defined]
+            flag = f"--{name.replace('_', '-')}"
+            made[name] = click.Option(
+                [f"{flag}/--no-{flag[2:]}" if hint is bool else flag, name],
+                type=click_type(hint),
+                default=parameter.default,
+                show_default=True,
+                help=helps.get(name),
+            )
+    return list(made.values())
+
+
+class Verb(click.Command):
+    """A command whose options are read from signatures when they are asked for, and not when sctraj starts.
+
+    An expected error ends it with one line on stderr and exit code 1; --debug shows the traceback instead.
+    """
+
+    def __init__(self, *args: Any, reads: Callable[[], list[click.Option]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._reads: Callable[[], list[click.Option]] | None = reads
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the command's own parameters and those read."""
+        if self._reads is not None:
+            self.params += self._reads()
+            self.params.append(
+                click.Option(["--debug"], is_flag=True, help="Show where an error comes from.", expose_value=False,
+                             callback=lambda ctx, _, value: ctx.meta.update({"sctraj.debug": value}))
+            )  # fmt: skip
+            self._reads = None
+        return super().get_params(ctx)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except EXPECTED as error:
+            if ctx.meta.get("sctraj.debug"):
+                raise
+            # str() of a KeyError puts its message in quotes
+            message = error.args[0] if isinstance(error, KeyError) and error.args else error
+            raise click.ClickException(" ".join(str(message).split()) or type(error).__name__) from error
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+def read(path: Path) -> AnnData:
+    """Read an h5ad file."""
+    import anndata
+    import h5py
+
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected an h5ad file, found {'a folder' if path.is_dir() else 'nothing'}: {path}")
+    if not h5py.is_hdf5(path):
+        raise OSError(f"Expected an h5ad file, found something else: {path}. Write one with adata.write_h5ad().")
+    try:
+        adata = anndata.read_h5ad(path)
+    except Exception as error:
+        raise OSError(f"Expected an h5ad file, found one that anndata cannot read: {path} ({error}).") from error
+    if adata.n_obs == 0:
+        raise ValueError(f"Expected cells, found none in {path}.")
+    return adata
+
+
+def check_output(path: Path, *suffixes: str) -> None:
+    """Raise if a file cannot be written, before anything is computed."""
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"Expected an output file that ends in {' or '.join(suffixes)}, found {path}.")
+    if path.is_dir() or not path.parent.is_dir():
+        found = "a folder of that name" if path.is_dir() else f"no folder {path.parent}"
+        raise FileNotFoundError(f"Expected to write {path}, found {found}.")
+
+
+def prepare(adata: AnnData, *, time_key: str, column: str | None, pca: int | None, **reading: Any) -> None:
+    """Read times from text and compute principal components, where asked for."""
+    if column is not None:
+        pp.parse_time(adata, column, key_added=time_key, **reading)
+    if pca is None:
+        return
+    if adata.X is None or adata.n_vars == 0:
+        raise ValueError("Expected expression values in X for --pca, found none. Use a representation with --use-rep.")
+    if "X_pca" in adata.obsm:
+        raise ValueError('Expected no principal components for --pca, found obsm["X_pca"]. Leave --pca out.')
+    import scanpy as sc
+
+    # in float64: in float32 the last components depend on the machine
+    sc.pp.pca(adata, n_comps=pca, svd_solver="full", dtype="float32")
+    params = adata.uns["pca"]["params"]
+    adata.uns["pca"]["params"] = {k: v for k, v in params.items() if v is not None}  # older anndata cannot write None
+
+
+def preparing(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of `prepare`."""
+    help_pca = "First compute so many principal components of X, over all cells."
+    command = click.option("--pca", type=click.IntRange(min=1), metavar="N", help=help_pca)(command)
+    help_time = "First read the times from this column of labels, into the time key."
+    return click.option("--parse-time", "column", metavar="COLUMN", help=help_time)(command)
+
+
+A_FILE = click.Path(path_type=Path)
+
+
+# --- commands ------------------------------------------------------------------------------------------------------
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="sctraj")
+def main() -> None:
+    """Continuous trajectories between single-cell snapshots by conditional flow matching."""
+
+
+@main.command(
+    "fit",
+    cls=Verb,
+    reads=lambda: options(tl.fit_flow) + options(pp.parse_time, only=("unit", "window")),
+)
+@click.argument("source", metavar="IN", type=A_FILE)
+@click.option("-o", "--output", metavar="OUT", type=A_FILE, required=True, help="The h5ad file to write.")
+@click.option("--trajectories", is_flag=True, help="Also follow every cell along the flow.")
+@preparing
+def fit_command(
+    source: Path, output: Path, trajectories: bool, column: str | None, pca: int | None, unit: str | None, window: str,
+    **arguments: Any,
+) -> None:  # fmt: skip
+    """Fit a flow to the cells of IN (h5ad) and write them with it."""
+    check_output(output, ".h5ad")
+    adata = read(source)
+    prepare(adata, time_key=arguments["time_key"], column=column, pca=pca, unit=unit, window=window)
+    tl.fit_flow(adata, **arguments)
+    if trajectories:
+        tl.trajectories(adata, device=arguments["device"], rng=arguments["rng"], key=arguments["key_added"])
+    with benchmark.written_whole(output) as path:
+        adata.write_h5ad(path)
+    click.echo(f"wrote {output}")
+
+
+def _benchmark_options() -> list[click.Option]:
+    judged = options(tl.fit_flow, tl.leave_one_out, benchmark.run, skip={"folder", "key_added"})
+    asked = {*inspect.signature(tl.leave_one_out).parameters, *inspect.signature(benchmark.run).parameters}
+    dims = options(pp.standardize, only=("n_dims",))
+    dims[0].help = "Judge in the first N dimensions, standardised over all cells; 0: in the representation as it is."
+    return [
+        *(option for option in judged if option.name in asked),
+        *dims,
+        *options(pp.parse_time, only=("unit", "window")),
+    ]
+
+
+@main.command("benchmark", cls=Verb, reads=_benchmark_options)
+@click.argument("source", metavar="[IN]", type=A_FILE, required=False)
+@click.option("-o", "--output", metavar="FOLDER", type=A_FILE, help="Where the table, the plot and the cells go.")
+@preparing
+def benchmark_command(
+    source: Path | None, output: Path | None, column: str | None, pca: int | None, unit: str | None, window: str,
+    n_dims: int, **arguments: Any,
+) -> None:  # fmt: skip
+    """Leave every interior snapshot of IN (h5ad; the simulated example if not given) out in turn, and restore it."""
+    adata = datasets.simulated_differentiation() if source is None else read(source)
+    prepare(adata, time_key=arguments["time_key"], column=column, pca=pca, unit=unit, window=window)
+    if n_dims != 0:
+        pp.standardize(adata, arguments["use_rep"], n_dims=n_dims)
+        arguments["use_rep"] = inspect.signature(pp.standardize).parameters["key_added"].default
+    where: Mapping[str, Any] = {} if output is None else {"folder": output}
+    benchmark.run(adata, **where, **arguments)
+
+
+def _plot_options() -> list[click.Option]:
+    drawn = (pl.loss, pl.trajectories, pl.velocity, pl.leave_one_out)
+    return options(*drawn, only=("basis", "color", "metric", "method", "key"))
+
+
+@main.command("plot", cls=Verb, reads=_plot_options)
+@click.argument("source", metavar="IN", type=A_FILE)
+@click.option("-o", "--output", metavar="PNG", type=A_FILE, required=True, help="The picture to write.")
+@click.option("--kind", type=click.Choice(list(PLOTS)), default=next(iter(PLOTS)), show_default=True)
+@click.pass_context
+def plot_command(ctx: click.Context, /, source: Path, output: Path, kind: str, **arguments: Any) -> None:
+    """Draw the cells of IN (h5ad), as written by fit or benchmark."""
+    check_output(output, ".png", ".pdf", ".svg")
+    verb, fixed = PLOTS[kind]
+    draw = getattr(pl, verb)
+    takes = inspect.signature(draw).parameters
+    for name in [name for name in arguments if name not in takes]:
+        if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise click.UsageError(f"--{name} has no meaning for --kind {kind}.")
+        del arguments[name]
+    from matplotlib.figure import Figure
+
+    adata = read(source)
+    figure = Figure(figsize=(7, 5), layout="constrained")  # needs no display
+    draw(adata, ax=figure.subplots(), **fixed, **arguments)
+    with benchmark.written_whole(output) as path:
+        figure.savefig(path, dpi=150)
+    click.echo(f"wrote {output}")

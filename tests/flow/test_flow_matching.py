@@ -1,0 +1,402 @@
+"""Laws of the fits: they learn the known maps, no member sees another's data, and units do not matter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import ot
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sctraj.flow.flow_matching import EVALUATE_EVERY, Fit, Training, fit, pick_device
+from sctraj.flow.hold_out import hold_out_problems
+from sctraj.flow.integrate import push, simulate
+from sctraj.flow.problem import METHODS, make_problems
+from sctraj.flow.snapshots import Snapshots
+from sctraj.flow.vector_field import VectorField
+
+CPU = torch.device("cpu")
+QUICK = Training(
+    module=None,
+    width=16,
+    depth=2,
+    n_steps=60,
+    batch_size=32,
+    learning_rate=1e-2,
+    weight_decay=1e-5,
+    ema_decay=0.9,
+    patience=None,
+)
+TIMES = (0.0, 1.0, 4.0, 6.0)
+
+
+def make(times=TIMES, sizes=(40, 30, 50, 35), *, seed=0, shift=0.0, unit=1.0, hours=1.0, delay=0.0) -> Snapshots:
+    rng = torch.Generator().manual_seed(seed)
+    clouds = [torch.randn(n, 2, generator=rng, dtype=torch.float64) + t for n, t in zip(sizes, times)]
+    return Snapshots(tuple(hours * t + delay for t in times), tuple(unit * x + shift for x in clouds))
+
+
+def train(problems, validation=(), training=QUICK, dtype=torch.float64) -> Fit:
+    return fit(problems, validation=validation, training=training, device=CPU, dtype=dtype, progress=False)
+
+
+def quick(snapshots: Snapshots, *, method="ot-cfm", sigma=None, seeds=(0,), training=QUICK, dtype=torch.float64) -> Fit:
+    validate = training.patience is not None
+    problems, validation = make_problems(snapshots, method=method, sigma=sigma, seeds=seeds, validate=validate)
+    return train(problems, validation, training, dtype)
+
+
+def weights(field: VectorField) -> dict[str, Tensor]:
+    return dict(field.state_dict())
+
+
+def gaussian(n: int, mean, covariance, seed: int) -> Tensor:
+    """Normal cells whose sample mean and covariance are exactly the ones given: no noise but in higher moments."""
+    z = np.random.default_rng(seed).standard_normal((n, len(mean)))
+    z -= z.mean(0)
+    z = z @ np.linalg.inv(np.linalg.cholesky(np.cov(z.T, ddof=0))).T
+    return torch.tensor(z @ np.linalg.cholesky(np.asarray(covariance)).T + np.asarray(mean))
+
+
+# ---- what is learnt
+
+
+def test_ot_cfm_learns_the_optimal_map_between_gaussians_over_uneven_gaps():
+    times, n = (1.0, 2.0, 6.0), 1000
+    means = np.array([[0.0, 0.0], [3.0, 1.0], [2.0, 5.0]])
+    covariances = np.array([[[1.0, 0.6], [0.6, 1.5]], [[2.0, -0.8], [-0.8, 0.8]], [[0.5, 0.2], [0.2, 2.0]]])
+    points = tuple(gaussian(n, *law, seed).float() for seed, law in enumerate(zip(means, covariances)))
+    training = replace(QUICK, width=64, n_steps=800, batch_size=128, ema_decay=0.99)
+    learnt = quick(Snapshots(times, points), sigma=0.05, training=training, dtype=torch.float32).vector_field
+    for k in (0, 1):
+        law = means[k], means[k + 1], covariances[k], covariances[k + 1]
+        a, b = ot.gaussian.bures_wasserstein_mapping(*law)
+        x0 = torch.tensor(np.random.default_rng(9).multivariate_normal(means[k], covariances[k], 1000)).float()
+        truth = x0 @ torch.tensor(a).float() + torch.tensor(b).float()
+        x1 = push(learnt, x0[None], times[k], times[k + 1], solver="rk4", n_steps=20, tolerance=1e-5)[0]
+        # against the displacement beyond the mean's own, so that a mere shift would score one; a thousand cells'
+        # empirical plan is off by about 0.1 in two dimensions, and 800 steps leave as much again
+        deformation = (truth - x0) - (truth - x0).mean(0)
+        assert float((x1 - truth).norm() / deformation.norm()) < 0.25
+
+
+BRIDGE = {"a": 1.0, "b": 2.0, "sigma": 0.6, "t0": 1.3, "t1": 4.1}
+
+
+def bridge_variance(s: float) -> float:
+    """Of the Schroedinger bridge between N(0, a^2) and N(0, b^2) at the fraction s of the interval."""
+    a, b, spread = BRIDGE["a"], BRIDGE["b"], BRIDGE["sigma"] ** 2 * (BRIDGE["t1"] - BRIDGE["t0"])
+    c = (-spread + math.sqrt(spread**2 + 4 * a**2 * b**2)) / 2
+    return (1 - s) ** 2 * a**2 + s**2 * b**2 + 2 * s * (1 - s) * c + spread * s * (1 - s)
+
+
+@cache
+def bridge() -> VectorField:
+    cells = (gaussian(600, (0, 0), BRIDGE[name] ** 2 * np.eye(2), seed).float() for seed, name in enumerate("ab"))
+    snapshots = Snapshots((BRIDGE["t0"], BRIDGE["t1"]), tuple(cells))
+    training = replace(QUICK, width=48, n_steps=1000, batch_size=512, ema_decay=0.99)
+    learnt = quick(snapshots, method="sb-cfm", sigma=BRIDGE["sigma"], training=training, dtype=torch.float32)
+    return learnt.vector_field
+
+
+@pytest.mark.parametrize("law", ["ode", "sde"])
+@pytest.mark.parametrize("forwards", [True, False])
+def test_sb_cfm_has_the_marginals_of_the_bridge(law, forwards):
+    field, length = bridge(), BRIDGE["t1"] - BRIDGE["t0"]
+    start = 0.0 if forwards else 1.0
+    cells = gaussian(4000, (0, 0), bridge_variance(start) * np.eye(2), 7).float()[None]
+    for s in (0.25, 0.5, 0.75, 1 - start):
+        t0, t1 = (BRIDGE["t0"] + u * length for u in (start, s))
+        if law == "ode":
+            y = push(field, cells, t0, t1, solver="rk4", n_steps=20, tolerance=1e-5)
+        else:
+            rng = torch.Generator().manual_seed(0)
+            y = simulate(field, cells, t0, t1, sigma=BRIDGE["sigma"], n_steps=100, rng=rng)
+        # training noise, and four standard errors of 8000 squares: 6%
+        assert float(y.var(1).mean()) == pytest.approx(bridge_variance(s), rel=0.12)
+
+
+def test_the_score_is_that_of_the_bridge():
+    field, s = bridge(), 0.5
+    x = gaussian(1000, (0, 0), bridge_variance(s) * np.eye(2), 3).float()[None]
+    t = BRIDGE["t0"] + s * (BRIDGE["t1"] - BRIDGE["t0"])
+    truth = -x / bridge_variance(s)
+    # relative rms error: 600 cells a side are 4% off in scale, and training leaves as much again and more in the tails
+    assert float((field.score(t, x) - truth).norm() / truth.norm()) < 0.25
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_is_finite_and_falls(method):
+    loss = quick(make(), method=method, training=replace(QUICK, n_steps=150)).loss
+    assert loss.shape == (150, 1)
+    assert bool(loss.isfinite().all())
+    assert float(loss[-30:].mean()) < 0.8 * float(loss[:5].mean())  # noise of a mean of 30: a few percent
+
+
+def test_a_diverging_fit_is_an_error():
+    with pytest.raises(RuntimeError, match="learning_rate"):
+        quick(make(), training=replace(QUICK, learning_rate=1e30))
+
+
+# ---- members
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_members_in_one_batch_are_single_fits(method):
+    snapshots, seeds = make(), (3, 1, 8)
+    together = weights(quick(snapshots, method=method, seeds=seeds).vector_field)
+    for m, seed in enumerate(seeds):
+        for name, alone in weights(quick(snapshots, method=method, seeds=(seed,)).vector_field).items():
+            # the same numbers in another shape of matmul: rounding, over 60 steps
+            torch.testing.assert_close(together[name][m], alone[0], rtol=0, atol=1e-10)
+
+
+def test_same_seed_same_bits():
+    first, second, other = (weights(quick(make(), method="sb-cfm", seeds=(s,)).vector_field) for s in (4, 4, 5))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["network.weights.0"], other["network.weights.0"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_global_random_state_is_untouched(method):
+    torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
+    quick(make(), method=method, training=replace(QUICK, n_steps=3, patience=1))
+    assert torch.equal(torch.get_rng_state(), torch_before)
+    after = np.random.get_state()  # noqa: NPY002
+    assert np.array_equal(after[1], numpy_before[1])
+    assert after[2:] == numpy_before[2:]
+
+
+NOISES = {"noise": 30, "far-away": 30, "fewer": 11, "more": 90}
+
+
+def tampered(snapshots: Snapshots, k: int, kind: str) -> Snapshots:
+    rng = torch.Generator().manual_seed(99)
+    cells = torch.randn(NOISES[kind], 2, generator=rng, dtype=torch.float64) * (1e4 if kind == "far-away" else 1)
+    points = (*snapshots.points[:k], cells, *snapshots.points[k + 1 :])
+    return Snapshots(snapshots.times, points)
+
+
+def all_folds(snapshots: Snapshots, method: str, patience: int | None, dtype: torch.dtype) -> tuple[list[int], Fit]:
+    held_out, problems, validation = hold_out_problems(
+        snapshots, method=method, sigma=None, seeds=(0, 1), validate=patience is not None
+    )
+    return held_out, train(problems, validation, replace(QUICK, n_steps=50, patience=patience), dtype)
+
+
+@pytest.mark.parametrize("patience", [None, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_held_out_snapshot_leaves_no_trace(method, dtype, patience):
+    snapshots = make(times=(0.0, 1.0, 4.0, 6.0, 6.5), sizes=(40, 30, 50, 35, 20))
+    held_out, clean = all_folds(snapshots, method, patience, dtype)
+    assert set(held_out) == {1, 2, 3}
+    before = weights(clean.vector_field)
+    for k, kind in zip((1, 2, 3, 2), NOISES):
+        _, fitted = all_folds(tampered(snapshots, k, kind), method, patience, dtype)
+        after = weights(fitted.vector_field)
+        for m, left_out in enumerate(held_out):
+            same = [torch.equal(before[name][m], after[name][m]) for name in before]  # shift and scale among them
+            if left_out == k:
+                assert all(same)
+                assert torch.equal(clean.loss[:, m], fitted.loss[:, m])
+            else:  # these have seen it, and it shows
+                assert not torch.equal(before["network.weights.0"][m], after["network.weights.0"][m])
+
+
+# ---- units
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_units_of_length_and_time_and_their_origins_do_not_matter(method):
+    unit, hours, shift, delay = 1000.0, 24.0, -3.0e4, 500.0
+    plain = quick(make(), method=method).vector_field
+    other = quick(make(unit=unit, hours=hours, shift=shift, delay=delay), method=method).vector_field
+    x = torch.randn(1, 50, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 3
+    for t in (0.0, 2.5, 6.0):
+        a, b = plain.evaluate(t, x), other.evaluate(hours * t + delay, unit * x + shift)
+        # rounding of 1e-15, made larger by Adam's division by small gradients and by Sinkhorn's potentials
+        torch.testing.assert_close(b.velocity * hours / unit, a.velocity, rtol=1e-6, atol=1e-6)
+        if method == "sb-cfm":
+            torch.testing.assert_close(b.score * unit, a.score, rtol=1e-6, atol=1e-6)
+
+
+# ---- early stopping
+
+
+def test_patience_stops_and_keeps_the_best():
+    training = replace(QUICK, n_steps=2000, patience=2, learning_rate=3e-2)
+    stopped = quick(make(sizes=(20, 20, 20, 20)), training=training)
+    looks = len(stopped.validation_loss)
+    assert len(stopped.loss) == looks * EVALUATE_EVERY < 2000
+    best = int(stopped.validation_loss[:, 0].argmin())
+    assert looks - 1 - best == 2  # it waited for as long as it was told to, and no longer
+    assert bool((stopped.validation_loss[best:] >= stopped.validation_loss[best]).all())
+    # more patience runs the same steps and further: up to its own best it is the same fit
+    patient = quick(make(sizes=(20, 20, 20, 20)), training=replace(training, patience=4))
+    assert torch.equal(patient.validation_loss[:looks], stopped.validation_loss)
+    if int(patient.validation_loss[:, 0].argmin()) == best:
+        assert all(torch.equal(a, weights(patient.vector_field)[n]) for n, a in weights(stopped.vector_field).items())
+
+
+def test_the_weights_kept_are_those_of_the_best_look():
+    # a look that is never followed by a better one must give what a fit that looks once and stops there gives
+    training = replace(QUICK, n_steps=4 * EVALUATE_EVERY, patience=1, learning_rate=1e-9, weight_decay=0.0)
+    start = quick(make(), training=replace(training, n_steps=1, patience=None, learning_rate=1e-30)).vector_field
+    kept = quick(make(), training=training).vector_field
+    for name, value in weights(start).items():
+        if name.startswith("network"):  # a hundred steps of at most 1e-9 away from the first weights
+            torch.testing.assert_close(weights(kept)[name], value, rtol=0, atol=2e-7)
+
+
+def test_a_stopped_member_does_not_depend_on_the_others():
+    training, seeds = replace(QUICK, n_steps=500, patience=1, learning_rate=3e-2), (0, 1, 2, 3)
+    together = quick(make(), training=training, seeds=seeds)
+    lengths = set()
+    for m, seed in enumerate(seeds):
+        alone = quick(make(), training=training, seeds=(seed,))
+        lengths.add(len(alone.loss))
+        for name, value in weights(alone.vector_field).items():
+            # rounding, as above
+            torch.testing.assert_close(weights(together.vector_field)[name][m], value[0], rtol=0, atol=1e-9)
+    assert len(lengths) > 1  # some went on after others had stopped
+    assert len(together.loss) == max(lengths)
+
+
+def test_validation_cells_are_not_trained_on():
+    snapshots = make()
+    problems, validation = make_problems(snapshots, method="ot-cfm", sigma=None, seeds=(0,), validate=True)
+    for whole, seen, held_back in zip(snapshots.points, problems[0].snapshots.points, validation[0].snapshots.points):
+        rows = [set(map(tuple, x.tolist())) for x in (whole, seen, held_back)]
+        assert rows[1] | rows[2] == rows[0]
+        assert not rows[1] & rows[2]
+        assert len(held_back) == round(0.1 * len(whole))
+
+
+# ---- the network
+
+
+class Own(nn.Module):
+    """A user's network: any module of (t, x), with a buffer."""
+
+    def __init__(self, heads: int = 1, seed: int = 0, out: int = 2) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 24), nn.Tanh(), nn.Linear(24, heads * out))
+        self.register_buffer("frequencies", torch.tensor([[1.0, 2.0]]))
+        rng = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=rng) / 4)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.net(torch.cat([t, torch.sin(t * self.frequencies), x], -1))
+
+
+def example(members: int) -> Tensor:
+    return torch.randn(members, 20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("method", ["ot-cfm", "sb-cfm"])
+def test_a_users_module_trains_and_comes_back(method):
+    module = Own(heads=2 if method == "sb-cfm" else 1)
+    template = {name: value.clone() for name, value in module.state_dict().items()}
+    fitted = quick(make(), method=method, seeds=(0, 1), training=replace(QUICK, module=module, n_steps=150))
+    assert bool((fitted.loss[-30:].mean(0) < 0.8 * fitted.loss[:5].mean(0)).all())  # as above
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in template.items())  # left as it was
+    field, x = fitted.vector_field, example(2)
+    assert not torch.equal(field.velocity(2.0, x)[0], field.velocity(2.0, x)[1])  # their own streams
+    arrays = field.to_arrays()
+    assert all(isinstance(value, np.ndarray) and len(value) == 2 for value in arrays.values())
+    again = VectorField.from_arrays(arrays, module=Own(heads=2 if method == "sb-cfm" else 1, seed=9))
+    assert torch.equal(again.velocity(2.0, x), field.velocity(2.0, x))
+    assert again.has_score == field.has_score == (method == "sb-cfm")
+    with pytest.raises(ValueError, match="module"):
+        VectorField.from_arrays(arrays)
+    with pytest.raises(ValueError, match="module"):
+        VectorField.from_arrays(arrays, module=Own(out=3))
+
+
+def test_members_of_a_users_module_are_single_fits():
+    training = replace(QUICK, module=Own())
+    together = weights(quick(make(), seeds=(3, 1), training=training).vector_field)
+    for m, seed in enumerate((3, 1)):
+        for name, alone in weights(quick(make(), seeds=(seed,), training=training).vector_field).items():
+            torch.testing.assert_close(together[name][m], alone[0], rtol=0, atol=1e-10)  # rounding, as above
+
+
+@pytest.mark.parametrize(("method", "module"), [("ot-cfm", Own(out=3)), ("ot-cfm", Own(heads=2)), ("sb-cfm", Own())])
+def test_a_module_of_another_shape_is_an_error(method, module):
+    with pytest.raises(ValueError, match="module that maps"):
+        quick(make(), method=method, training=replace(QUICK, module=module))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_arrays_there_and_back(method, dtype):
+    field = quick(make(), method=method, seeds=(0, 1, 2), training=replace(QUICK, n_steps=5), dtype=dtype).vector_field
+    again = VectorField.from_arrays({name: value.copy() for name, value in field.to_arrays().items()})
+    x = example(3).to(dtype)
+    assert torch.equal(again.velocity(2.0, x), field.velocity(2.0, x))
+    assert again.has_score == field.has_score == (method == "sb-cfm")
+    if field.has_score:
+        assert torch.equal(again.score(2.0, x), field.score(2.0, x))
+    else:
+        with pytest.raises(ValueError, match="sb-cfm"):
+            field.score(2.0, x)
+
+
+def test_a_field_called_is_its_members_mean():
+    field, x = quick(make(), seeds=(0, 1, 2), training=replace(QUICK, n_steps=5)).vector_field, example(1)
+    mean = field.velocity(2.0, x.expand(3, 20, 2)).mean(0)
+    assert np.array_equal(field(2.0, x[0].numpy()), mean.numpy())
+    assert torch.equal(field.ensemble().velocity(2.0, x)[0], mean)
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("width", "depth", "n_steps", "batch_size", "patience") for value in (0, -1, 1.5)),
+        *(("learning_rate", value) for value in (0.0, -1.0, math.inf, math.nan)),
+        *(("weight_decay", value) for value in (-1.0, math.inf, math.nan)),
+        *(("ema_decay", value) for value in (-0.1, 1.0, math.nan)),
+    ],
+)
+def test_training_out_of_range(name, value):
+    with pytest.raises(ValueError, match=name):
+        replace(QUICK, **{name: value})
+
+
+def test_nothing_to_fit():
+    with pytest.raises(ValueError, match="at least one problem"):
+        train([])
+    with pytest.raises(ValueError, match="at least two snapshots"):
+        quick(make(times=(0.0,), sizes=(5,)))
+    with pytest.raises(ValueError, match="method"):
+        quick(make(), method="cfm")
+    with pytest.raises(ValueError, match="ot-cfm"):
+        quick(make(), method="sb-cfm", sigma=0.0)
+    same = torch.ones(5, 2)
+    with pytest.raises(ValueError, match="differ"):
+        quick(Snapshots((0.0, 1.0), (same, same)), sigma=0.1)
+
+
+def test_devices():
+    assert pick_device("cpu") == CPU
+    assert pick_device("auto").type in ("cpu", "cuda", "mps")
+    for name in ("gpu", "CPU", "", "cuda0"):
+        with pytest.raises(ValueError, match="device of auto"):
+            pick_device(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_a_missing_device_is_an_error_not_the_cpu(name):
+    with pytest.raises(ValueError, match="working cuda"):
+        pick_device(name)

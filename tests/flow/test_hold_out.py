@@ -1,0 +1,196 @@
+"""Laws of leave-one-timepoint-out: who sees what, baselines at real times, and what is measured."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sctraj.flow import hold_out
+from sctraj.flow.distance import median_distance, mmd, wasserstein
+from sctraj.flow.hold_out import (
+    BASELINES,
+    METRICS,
+    Restoration,
+    baseline,
+    halves,
+    hold_out_problems,
+    interior,
+    judge,
+    restore,
+)
+from sctraj.flow.snapshots import Snapshots
+from sctraj.flow.vector_field import FieldSample
+
+TIMES = (0.0, 1.0, 4.0, 6.0)
+
+
+def make(times=TIMES, sizes=(30, 20, 25, 40), seed=0, speed=0.0, dtype=torch.float64) -> Snapshots:
+    rng = torch.Generator().manual_seed(seed)
+    return Snapshots(
+        times, tuple(torch.randn(n, 2, generator=rng, dtype=dtype) + speed * t for n, t in zip(sizes, times))
+    )
+
+
+class Swirl:
+    """A different nonlinear velocity for each member; no cell's depends on another's."""
+
+    has_score = False
+
+    def __init__(self, members: int) -> None:
+        self.scale = torch.ones(members, 1, 1, dtype=torch.float64)
+        self.rate = torch.arange(1.0, members + 1, dtype=torch.float64).reshape(-1, 1, 1) / 10
+
+    def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
+        return FieldSample(self.rate * torch.sin(x.flip(-1) + t), None)
+
+    def member(self, k: int) -> Swirl:
+        one = Swirl(1)
+        one.rate = self.rate[k : k + 1]
+        return one
+
+
+def test_the_ends_cannot_be_held_out():
+    assert list(interior(make())) == [1, 2]
+    with pytest.raises(ValueError, match="at least three"):
+        interior(make(times=(0.0, 1.0), sizes=(5, 5)))
+
+
+@pytest.mark.parametrize("validate", [False, True])
+def test_every_member_has_the_data_without_its_snapshot(validate):
+    snapshots = make()
+    held_out, problems, validation = hold_out_problems(
+        snapshots, method="ot-cfm", sigma=0.1, seeds=(5, 9, 11), validate=validate
+    )
+    assert held_out == [1, 1, 1, 2, 2, 2]
+    assert [p.seed for p in problems] == [5, 9, 11] * 2
+    assert len(validation) == (6 if validate else 0)
+    for n, (k, problem) in enumerate(zip(held_out, problems, strict=True)):
+        assert problem.snapshots.times == TIMES[:k] + TIMES[k + 1 :]
+        parts = [problem.snapshots, *([validation[n].snapshots] if validate else [])]
+        for i, kept in enumerate(j for j in range(4) if j != k):
+            seen = torch.cat([part.points[i] for part in parts])
+            # all cells of the kept snapshots once, in some order, and no other
+            assert sorted(map(tuple, seen.tolist())) == sorted(map(tuple, snapshots.points[kept].tolist()))
+
+
+def test_restore_pushes_the_snapshot_before_to_the_held_out_time():
+    snapshots = make(speed=2.0)
+
+    class Drift(Swirl):
+        def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
+            return FieldSample(torch.full_like(x, 2.0), None)
+
+    restored = restore(Drift(2), snapshots, [1, 2], solver="rk4", n_steps=3, tolerance=1e-6)
+    for k, y in zip((1, 2), restored):
+        # gaps of 1 and 3 units of time at a speed of 2; rounding
+        torch.testing.assert_close(y, snapshots.points[k - 1] + 2 * (TIMES[k] - TIMES[k - 1]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("solver", "atol"), [("euler", 1e-13), ("rk4", 1e-13), ("dopri5", 3e-5)])
+def test_restoring_together_is_restoring_each_on_its_own(solver, atol):
+    snapshots, held_out, field = make(sizes=(30, 7, 25, 40)), [1, 1, 2, 2], Swirl(4)
+    together = restore(field, snapshots, held_out, solver=solver, n_steps=20, tolerance=1e-6)
+    assert [len(y) for y in together] == [30, 30, 7, 7]
+    for n, k in enumerate(held_out):
+        (alone,) = restore(field.member(n), snapshots, [k], solver=solver, n_steps=20, tolerance=1e-6)
+        # fixed grids to rounding; dopri5's shared steps: its tolerance is that of one of some tens
+        torch.testing.assert_close(together[n], alone, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_ot_interpolation_lands_at_the_real_fraction_of_the_gap(k):
+    cloud = make(times=(0.0,), sizes=(50,)).points[0]
+    snapshots = Snapshots(
+        TIMES,
+        tuple(
+            cloud[torch.randperm(50, generator=torch.Generator().manual_seed(n))] + 2 * t for n, t in enumerate(TIMES)
+        ),
+    )  # a cloud translated at constant speed
+    restored = baseline(snapshots, k, "ot-interpolation")
+    distance = wasserstein(restored.points, snapshots.points[k], weights_x=restored.mass)
+    assert distance == pytest.approx(0, abs=1e-12)  # displacement interpolation of a shift is the shift: rounding
+    # at the middle of the gap, which is where ranks of times would put it, it would be off by this much
+    assert abs((TIMES[k - 1] + TIMES[k + 1]) / 2 - TIMES[k]) >= 0.5
+
+
+def test_ot_interpolation_keeps_the_neighbours_masses():
+    rng = np.random.default_rng(0)
+    points = make().points
+    snapshots = Snapshots(TIMES, points, tuple(torch.tensor(rng.exponential(size=len(x))) for x in points))
+    restored = baseline(snapshots, 2, "ot-interpolation")
+    before, after = (m @ x for m, x in zip(snapshots.mass[1::2], snapshots.points[1::2]))
+    s = (4 - 1) / (6 - 1)
+    # the mean moves along the chord of the means, whatever the plan; rounding
+    torch.testing.assert_close(restored.mass @ restored.points, (1 - s) * before + s * after, rtol=0, atol=1e-12)
+
+
+def test_neighbours_are_copied_with_their_masses():
+    snapshots = make()
+    for name, k in (("previous", 1), ("next", 3)):
+        restored = baseline(snapshots, 2, name)
+        assert torch.equal(restored.points, snapshots.points[k])
+        assert torch.equal(restored.mass, snapshots.mass[k])
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_have_not_seen_what_they_restore(name):
+    snapshots = make()
+    other = Snapshots(TIMES, (*snapshots.points[:2], torch.full((3, 2), 1e6, dtype=torch.float64), snapshots.points[3]))
+    a, b = (baseline(data, 2, name) for data in (snapshots, other))
+    assert torch.equal(a.points, b.points)
+    assert torch.equal(a.mass, b.mass)
+
+
+@pytest.mark.parametrize("n", [10, 11])
+def test_halves_are_disjoint_and_complete(n):
+    cells = torch.arange(2.0 * n).reshape(n, 2)
+    first, second = halves(cells, torch.Generator().manual_seed(0))
+    assert (len(first), len(second)) == (n // 2, n - n // 2)
+    assert sorted(torch.cat([first, second])[:, 0].tolist()) == cells[:, 0].tolist()
+    again, _ = halves(cells, torch.Generator().manual_seed(0))
+    other, _ = halves(cells, torch.Generator().manual_seed(1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_halves_are_random():
+    cells = torch.arange(10.0)[:, None]
+    counts = torch.zeros(10)
+    for seed in range(400):
+        first, _ = halves(cells, torch.Generator().manual_seed(seed))
+        counts[first[:, 0].long()] += 1
+    # each cell is in the first half half the time: binomial, four standard deviations
+    assert float((counts - 200).abs().max()) < 4 * math.sqrt(400 / 4)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_judge_measures_what_it_says(weighted):
+    x, y = make().points[:2]
+    a, b = ((torch.arange(1.0, len(v) + 1) if weighted else None) for v in (x, y))
+    judgement = judge(Restoration(x, a), y, mass=b)
+    assert tuple(judgement.values) == METRICS
+    weights = {"weights_x": a, "weights_y": b}
+    assert judgement.values["w1"] == wasserstein(x, y, **weights)
+    assert judgement.values["w1"] <= judgement.values["w2"] == wasserstein(x, y, p=2, **weights)
+    assert judgement.values["mmd"] == mmd(x, y, bandwidth=median_distance(y), **weights)
+    assert np.average(judgement.share, weights=b) == pytest.approx(judgement.values["w1"], rel=1e-12)  # rounding
+
+
+def test_a_perfect_restoration_is_at_zero():
+    y = make().points[0]
+    values = judge(Restoration(y.flip(0)), y).values
+    assert values["w1"] == values["w2"] == 0
+    assert values["variance_ratio"] == pytest.approx(1, rel=1e-14)  # rounding
+    assert values["energy"] < 0  # closer than two samples of one law, whose unbiased distance is zero on average
+    assert values["mmd"] < 0
+
+
+def test_one_neighbour_is_not_the_other():
+    snapshots = make(speed=1.0)
+    w1 = {name: judge(baseline(snapshots, 1, name), snapshots.points[1]).values["w1"] for name in hold_out.BASELINES}
+    # one, three units of time away, and none
+    assert w1["ot-interpolation"] < w1["previous"] < w1["next"]

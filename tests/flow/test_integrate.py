@@ -1,0 +1,167 @@
+"""Laws of the integrators: the exact flow of linear fields, orders of convergence, marginals of the SDE."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sctraj.flow import integrate
+from sctraj.flow.integrate import push, simulate
+from sctraj.flow.vector_field import FieldSample
+
+SPIRAL = torch.tensor([[[-0.3, -1.0], [1.0, -0.1]], [[0.2, 0.5], [-0.4, 0.1]]], dtype=torch.float64)
+
+
+class Linear:
+    """``v(t, x) = t A x``, one ``A`` ``(d, d)`` per member: the flow is ``expm(A (t1^2 - t0^2) / 2)``."""
+
+    has_score = False
+
+    def __init__(self, matrices: Tensor) -> None:
+        self.matrices, self.scale = matrices, torch.ones(len(matrices), 1, 1, dtype=torch.float64)
+
+    def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
+        return FieldSample(t * x @ self.matrices.mT, None)
+
+    def truth(self, x: Tensor, t0: Tensor | float, t1: Tensor | float) -> Tensor:
+        area = torch.as_tensor(t1**2 - t0**2, dtype=torch.float64).reshape(-1, 1, 1) / 2
+        return x @ torch.linalg.matrix_exp(self.matrices * area).mT
+
+
+class Gaussian:
+    """The marginal flow of N(0, 0.5 + t^2) in every coordinate, with its score."""
+
+    has_score = True
+    scale = torch.ones(1, 1, 1, dtype=torch.float64)
+
+    @staticmethod
+    def variance(t: Tensor | float) -> Tensor | float:
+        return 0.5 + t**2
+
+    def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
+        # continuity equation of N(0, var): v = var' / (2 var) x
+        return FieldSample(t / self.variance(t) * x, -x / self.variance(t))
+
+
+def cells(n=50, members=2, seed=0) -> Tensor:
+    return torch.randn(members, n, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def error(solver, n_steps, t0=0.3, t1=1.7) -> float:
+    field, x = Linear(SPIRAL), cells()
+    y = push(field, x, t0, t1, solver=solver, n_steps=n_steps, tolerance=1e-6)
+    return float((y - field.truth(x, t0, t1)).norm())
+
+
+@pytest.mark.parametrize(("solver", "n_steps", "order"), [("euler", 400, 1), ("rk4", 20, 4)])
+def test_order_of_convergence(solver, n_steps, order):
+    coarse, fine, finest = (error(solver, n_steps * k) for k in (1, 2, 4))
+    # halving the step: 2^order, but for the next term of the error, itself halved each time
+    assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+    assert math.log2(fine / finest) == pytest.approx(order, abs=0.08)
+
+
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-8])
+@pytest.mark.parametrize(("t0", "t1"), [(0.3, 1.7), (1.7, 0.3)])
+def test_dopri5_meets_its_tolerance(tolerance, t0, t1):
+    field, x = Linear(SPIRAL), cells()
+    y = push(field, x, t0, t1, solver="dopri5", n_steps=1, tolerance=tolerance)
+    # the tolerance is that of a step; some tens of steps add up
+    assert float((y - field.truth(x, t0, t1)).abs().max()) < 30 * tolerance
+
+
+def test_there_and_back():
+    field, x = Linear(SPIRAL), cells()
+    there = push(field, x, 0.3, 1.7, solver="rk4", n_steps=200, tolerance=1e-6)
+    back = push(field, there, 1.7, 0.3, solver="rk4", n_steps=200, tolerance=1e-6)
+    assert float((there - x).abs().max()) > 0.5
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-8)  # (1.4/200)^4 = 2e-9 a way
+
+
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+def test_each_member_has_its_own_times_and_direction(solver):
+    field, x = Linear(SPIRAL), cells()
+    t0, t1 = torch.tensor([0.3, 2.0]), torch.tensor([1.1, -0.5])
+    y = push(field, x, t0, t1, solver=solver, n_steps=200, tolerance=1e-8)
+    # rk4: (2.5/200)^4 = 2e-8; dopri5 as above; the times are single precision
+    torch.testing.assert_close(y, field.truth(x, t0.double(), t1.double()), rtol=0, atol=1e-6)
+
+
+def test_no_time_no_motion():
+    x = cells()
+    for solver in ("euler", "rk4"):
+        assert torch.equal(push(Linear(SPIRAL), x, 1.0, 1.0, solver=solver, n_steps=3, tolerance=1e-6), x)
+    assert torch.equal(simulate(Gaussian(), x, 1.0, 1.0, sigma=0.5, n_steps=3, rng=torch.Generator().manual_seed(0)), x)
+
+
+@pytest.mark.parametrize(("solver", "atol"), [("euler", 1e-13), ("rk4", 1e-13), ("dopri5", 1e-5)])
+@pytest.mark.parametrize("met", [2, 14])
+def test_how_many_cells_are_met_at_once_does_not_matter(monkeypatch, solver, atol, met):
+    field, x = Linear(SPIRAL), cells()
+    whole = push(field, x, 0.3, 1.7, solver=solver, n_steps=20, tolerance=1e-6)
+    monkeypatch.setattr(integrate, "CELLS", met)
+    chunked = push(field, x, 0.3, 1.7, solver=solver, n_steps=20, tolerance=1e-6)
+    # fixed grids to rounding; dopri5's shared steps to ten times its tolerance
+    torch.testing.assert_close(chunked, whole, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(("solver", "atol"), [("euler", 1e-13), ("rk4", 1e-13), ("dopri5", 1e-5)])
+def test_a_cell_does_not_depend_on_its_companions(solver, atol):
+    field, x = Linear(SPIRAL), cells()
+    company = torch.cat([x, 100 * cells(seed=1)], 1)
+    alone, among = (push(field, y, 0.3, 1.7, solver=solver, n_steps=20, tolerance=1e-6) for y in (x, company))
+    torch.testing.assert_close(among[:, :50], alone, rtol=0, atol=atol)  # as above
+
+
+@pytest.mark.parametrize("n_steps", [0, -1, math.inf, math.nan])
+def test_a_grid_needs_a_step(n_steps):
+    with pytest.raises(ValueError, match="at least one step"):
+        push(Linear(SPIRAL), cells(), 0.0, 1.0, solver="rk4", n_steps=n_steps, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.2])
+@pytest.mark.parametrize(("t0", "t1"), [(0.2, 2.0), (2.0, 0.2)])
+def test_the_sde_keeps_the_marginals_in_both_directions(t0, t1, sigma):
+    field, n = Gaussian(), 20_000
+    x = math.sqrt(field.variance(t0)) * cells(n, members=1)
+    y = simulate(field, x, t0, t1, sigma=sigma, n_steps=200, rng=torch.Generator().manual_seed(7))
+    ratio = float(y.square().mean()) / field.variance(t1)
+    # four standard errors of 2n squares, 2%, and Euler's own error, of the order of the step: 1.8/200
+    assert ratio == pytest.approx(1, abs=4 / math.sqrt(n) + 0.01)
+    # noise makes the ends forget: deterministic transport would keep the correlation at one
+    correlation = float((x * y).mean() / (x.square().mean() * y.square().mean()).sqrt())
+    assert correlation < 0.99
+
+
+def test_each_member_has_its_own_sigma():
+    field, n = Gaussian(), 5000
+    x = cells(n, members=1).expand(2, n, 2) * math.sqrt(field.variance(0.2))
+    rng = torch.Generator().manual_seed(0)
+    y = simulate(field, x, 0.2, 2.0, sigma=torch.tensor([0.1, 1.0]), n_steps=100, rng=rng)
+    calm, wild = ((y[k] - math.sqrt(field.variance(2.0) / field.variance(0.2)) * x[k]).square().mean() for k in (0, 1))
+    assert float(wild) > 10 * float(calm)  # noise of variance sigma^2 a unit of time: about a hundred
+
+
+def test_tiny_sigma_is_the_ode():
+    x = cells()
+    still = push(Gaussian(), x, 0.2, 2.0, solver="euler", n_steps=50, tolerance=1e-6)
+    noisy = simulate(Gaussian(), x, 0.2, 2.0, sigma=1e-8, n_steps=50, rng=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(noisy, still, rtol=0, atol=2e-7)  # sigma times a few standard deviations, amplified
+
+
+@pytest.mark.parametrize("met", [2, 14])
+def test_tiling_does_not_change_a_simulation(monkeypatch, met):
+    def run() -> Tensor:
+        return simulate(Gaussian(), cells(), 0.2, 2.0, sigma=0.5, n_steps=20, rng=torch.Generator().manual_seed(3))
+
+    whole = run()
+    monkeypatch.setattr(integrate, "CELLS", met)
+    torch.testing.assert_close(run(), whole, rtol=0, atol=1e-13)  # the same noise: rounding
+
+
+def test_simulation_needs_a_score():
+    with pytest.raises(ValueError, match="score"):
+        simulate(Linear(SPIRAL), cells(), 0.0, 1.0, sigma=0.1, n_steps=5, rng=torch.Generator())
