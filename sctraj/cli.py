@@ -84,7 +84,7 @@ def options(*functions: Callable[..., Any], skip: Iterable[str] = (), only: Iter
                 continue
             hint = parameter.annotation
             if isinstance(hint, str):
-                hint = eval(hint, function.__globals__)  # type: ignore[attr-defined]
+                hint = eval(hint, function.__globals__)
             flag = f"--{name.replace('_', '-')}"
             made[name] = click.Option(
                 [f"{flag}/--no-{flag[2:]}" if hint is bool else flag, name],

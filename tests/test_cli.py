@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import click
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner, Result
+
+from sctraj import __version__, benchmark, cli, get, pl, pp, tl
+
+QUICK = ("--n-steps", "20", "--batch-size", "32", "--device", "cpu")
+
+
+def sctraj(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.main, [str(one) for one in arguments])
+
+
+def well(result: Result) -> Result:
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def options_of(command: str) -> dict[str, click.Parameter]:
+    verb = cli.main.commands[command]
+    return {one.name: one for one in verb.get_params(click.Context(verb)) if one.name}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def source(cells: anndata.AnnData, here: Path) -> Path:
+    path = here / "cells.h5ad"
+    cells.write_h5ad(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def benchmarked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+    """The embedded example, one seed and few steps, from a directory that holds nothing."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        result = well(sctraj("benchmark", "--n-seeds", 1, "--methods", "ot-cfm,i-cfm", *QUICK))
+    return result, folder / "sctraj_benchmark"
+
+
+# --- options -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("command", "function", "elsewhere"),
+    [
+        ("fit", tl.fit_flow, {"module", "copy"}),
+        ("benchmark", tl.leave_one_out, {"module", "copy", "key_added", "methods"}),
+        ("benchmark", benchmark.run, {"folder", "options"}),
+    ],
+)
+def test_every_parameter_is_an_option_with_the_default_of_the_signature(command, function, elsewhere):
+    found = options_of(command)
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    expected = {one.name: one.default for one in parameters if one.name not in elsewhere}
+    assert {name: found[name].default for name in expected if name in found} == expected
+
+
+def test_defaults_that_are_other_functions_are_theirs_too():
+    assert options_of("benchmark")["n_dims"].default == inspect.signature(pp.standardize).parameters["n_dims"].default
+    for name, option in options_of("plot").items():
+        for draw in (pl.loss, pl.trajectories, pl.velocity, pl.leave_one_out):
+            if name != "kind" and name in inspect.signature(draw).parameters:
+                assert option.default == inspect.signature(draw).parameters[name].default
+
+
+def test_help_is_the_docstrings():
+    shown = " ".join(sctraj("benchmark", "--help").output.split())
+    assert "Fits per held-out snapshot and method." in shown
+    assert "ot-cfm, i-cfm, sb-cfm" in shown
+    assert "As in" not in shown
+
+
+def test_a_method_that_does_not_exist_is_a_usage_error():
+    result = sctraj("fit", "cells.h5ad", "-o", "out.h5ad", "--method", "cfm")
+    assert result.exit_code == 2
+    assert "'ot-cfm', 'i-cfm', 'sb-cfm', 'vp-cfm'" in result.stderr
+
+
+def test_a_type_that_cannot_be_typed_is_refused():
+    with pytest.raises(TypeError, match="command line"):
+        cli.click_type(dict[str, int])
+
+
+# --- as a program --------------------------------------------------------------------------------------------------
+def test_as_a_module_it_says_its_version(tmp_path):
+    run = [sys.executable, "-m", "sctraj", "--version"]
+    assert __version__ in subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import sys, json, click.testing; from sctraj import cli;"
+        "shown = click.testing.CliRunner().invoke(cli.main, ['--help']);"
+        "print(json.dumps([shown.exit_code, sorted({'torch', 'scanpy', 'anndata', 'pandas'} & set(sys.modules))]))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert json.loads(out) == [0, []]
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+def test_expected_errors_are_one_line_and_code_1(source, here):
+    (here / "text.h5ad").write_text("no hdf5")
+    pd.DataFrame({"a": [1]}).to_csv(here / "table.csv")
+    out = here / "out.h5ad"
+    wrong = {
+        "found nothing": ("fit", "nowhere.h5ad", "-o", out),
+        "found a folder": ("fit", here, "-o", out),
+        "found something else": ("fit", "text.h5ad", "-o", out),
+        "ends in .h5ad": ("fit", source, "-o", "out.txt"),
+        "no folder": ("fit", source, "-o", here / "no" / "out.h5ad"),
+        'No column "when"': ("fit", source, "-o", out, "--time-key", "when"),
+        "No representation": ("fit", source, "-o", out, "--use-rep", "X_umap"),
+        "parse_time": ("fit", source, "-o", out, "--time-key", "day"),
+        "expected a finite sigma": ("fit", source, "-o", out, "--sigma", "-1"),
+        "Leave --pca out": ("fit", source, "-o", out, "--pca", 3),
+        "expected distinct methods": ("benchmark", source, "--methods", "ot-cfm,guess"),
+        "n_dims must be": ("benchmark", source, "--n-dims", 50),
+        "File exists": ("benchmark", source, "-o", here / "text.h5ad"),
+        'No flow in adata.uns["other"]': ("plot", source, "-o", "a.png", "--kind", "loss", "--key", "other"),
+        "ends in .png": ("plot", source, "-o", "a.bmp"),
+    }
+    for message, arguments in wrong.items():
+        result = sctraj(*arguments)
+        lines = [line for line in result.stderr.splitlines() if not line.startswith("standardized")]
+        assert result.exit_code == 1, arguments
+        assert len(lines) == 1, result.stderr
+        assert lines[0].startswith("Error: ")
+        assert message in lines[0]
+    assert not out.exists()
+
+
+def test_an_hdf5_file_that_anndata_cannot_read_is_one_line_as_well(here):
+    import h5py
+
+    with h5py.File(here / "other.h5ad", "w") as file:
+        file["obs"] = np.zeros(3)
+    result = sctraj("fit", "other.h5ad", "-o", "out.h5ad")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: Expected an h5ad file")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_debug_lets_the_error_through(source):
+    result = sctraj("fit", source, "-o", "out.h5ad", "--time-key", "when", "--debug")
+    assert isinstance(result.exception, KeyError)
+
+
+def test_other_errors_are_not_dressed_up(source, monkeypatch):
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "prepare", broken)
+    assert isinstance(sctraj("fit", source, "-o", "out.h5ad").exception, ZeroDivisionError)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("old")
+
+    def fail() -> None:
+        with benchmark.written_whole(path) as temporary:
+            temporary.write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert [one.name for one in tmp_path.iterdir()] == ["table.csv"]
+    assert path.read_text() == "old"
+
+
+# --- fit -----------------------------------------------------------------------------------------------------------
+def test_fit_writes_what_the_function_writes(source, cells, here):
+    well(sctraj("fit", source, "-o", "out.h5ad", "--method", "sb-cfm", "--rng", 3, "--trajectories", *QUICK))
+    written = anndata.read_h5ad(here / "out.h5ad")
+    tl.fit_flow(cells, method="sb-cfm", rng=3, n_steps=20, batch_size=32, device="cpu")
+    np.testing.assert_array_equal(written.obsm["flow_velocity"], cells.obsm["flow_velocity"])
+    assert written.obsm["flow_trajectories"].shape == (600, 20, 6)
+    assert get.vector_field(written).has_score
+
+
+def test_fit_reads_times_from_text_and_computes_components(source, cells, here):
+    del cells.obs["time"], cells.obsm["X_pca"]
+    cells.write_h5ad(source)
+    well(sctraj("fit", source, "-o", "out.h5ad", "--parse-time", "day", "--unit", "hour", "--pca", 4, *QUICK))
+    written = anndata.read_h5ad(here / "out.h5ad")
+    assert written.obs["time"].max() == 7 * 24
+    assert written.obsm["flow_velocity"].shape == (600, 4)
+
+
+def test_output_may_be_the_input(source):
+    well(sctraj("fit", source, "-o", source, "--key-added", "mine", *QUICK))
+    assert "mine_velocity" in anndata.read_h5ad(source).obsm
+
+
+# --- benchmark -----------------------------------------------------------------------------------------------------
+def test_benchmark_runs_anywhere_and_its_files_agree(benchmarked):
+    result, folder = benchmarked
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "benchmark.h5ad",
+        "leave_one_out.csv",
+        "leave_one_out.png",
+    ]
+    adata = anndata.read_h5ad(folder / "benchmark.h5ad")
+    table = pd.read_csv(folder / "leave_one_out.csv", float_precision="round_trip")
+    pd.testing.assert_frame_equal(table, get.leave_one_out(adata), check_dtype=False, check_exact=True)
+    assert set(table["method"]) > {"ot-cfm", "i-cfm", "previous", "noise-reference"}
+    w1 = get.leave_one_out(adata, metric="w1")
+    for name, mean in w1["mean"].items():
+        line = next(line for line in result.stdout.splitlines() if line.startswith(str(name)))
+        assert f"{mean:.3f}" in line
+    assert "t = 2.5" in result.stdout
+    assert "Protocol: " in result.stdout
+
+
+def test_benchmark_judges_in_the_published_space_unless_told_otherwise(benchmarked, source, here):
+    standardized = anndata.read_h5ad(benchmarked[1] / "benchmark.h5ad")
+    np.testing.assert_allclose(standardized.obsm["X_std"].std(0), np.ones(5), rtol=1e-5)
+    assert standardized.uns["leave_one_out_protocol"]["use_rep"] == "X_std"
+    well(sctraj("benchmark", source, "--n-dims", 0, "-o", "as_is", "--n-seeds", 1, "--methods", "i-cfm", *QUICK))
+    as_is = anndata.read_h5ad(here / "as_is" / "benchmark.h5ad")
+    assert as_is.uns["leave_one_out_protocol"]["use_rep"] == "X_pca"
+    assert as_is.obsm["flow_restored"].shape == (600, 6)
+
+
+def test_benchmark_replaces_the_results_of_an_earlier_run(source, here):
+    for n_seeds in (1, 2):
+        well(sctraj("benchmark", source, "--n-seeds", n_seeds, "--methods", "i-cfm", *QUICK))
+    assert pd.read_csv(here / "sctraj_benchmark" / "leave_one_out.csv")["seed"].max() == 1
+
+
+# --- plot ----------------------------------------------------------------------------------------------------------
+def drawn(path: Path) -> bool:
+    """Whether a picture has anything but its background, here at least a percent of it."""
+    image = matplotlib.image.imread(path)[..., :3]
+    return bool((image != image[0, 0]).any(-1).mean() > 0.01)
+
+
+def test_plots_are_written(source, benchmarked, here):
+    well(sctraj("fit", source, "-o", "out.h5ad", "--trajectories", *QUICK))
+    for kind in ("velocity", "trajectories", "loss"):
+        well(sctraj("plot", "out.h5ad", "-o", f"{kind}.png", "--kind", kind))
+    for kind in ("leave-one-out", "map"):
+        well(sctraj("plot", benchmarked[1] / "benchmark.h5ad", "-o", f"{kind}.png", "--kind", kind))
+    well(sctraj("plot", "out.h5ad", "-o", "fates.png", "--basis", "latent", "--color", "fate"))
+    pictures = list(here.glob("*.png"))
+    assert len(pictures) == 6
+    assert all(drawn(path) for path in pictures)
+    assert drawn(benchmarked[1] / "leave_one_out.png")
+
+
+def test_an_option_that_a_plot_does_not_take_is_a_usage_error(source):
+    result = sctraj("plot", source, "-o", "a.png", "--kind", "loss", "--color", "fate")
+    assert result.exit_code == 2
+    assert "--color has no meaning for --kind loss" in result.stderr
