@@ -81,7 +81,7 @@ def test_defaults_that_are_other_functions_are_theirs_too():
 
 
 def test_help_is_the_docstrings():
-    shown = " ".join(sctraj("benchmark", "--help").output.split())
+    shown = " ".join(CliRunner().invoke(cli.main, ["benchmark", "--help"], terminal_width=1000).output.split())
     assert "Fits per held-out snapshot and method." in shown
     assert "ot-cfm, i-cfm, sb-cfm" in shown
     assert "As in" not in shown

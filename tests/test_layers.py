@@ -74,7 +74,7 @@ def test_imports_run_one_way():
         ("flow/distance.py", "import pandas as pd", "flow -> pandas"),
         ("tl/_fit_flow.py", "import sctraj.pl as pl", "tl -> sctraj.pl"),
         ("pl/_loss.py", "from sctraj import tl", "pl -> sctraj.tl"),
-        ("pl/_loss.py", "from ..flow.snapshots import Snapshots", "pl -> sctraj.flow"),
+        ("pl/_loss.py", "from ..flow.snapshots import Snapshots", "pl -> sctraj.flow.snapshots"),
         ("_adata.py", "from . import pp", "_adata -> sctraj.pp"),
         ("get.py", "from .benchmark import run", "get -> sctraj.benchmark"),
         ("metrics.py", "import sctraj", "metrics -> sctraj"),

@@ -67,10 +67,10 @@ def gaussian(n: int, mean, covariance, seed: int) -> Tensor:
 
 def test_ot_cfm_learns_the_optimal_map_between_gaussians_over_uneven_gaps():
     times, n = (1.0, 2.0, 6.0), 1000
-    means = np.array([[0.0, 0.0], [3.0, 1.0], [2.0, 5.0]])
+    means = np.array([[0.0, 0.0], [1.0, 0.5], [5.0, 2.5]])  # one speed: over ranks of times it would jump
     covariances = np.array([[[1.0, 0.6], [0.6, 1.5]], [[2.0, -0.8], [-0.8, 0.8]], [[0.5, 0.2], [0.2, 2.0]]])
     points = tuple(gaussian(n, *law, seed).float() for seed, law in enumerate(zip(means, covariances)))
-    training = replace(QUICK, width=64, n_steps=800, batch_size=128, ema_decay=0.99)
+    training = replace(QUICK, width=64, n_steps=2000, batch_size=128, ema_decay=0.99)
     learnt = quick(Snapshots(times, points), sigma=0.05, training=training, dtype=torch.float32).vector_field
     for k in (0, 1):
         law = means[k], means[k + 1], covariances[k], covariances[k + 1]
@@ -78,8 +78,8 @@ def test_ot_cfm_learns_the_optimal_map_between_gaussians_over_uneven_gaps():
         x0 = torch.tensor(np.random.default_rng(9).multivariate_normal(means[k], covariances[k], 1000)).float()
         truth = x0 @ torch.tensor(a).float() + torch.tensor(b).float()
         x1 = push(learnt, x0[None], times[k], times[k + 1], solver="rk4", n_steps=20, tolerance=1e-5)[0]
-        # against the displacement beyond the mean's own, so that a mere shift would score one; a thousand cells'
-        # empirical plan is off by about 0.1 in two dimensions, and 800 steps leave as much again
+        # against the displacement beyond the mean's own, so that a mere shift would score one; the plan of a thousand
+        # cells scatters by 0.19 about the map, and the network rounds off the kink in time between the intervals
         deformation = (truth - x0) - (truth - x0).mean(0)
         assert float((x1 - truth).norm() / deformation.norm()) < 0.25
 
