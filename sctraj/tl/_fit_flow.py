@@ -65,7 +65,7 @@ def fit_flow(
         a fixed fraction of the root mean square displacement between snapshots.
     module
         Your own network instead of the built-in one: maps standardised times ``(B, 1)`` and points ``(B, d)`` to
-        ``(B, d)``, or ``(B, 2 d)`` (velocity, score) for ``"sb-cfm"``.
+        ``(B, d)``, or ``(B, 2 d)`` (velocity, score) for ``"sb-cfm"``. Without randomness of its own (dropout).
     n_members
         Fits from different seeds, trained together; more than one give the velocity's uncertainty.
     width, depth
