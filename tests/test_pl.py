@@ -328,7 +328,10 @@ def test_streamlines_run_along_the_known_velocity_and_keep_every_cell_in_view(ad
 @pytest.mark.parametrize("kind", ["arrows", "stream"])
 def test_a_field_at_rest_is_drawn_without_warnings(adata, kind):
     adata.obsm["flow_velocity"] = np.zeros_like(adata.obsm["flow_velocity"])
-    pl.velocity(adata, kind=kind).figure.canvas.draw()
+    ax = pl.velocity(adata, kind=kind)
+    ax.figure.canvas.draw()
+    (cells,) = [c for c in artists(ax, PathCollection) if len(c.get_offsets()) == adata.n_obs]
+    assert same_points(cells.get_offsets(), adata.obsm["X_pca"][:, :2])
 
 
 def test_one_fast_cell_does_not_shrink_the_other_arrows(adata):

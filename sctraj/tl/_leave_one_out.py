@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from torch import nn
 
+    from .._adata import Cells
     from ..flow.hold_out import Judgement, Restoration
     from ..flow.snapshots import Snapshots
+    from ..flow.vector_field import VectorField
 
 EULER_STEPS = 100  # the published protocol's
 
@@ -130,27 +132,12 @@ def leave_one_out(
 
     rows: list[dict[str, object]] = []
     shares: dict[str, np.ndarray] = {}
-    restored: np.ndarray | None = None
+    barycentres: dict[str, np.ndarray] = {}
     for method, (held_out, problems, validation) in prepared.items():
         result = fit(
             problems, validation=validation, training=training, device=where, dtype=torch.float32, progress=progress
         )
-        points = hold_out.restore(
-            result.vector_field, snapshots, held_out, solver="euler", n_steps=EULER_STEPS, tolerance=1e-4
-        )
-        share: list[np.ndarray | None] = [None] * len(snapshots)  # the first and the last stay without
-        barycentre: list[np.ndarray | None] = [None] * len(snapshots)
-        for member, (k, x) in enumerate(zip(held_out, points)):
-            number = member % n_seeds
-            judged = _judge(rows, snapshots, k, hold_out.Restoration(x), method, number)
-            so_far = share[k]
-            one = judged.share.numpy() / n_seeds
-            share[k] = one if so_far is None else so_far + one
-            if number == 0:
-                barycentre[k] = judged.barycentre.numpy()
-        shares[method] = _adata.write_by_cell(cells, share, np.float64)
-        if restored is None:
-            restored = _adata.write_by_cell(cells, barycentre)
+        shares[method], barycentres[method] = _restore(rows, cells, method, result.vector_field, held_out, n_seeds)
     halves = _references(rows, snapshots, seeds)
 
     adata = _adata.own(adata, copy=copy)
@@ -178,8 +165,7 @@ def leave_one_out(
         "fingerprint": cells.fingerprint,
     }
     adata.obsm[w1] = pd.DataFrame(shares, index=adata.obs_names)
-    assert restored is not None  # there is at least one method
-    adata.obsm[name] = restored
+    adata.obsm[name] = barycentres[methods[0]]
     logger.info(
         f"left out each of {len(snapshots) - 2} snapshots, {n_seeds} seed(s), {', '.join(methods)}. {use_rep} was "
         f"computed beforehand: if on all cells, it has seen the held-out snapshots. The noise reference's halves have "
@@ -187,6 +173,26 @@ def leave_one_out(
         f'uns["{table}"], uns["{_adata.PROTOCOL.format(table=table)}"], obsm["{w1}"], obsm["{name}"]'
     )
     return adata if copy else None
+
+
+def _restore(
+    rows: list[dict[str, object]], cells: Cells, method: str, field: VectorField, held_out: Sequence[int], n_seeds: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Restore every member's held-out snapshot and add its distances to the table.
+
+    Returns each cell's share of W1 ``(n_obs,)``, mean over seeds, and the first seed's barycentre ``(n_obs, d)``.
+    """
+    snapshots = cells.snapshots
+    points = hold_out.restore(field, snapshots, held_out, solver="euler", n_steps=EULER_STEPS, tolerance=1e-4)
+    share: list[np.ndarray | None] = [None] * len(snapshots)  # the first and the last stay without
+    barycentre: list[np.ndarray | None] = [None] * len(snapshots)
+    for member, (k, x) in enumerate(zip(held_out, points)):
+        judged = _judge(rows, snapshots, k, hold_out.Restoration(x), method, member % n_seeds)
+        so_far, one = share[k], judged.share.numpy() / n_seeds
+        share[k] = one if so_far is None else so_far + one
+        if member % n_seeds == 0:
+            barycentre[k] = judged.barycentre.numpy()
+    return _adata.write_by_cell(cells, share, np.float64), _adata.write_by_cell(cells, barycentre)
 
 
 def _judge(
