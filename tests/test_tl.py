@@ -258,6 +258,19 @@ def test_interpolate(cells: AnnData) -> None:
             sctraj.tl.interpolate(cells, outside)
 
 
+@pytest.mark.filterwarnings("ignore:Writing zarr v2:UserWarning")
+@pytest.mark.parametrize("decode", [True, False])
+def test_an_interpolated_population_survives_a_file(cells: AnnData, tmp_path, decode: bool) -> None:
+    sctraj.tl.fit_flow(cells, **QUICK)
+    middle = sctraj.tl.interpolate(cells, 4.5, decode=decode)
+    middle.write_h5ad(tmp_path / "middle.h5ad")
+    middle.write_zarr(tmp_path / "middle.zarr")
+    for back in (anndata.read_h5ad(tmp_path / "middle.h5ad"), anndata.read_zarr(tmp_path / "middle.zarr")):
+        assert back.shape == middle.shape
+        assert np.array_equal(back.obsm["X_pca"], middle.obsm["X_pca"])
+        assert back.obs["source_cell"].tolist() == middle.obs["source_cell"].tolist()
+
+
 def test_interpolate_refuses_components_of_another_matrix(cells: AnnData) -> None:
     sctraj.tl.fit_flow(cells, **QUICK)
     cells.X = np.asarray(cells.X) * 2

@@ -136,6 +136,32 @@ def test_the_sde_keeps_the_marginals_in_both_directions(t0, t1, sigma):
     assert correlation < 0.99
 
 
+class OrnsteinUhlenbeck:
+    """A velocity and a score whose forward drift, velocity + sigma^2/2 score, is ``-theta x``."""
+
+    def __init__(self, theta: float, sigma: float) -> None:
+        self.theta, self.sigma = theta, sigma
+        self.scale, self.has_score = torch.ones(1, 1, 1, dtype=torch.float64), True
+
+    def evaluate(self, t, x):
+        score = -x / 0.7  # of any Gaussian: the drift is what counts
+        return FieldSample(-self.theta * x - self.sigma**2 / 2 * score, score)
+
+
+def test_the_sde_has_the_variance_of_an_ornstein_uhlenbeck_process():
+    theta, sigma, n = 1.5, 0.8, 40_000
+    for start, time in ((0.0, 0.4), (0.0, 3.0), (2.0, 0.4)):
+        x = torch.full((1, n, 1), start, dtype=torch.float64)
+        rng = torch.Generator().manual_seed(3)
+        field = OrnsteinUhlenbeck(theta, sigma)
+        y = simulate(field, x, 0.0, time, sigma=sigma, n_steps=int(400 * time), rng=rng)
+        variance = sigma**2 / (2 * theta) * -math.expm1(-2 * theta * time)
+        # four standard errors, and Euler's own error, theta times the step
+        assert float(y.var()) == pytest.approx(variance, rel=4 * math.sqrt(2 / n) + theta / 400)
+        mean = start * math.exp(-theta * time)
+        assert float(y.mean()) == pytest.approx(mean, abs=4 * math.sqrt(variance / n) + start * theta / 400)
+
+
 def test_each_member_has_its_own_sigma():
     field, n = Gaussian(), 5000
     x = cells(n, members=1).expand(2, n, 2) * math.sqrt(field.variance(0.2))
