@@ -1,7 +1,7 @@
 """Couplings: joint laws of (x0, x1) over one interval, computed once and sampled many times.
 
-Each is a record with one method, ``sample(n, rng) -> (i, j)``: ``n`` pairs of cells, as indices into the snapshots
-at the interval's two ends.
+Each is a record with a method ``sample(n, rng) -> (i, j)``: ``n`` pairs of cells, as indices into the snapshots at the
+interval's two ends. All but the independent one have, or are, ``pairs``: those that carry the plan's mass.
 """
 
 from typing import Protocol
@@ -12,18 +12,26 @@ from torch import Tensor
 from .blocked import blocked
 from .entropic import EntropicPlan, entropic
 from .exact import SparsePlan, exact, optimal_plan
+from .growing import GrowingPlan, growing
 from .independent import IndependentPlan, independent
+from .pairs import WeightedPairs
+from .unbalanced import UnbalancedPlan, unbalanced
 
 __all__ = [
     "Coupling",
     "EntropicPlan",
+    "GrowingPlan",
     "IndependentPlan",
     "SparsePlan",
+    "UnbalancedPlan",
+    "WeightedPairs",
     "blocked",
     "entropic",
     "exact",
+    "growing",
     "independent",
     "optimal_plan",
+    "unbalanced",
 ]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..snapshots import Interval
 from .independent import draw
+from .pairs import WeightedPairs
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class SparsePlan:
         """Draw ``n`` pairs: indices at the start and at the end, each ``(n,)``."""
         pairs = draw(self.cumulative, n, rng)
         return self.i[pairs], self.j[pairs]
+
+    def pairs(self, *, share: float = 1.0) -> WeightedPairs:
+        """Return every pair that carries mass, whatever the share asked for; ``mass0`` is ``mass1``."""
+        return WeightedPairs(self.i, self.j, self.mass, self.mass)
 
 
 def optimal_plan(x0: Tensor, x1: Tensor, mass0: Tensor, mass1: Tensor, *, p: int) -> SparsePlan:
