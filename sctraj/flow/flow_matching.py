@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from .problem import Problem
 from .snapshots import to_device
-from .vector_field import MLP, Modules, VectorField, scaling
+from .vector_field import MLP, Modules, NeuralField, VectorField, scaling
 
 CHUNK = 2**19  # numbers drawn at once for a member: a few dozen steps' worth in five dimensions
 EVALUATE_EVERY = 25  # steps between looks at the validation loss
 VALIDATION_PAIRS = 512  # per interval
+GROWTH_WEIGHT = 0.1  # of the growth's error in the loss: a head beside the velocity's, not instead of it
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Fit:
         M members.
     loss
         Training loss of every step, ``(n_steps, M)``: mean squared error of the velocity in units of the data's rms
-        deviation per mean gap, plus that of the score times the path's standard deviation where there is one.
+        deviation per mean gap, plus that of the score times the path's standard deviation where there is one, plus
+        a tenth of that of the growth (per mean gap).
     validation_loss
         The same on held-back pairs, ``(n_evaluations, M)``; empty unless early stopping was asked for.
     """
@@ -50,7 +52,8 @@ class _Batch:
     x: Tensor
     velocity: Tensor
     noise: Tensor  # minus std times the score target; (S, M, B, 0) without a score
-    weight: Tensor  # of the velocity's error
+    growth: Tensor  # target, per mean gap; (S, M, B, 0) where nothing grows
+    weight: Tensor  # of the velocity's and the growth's error
     std: Tensor  # of the path, over the member's largest
 
 
@@ -149,15 +152,16 @@ def fit(
     if not problems:
         raise ValueError("expected at least one problem to fit, found none")
     d, members = problems[0].snapshots.dimension, len(problems)
-    heads = 2 if problems[0].std > 0 else 1
+    velocity_and_score = d * (2 if problems[0].std > 0 else 1)
+    grows = problems[0].grows
     scalings = [scaling(p.snapshots, std=p.std) for p in problems]
     network: nn.Module
     if training.module is None:
         rngs = [torch.Generator().manual_seed(p.seed) for p in problems]
-        network = MLP([1 + d, *[training.width] * training.depth, heads * d], rngs)
+        network = MLP([1 + d, *[training.width] * training.depth, velocity_and_score + grows], rngs)
     else:
         network = Modules(training.module, members)
-    field = VectorField(network, scalings).to(device, dtype)
+    field = NeuralField(network, scalings).to(device, dtype)
 
     n_steps = training.n_steps
     problems = [to_device(p, device) for p in problems]
@@ -169,8 +173,10 @@ def fit(
         held_back = next(_batches([to_device(p, device) for p in validation], streams, field, VALIDATION_PAIRS, 1))
     with torch.no_grad():
         shape = network(torch.zeros(members, 2, 1).to(field.scale), torch.zeros(members, 2, d).to(field.scale)).shape
-    if shape != (members, 2, heads * d):
-        raise ValueError(f"expected a module that maps (2, 1), (2, {d}) to (2, {heads * d}), found {tuple(shape[1:])}")
+    # a user's module may leave growth out
+    if shape[:2] != (members, 2) or shape[-1] - velocity_and_score not in (0, grows):
+        wanted = f"(2, {velocity_and_score + grows})" + (f", or without growth (2, {velocity_and_score})" * grows)
+        raise ValueError(f"expected a module that maps (2, 1), (2, {d}) to {wanted}, found {tuple(shape[1:])}")
     weights: list[Tensor] = list(network.parameters())
     fused = device.type in ("cpu", "cuda")
     optimiser = torch.optim.AdamW(weights, lr=training.learning_rate, weight_decay=training.weight_decay, fused=fused)
@@ -224,7 +230,7 @@ def one_cycle(progress: float) -> float:
 def _batches(
     problems: Sequence[Problem],
     streams: Sequence[torch.Generator],
-    field: VectorField,
+    field: NeuralField,
     batch_size: int,
     n_steps: int,
 ) -> Iterator[_Batch]:
@@ -239,7 +245,7 @@ def _batches(
 
 
 def _draw(
-    problems: Sequence[Problem], streams: Sequence[torch.Generator], field: VectorField, n_steps: int, n_pairs: int
+    problems: Sequence[Problem], streams: Sequence[torch.Generator], field: NeuralField, n_steps: int, n_pairs: int
 ) -> _Batch:
     """Draw and standardise ``n_steps`` batches of every member, in the cells' own precision."""
     dtype = field.scale.dtype
@@ -247,30 +253,35 @@ def _draw(
     for problem, stream, shift, scale, origin, gap, std in zip(
         problems, streams, field.shift, field.scale, field.origin, field.gap, field.std
     ):
-        sample, length = problem.sample(n_steps, n_pairs, stream)
+        drawn = problem.sample(n_steps, n_pairs, stream)
+        sample, empty = drawn.path, drawn.path.x[..., :0]
         with_score = sample.score is not None and problem.std > 0
+        # an interval's error counts by how far it displaces cells by the interval's end, a pair's by its mass
+        weight = (drawn.length / gap).square().expand(n_steps, n_pairs, 1)
         rows.append(
             _Batch(
                 t=((sample.t - origin) / gap).to(dtype),
                 x=((sample.x - shift) / scale).to(dtype),
                 velocity=(sample.velocity * (gap / scale)).to(dtype),
-                noise=(-sample.score * sample.std if with_score else sample.x[..., :0]).to(dtype),
-                # an interval's error counts by how far it displaces cells by the interval's end
-                weight=(length / gap).square().to(dtype).expand(n_steps, n_pairs, 1),
+                noise=(-sample.score * sample.std if with_score else empty).to(dtype),
+                growth=(empty if drawn.growth is None else drawn.growth * gap).to(dtype),
+                weight=(weight if drawn.weight is None else weight * drawn.weight).to(dtype),
                 std=(sample.std / std if with_score else torch.zeros_like(sample.std)).to(dtype),
             )
         )
     return _Batch(*(torch.stack([getattr(r, name) for r in rows], 1) for name in _Batch.__dataclass_fields__))
 
 
-def _loss(field: VectorField, batch: _Batch) -> Tensor:
-    """Each member's loss ``(M,)``: CFM for the velocity, and denoising score matching weighted by the path's std."""
+def _loss(field: NeuralField, batch: _Batch) -> Tensor:
+    """Each member's loss ``(M,)``: CFM for the velocity, denoising score matching weighted by the std, growth."""
     output = field.network(batch.t, batch.x)
-    d = batch.x.shape[-1]
+    d, n_score, n_growth = (v.shape[-1] for v in (batch.x, batch.noise, batch.growth))
     loss = (batch.weight * (output[..., :d] - batch.velocity).square()).mean((1, 2))
-    if batch.noise.shape[-1]:
+    if n_score:
         # |std (s_theta - score)|^2 with score = -noise / std (Tong et al. 2023b, [SF]2M, eq. 10 with lambda = std)
-        loss = loss + (batch.std * output[..., d:] + batch.noise).square().mean((1, 2))
+        loss = loss + (batch.std * output[..., d : d + n_score] + batch.noise).square().mean((1, 2))
+    if n_growth and output.shape[-1] > d + n_score:
+        loss = loss + GROWTH_WEIGHT * (batch.weight * (output[..., d + n_score :] - batch.growth).square()).mean((1, 2))
     return loss
 
 

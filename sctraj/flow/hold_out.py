@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .coupling import blocked
 from .distance import energy_distance, median_distance, mmd, restoration_plan, variance_ratio, wasserstein
-from .integrate import Field, Solver, push
+from .integrate import Field, Solver, transport
 from .problem import Problem, make_problems
 from .snapshots import Interval, Snapshots
 
 METRICS = ("w1", "w2", "mmd", "energy", "variance_ratio")
+UNWEIGHTED = ("w1", "energy")  # of these also without the restoration's own masses, all its points weighing the same
+Start = Literal["both", "before"]
 BASELINES = ("previous", "next", "ot-interpolation")
 NOISE_REFERENCE = "noise-reference"
 
@@ -26,6 +29,13 @@ class Restoration:
     points: Tensor
     mass: Tensor | None = None
 
+    @property
+    def weights(self) -> Tensor:
+        """Masses that sum to one, ``(n,)`` float64."""
+        if self.mass is None:
+            return torch.full((len(self.points),), 1 / len(self.points), dtype=torch.float64)
+        return self.mass / self.mass.sum()
+
 
 def interior(snapshots: Snapshots) -> range:
     """Return the snapshots that can be held out and restored: all but the first and the last."""
@@ -35,7 +45,13 @@ def interior(snapshots: Snapshots) -> range:
 
 
 def hold_out_problems(
-    snapshots: Snapshots, *, method: str, sigma: float | None, seeds: Sequence[int], validate: bool
+    snapshots: Snapshots,
+    *,
+    method: str,
+    path: str | None,
+    sigma: float | None,
+    seeds: Sequence[int],
+    validate: bool,
 ) -> tuple[list[int], list[Problem], list[Problem]]:
     """Build the problems of all folds and seeds: for every interior snapshot ``k``, those of the data without it.
 
@@ -46,7 +62,7 @@ def hold_out_problems(
     held_out, problems, validation = [], [], []
     for k in interior(snapshots):
         members, held_back = make_problems(
-            snapshots.without(k), method=method, sigma=sigma, seeds=seeds, validate=validate
+            snapshots.without(k), method=method, path=path, sigma=sigma, seeds=seeds, validate=validate
         )
         held_out += [k] * len(members)
         problems += members
@@ -55,9 +71,16 @@ def hold_out_problems(
 
 
 def restore(
-    field: Field, snapshots: Snapshots, held_out: Sequence[int], *, solver: Solver, n_steps: int, tolerance: float
-) -> list[Tensor]:
-    """Push all cells of the snapshot before each member's held-out one to the held-out time, all members at once.
+    field: Field,
+    snapshots: Snapshots,
+    held_out: Sequence[int],
+    *,
+    start: Start,
+    solver: Solver,
+    n_steps: int,
+    tolerance: float,
+) -> list[Restoration]:
+    """Move kept cells to each member's held-out time, all members at once, with the mass that they gain or lose.
 
     Parameters
     ----------
@@ -65,19 +88,52 @@ def restore(
         M members.
     held_out
         The snapshot that each member has not seen, ``M`` indices.
+    start
+        ``"before"``: all cells of the snapshot before (the published protocol). ``"both"``: those of the snapshot
+        after as well, backwards in time; at the fraction ``s`` of the gap the former weigh ``1 - s`` in all and the
+        latter ``s``.
 
     Returns
     -------
-    One tensor ``(n, d)`` per member.
+    One per member; masses are None where all cells weigh the same.
     """
+    before = _moved(field, snapshots, held_out, -1, solver=solver, n_steps=n_steps, tolerance=tolerance)
+    if start == "before":
+        return before
+    after = _moved(field, snapshots, held_out, 1, solver=solver, n_steps=n_steps, tolerance=tolerance)
+    both = []
+    for k, first, last in zip(held_out, before, after):
+        t0, t, t1 = snapshots.times[k - 1 : k + 2]
+        both.append(mixed(first, last, (t - t0) / (t1 - t0)))
+    return both
+
+
+def mixed(first: Restoration, last: Restoration, s: float) -> Restoration:
+    """Put two restorations together, the first weighing ``1 - s`` in all and the last ``s``."""
+    mass = torch.cat([(1 - s) * first.weights, s * last.weights])
+    return Restoration(torch.cat([first.points, last.points]), mass)
+
+
+def _moved(
+    field: Field, snapshots: Snapshots, held_out: Sequence[int], side: int, *, solver: Solver, n_steps: int,
+    tolerance: float,
+) -> list[Restoration]:  # fmt: skip
+    """Move the cells of the neighbour before (-1) or after (1) each held-out snapshot to its time."""
     dtype, device = field.scale.dtype, field.scale.device
-    cells = [snapshots.points[k - 1].to(device, dtype) for k in held_out]
+    cells = [snapshots.points[k + side].to(device, dtype) for k in held_out]
     largest = max(len(x) for x in cells)
     # shorter snapshots are filled up with their first cell: no cell's path depends on another's
     padded = torch.stack([torch.cat([x, x[:1].expand(largest - len(x), -1)]) for x in cells])
-    t0, t1 = (torch.tensor([snapshots.times[k + shift] for k in held_out]).double() for shift in (-1, 0))
-    moved = push(field, padded, t0, t1, solver=solver, n_steps=n_steps, tolerance=tolerance)
-    return [y[: len(x)].cpu() for x, y in zip(cells, moved)]
+    t0, t1 = (torch.tensor([snapshots.times[k + shift] for k in held_out]).double() for shift in (side, 0))
+    moved = transport(field, padded, t0, t1, solver=solver, n_steps=n_steps, tolerance=tolerance)
+    restorations = []
+    for k, points, log_mass in zip(held_out, moved.points.cpu(), moved.log_mass.cpu().double()):
+        mass = snapshots.mass[k + side].cpu()
+        n = len(mass)
+        weighted = mass * log_mass[:n].exp()
+        same = bool((weighted == weighted[0]).all())
+        restorations.append(Restoration(points[:n], None if same else weighted / weighted.sum()))
+    return restorations
 
 
 def baseline(snapshots: Snapshots, k: int, name: str) -> Restoration:
@@ -105,9 +161,13 @@ def halves(cells: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A restoration's distances by the names of ``METRICS``, and each observed cell's share and barycentre."""
+    """A restoration's distances by the names of ``METRICS``, and each observed cell's share and barycentre.
+
+    ``unweighted`` has those of ``UNWEIGHTED`` with all points of the restoration weighing the same.
+    """
 
     values: dict[str, float]
+    unweighted: dict[str, float]
     share: Tensor
     barycentre: Tensor
 
@@ -123,4 +183,10 @@ def judge(restoration: Restoration, observed: Tensor, *, mass: Tensor | None = N
         "energy": energy_distance(points, observed, **weights),
         "variance_ratio": variance_ratio(points, observed, **weights),
     }
-    return Judgement(values, plan.share, plan.barycentre)
+    unweighted = {name: values[name] for name in UNWEIGHTED}
+    if restoration.mass is not None:
+        unweighted = {
+            "w1": wasserstein(points, observed, weights_y=mass),
+            "energy": energy_distance(points, observed, weights_y=mass),
+        }
+    return Judgement(values, unweighted, plan.share, plan.barycentre)

@@ -1,9 +1,10 @@
-"""Moving cells along a field: the ODE (`push`) and the SDE (`simulate`), either way in time."""
+"""Moving cells along a field: the ODE (`push`, and `transport` with mass) and the SDE (`simulate`), either way."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -17,7 +18,7 @@ CELLS = 2**16  # cells times members met at once
 
 
 class Field(Protocol):
-    """What can be integrated: velocity and score of M members at real time t and points ``(M, B, d)``."""
+    """What can be integrated: velocity, score and growth of M members at real time t and points ``(M, B, d)``."""
 
     scale: Tensor
 
@@ -26,10 +27,17 @@ class Field(Protocol):
         """Whether there is a score."""
 
     def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
-        """Return velocity and score."""
+        """Return velocity, score and growth."""
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Moved:
+    """Where cells have come to, ``(M, n, d)``, and the log of what their mass has been multiplied by, ``(M, n)``."""
+
+    points: Tensor
+    log_mass: Tensor
+
+
 def push(
     field: Field,
     x: Tensor,
@@ -40,7 +48,22 @@ def push(
     n_steps: int,
     tolerance: float,
 ) -> Tensor:
-    """Integrate ``dx/dt = v(t, x)`` from ``t0`` to ``t1``, which may lie earlier.
+    """Integrate ``dx/dt = v(t, x)`` from ``t0`` to ``t1``: `transport` without the mass; returns ``(M, n, d)``."""
+    return transport(field, x, t0, t1, solver=solver, n_steps=n_steps, tolerance=tolerance).points
+
+
+@torch.no_grad()
+def transport(
+    field: Field,
+    x: Tensor,
+    t0: Tensor | float,
+    t1: Tensor | float,
+    *,
+    solver: Solver,
+    n_steps: int,
+    tolerance: float,
+) -> Moved:
+    """Integrate ``dx/dt = v(t, x)`` and ``d log(mass)/dt = g(t, x)`` from ``t0`` to ``t1``, which may lie earlier.
 
     Parameters
     ----------
@@ -57,24 +80,29 @@ def push(
 
     Returns
     -------
-    Cells at ``t1``, ``(M, n, d)``.
+    Cells at ``t1``, and what has become of their mass (nothing, where the field has no growth).
     """
     start, span = _span(t0, t1, x)
+    d = x.shape[-1]
+    grows = field.evaluate(start, x[:, :1]).growth is not None
 
     def rate(fraction: Tensor, y: Tensor) -> Tensor:
-        return span * field.evaluate(start + fraction * span, y).velocity
+        at = field.evaluate(start + fraction * span, y[..., :d])
+        return span * (at.velocity if at.growth is None else torch.cat([at.velocity, at.growth], -1))
 
     options = {"grid_constructor": _grid(n_steps)}
     ends = torch.tensor([0.0, 1.0], dtype=x.dtype, device=x.device)
+    state = torch.cat([x, torch.zeros_like(x[..., :1])], -1) if grows else x
     pushed = []
-    for cells in x.split(max(1, CELLS // len(x)), 1):
+    for cells in state.split(max(1, CELLS // len(x)), 1):
         if solver == "dopri5":
             atol = tolerance * float(field.scale.min())
             path = odeint(rate, cells, ends, method=solver, rtol=tolerance, atol=atol)
         else:
             path = odeint(rate, cells, ends, method=solver, options=options)
         pushed.append(path[-1])
-    return torch.cat(pushed, 1)
+    end = torch.cat(pushed, 1)
+    return Moved(end[..., :d], end[..., d] if grows else torch.zeros_like(end[..., 0]))
 
 
 @torch.no_grad()

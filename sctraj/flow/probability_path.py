@@ -19,6 +19,33 @@ _GOLDEN = 2654435769  # 2^32 / golden ratio: steps of this size modulo 2^32 fill
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """Pairs of cells at the two ends of their intervals; the leading axes are those of the pairs.
+
+    Attributes
+    ----------
+    x0, x1
+        Ends, ``(..., d)``.
+    t0, t1
+        Real times of the ends, floats or ``(..., 1)``.
+    velocity0, velocity1
+        Where the paths bend: velocities at the ends, ``(..., d)``, per unit of real time.
+    """
+
+    x0: Tensor
+    x1: Tensor
+    t0: Tensor | float
+    t1: Tensor | float
+    velocity0: Tensor | None = None
+    velocity1: Tensor | None = None
+
+    @property
+    def length(self) -> Tensor | float:
+        """The gaps in real time."""
+        return self.t1 - self.t0
+
+
+@dataclass(frozen=True)
 class PathSample:
     """Points on a path and the targets there; the leading axes are those of the pairs.
 
@@ -66,12 +93,10 @@ class ProbabilityPath(ABC):
             raise ValueError(f"expected a finite sigma of at least 0, found {self.sigma}")
 
     @abstractmethod
-    def moments(self, x0: Tensor, x1: Tensor, s: Tensor, length: Tensor | float) -> Moments:
+    def moments(self, pairs: Pairs, s: Tensor) -> Moments:
         """Return mean, standard deviation and their rates at the fraction ``s`` ``(..., 1)`` of an interval."""
 
-    def sample(
-        self, x0: Tensor, x1: Tensor, t0: Tensor | float, t1: Tensor | float, rng: torch.Generator
-    ) -> PathSample:
+    def sample(self, pairs: Pairs, rng: torch.Generator) -> PathSample:
         """Draw a time and a point for every pair.
 
         Times are uniform on the interval (but for its margin) and stratified: any run of consecutive pairs has its
@@ -79,20 +104,19 @@ class ProbabilityPath(ABC):
 
         Parameters
         ----------
-        x0, x1
-            Ends of the pairs, ``(..., d)``.
-        t0, t1
-            Real times of the ends, floats or ``(..., 1)``.
+        pairs
+            Ends ``(..., d)`` and times.
         rng
             Generator on the pairs' device.
         """
+        x0 = pairs.x0
         shape = (*x0.shape[:-1], 1)
         s = _stratified(shape, rng, x0)
         s = self.margin + (1 - 2 * self.margin) * s
         noise = torch.randn(x0.shape, generator=rng, device=x0.device, dtype=x0.dtype)
-        at = self.moments(x0, x1, s, t1 - t0)
+        at = self.moments(pairs, s)
         return PathSample(
-            t=t0 + s * (t1 - t0),
+            t=pairs.t0 + s * pairs.length,
             x=at.mean + at.std * noise,
             velocity=at.mean_rate + at.std_rate * noise,
             score=-noise / at.std if self.sigma > 0 else None,
@@ -106,10 +130,30 @@ class Straight(ProbabilityPath):
     I-CFM and OT-CFM, by the coupling (Tong et al. 2023, eq. 12 and 13). ``sigma`` is a length.
     """
 
-    def moments(self, x0: Tensor, x1: Tensor, s: Tensor, length: Tensor | float) -> Moments:
+    def moments(self, pairs: Pairs, s: Tensor) -> Moments:
         """Return mean, standard deviation and their rates at the fraction ``s`` of an interval."""
-        chord = x1 - x0
-        return Moments(x0 + s * chord, chord / length, torch.full_like(s, self.sigma), torch.zeros_like(s))
+        chord = pairs.x1 - pairs.x0
+        mean, rate = pairs.x0 + s * chord, chord / pairs.length
+        return Moments(mean, rate, torch.full_like(s, self.sigma), torch.zeros_like(s))
+
+
+class Hermite(ProbabilityPath):
+    """A cubic through both ends with given velocities there, and constant spread; straight where none are given.
+
+    ``mean = h00 x0 + h10 (t1-t0) v0 + h01 x1 + h11 (t1-t0) v1`` with the cubic Hermite basis, so that a cell's paths
+    before and after its snapshot go through it at one velocity. ``sigma`` is a length.
+    """
+
+    def moments(self, pairs: Pairs, s: Tensor) -> Moments:
+        """Return mean, standard deviation and their rates at the fraction ``s`` of an interval."""
+        chord = (pairs.x1 - pairs.x0) / pairs.length
+        v0 = chord if pairs.velocity0 is None else pairs.velocity0
+        v1 = chord if pairs.velocity1 is None else pairs.velocity1
+        # relative to the chord, with u = 1 - s: h10 = s u^2, h11 = -s^2 u
+        bend = s * (1 - s) ** 2 * (v0 - chord) - s**2 * (1 - s) * (v1 - chord)
+        bend_rate = (1 - s) * (1 - 3 * s) * (v0 - chord) + s * (3 * s - 2) * (v1 - chord)
+        mean, rate = pairs.x0 + s * (pairs.x1 - pairs.x0) + bend * pairs.length, chord + bend_rate
+        return Moments(mean, rate, torch.full_like(s, self.sigma), torch.zeros_like(s))
 
 
 class BrownianBridge(ProbabilityPath):
@@ -123,13 +167,13 @@ class BrownianBridge(ProbabilityPath):
 
     margin = BRIDGE_MARGIN
 
-    def moments(self, x0: Tensor, x1: Tensor, s: Tensor, length: Tensor | float) -> Moments:
+    def moments(self, pairs: Pairs, s: Tensor) -> Moments:
         """Return mean, standard deviation and their rates at the fraction ``s`` of an interval."""
-        chord = x1 - x0
+        chord, length = pairs.x1 - pairs.x0, pairs.length
         unit = (s * (1 - s)).sqrt()  # standard deviation of the unit bridge
         root = math.sqrt(length) if isinstance(length, float) else length**0.5
         std_rate = self.sigma * (1 - 2 * s) / (2 * unit * root)  # d/dt of sigma sqrt(s (1-s) length)
-        return Moments(x0 + s * chord, chord / length, self.sigma * unit * root, std_rate)
+        return Moments(pairs.x0 + s * chord, chord / length, self.sigma * unit * root, std_rate)
 
 
 @dataclass(frozen=True)
@@ -142,13 +186,14 @@ class Trigonometric(ProbabilityPath):
 
     centre: Tensor | None = None
 
-    def moments(self, x0: Tensor, x1: Tensor, s: Tensor, length: Tensor | float) -> Moments:
+    def moments(self, pairs: Pairs, s: Tensor) -> Moments:
         """Return mean, standard deviation and their rates at the fraction ``s`` of an interval."""
+        x0, x1 = pairs.x0, pairs.x1
         centre = torch.zeros_like(x0[..., :1]) if self.centre is None else self.centre.to(x0)
         angle = math.pi / 2 * s
         y0, y1 = x0 - centre, x1 - centre
         mean = centre + torch.cos(angle) * y0 + torch.sin(angle) * y1
-        mean_rate = math.pi / 2 * (torch.cos(angle) * y1 - torch.sin(angle) * y0) / length
+        mean_rate = math.pi / 2 * (torch.cos(angle) * y1 - torch.sin(angle) * y0) / pairs.length
         return Moments(mean, mean_rate, torch.full_like(s, self.sigma), torch.zeros_like(s))
 
 

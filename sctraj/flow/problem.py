@@ -9,17 +9,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .coupling import Coupling, blocked, entropic, independent
-from .probability_path import BrownianBridge, PathSample, ProbabilityPath, Straight, Trigonometric
+from .coupling import Coupling, GrowingPlan, SparsePlan, WeightedPairs, blocked, entropic, growing, independent
+from .probability_path import BrownianBridge, Hermite, Pairs, PathSample, ProbabilityPath, Straight, Trigonometric
 from .snapshots import Interval, Snapshots
+from .tangents import tangents
 
-METHODS = ("ot-cfm", "i-cfm", "sb-cfm", "vp-cfm")
+METHODS = ("uot-cfm", "ot-cfm", "i-cfm", "sb-cfm", "vp-cfm")
+PATHS = ("hermite", "straight")
 
 # sigma, where none is given, as a fraction of the displacement per root of the mean gap: scale- and unit-free
 STRAIGHT_FRACTION = 0.1
 BRIDGE_FRACTION = 0.3
 HELD_BACK = 0.1  # of each snapshot's cells, where early stopping is asked for
 DISPLACEMENT_CELLS = 1000  # cells a side at most from which the displacement is estimated
+DRAWN_PAIRS = 4  # per cell, where a coupling has too many pairs to list
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,15 @@ class Problem:
     seed
         Of the member's own random stream: first weights, pairs, times and noise depend on it and on the kept
         snapshots alone, never on the other members.
+    velocities
+        For curved paths: every cell's velocity at its snapshot, ``(n_k, d)``; None where paths start or end straight.
     """
 
     snapshots: Snapshots
     couplings: tuple[Coupling, ...]
     path: ProbabilityPath
     seed: int
+    velocities: tuple[Tensor | None, ...] = ()
 
     @property
     def std(self) -> float:
@@ -51,26 +57,84 @@ class Problem:
             return self.path.sigma * math.sqrt(self.snapshots.mean_gap) / 2
         return 0.0
 
-    def sample(self, n_steps: int, n_pairs: int, rng: torch.Generator) -> tuple[PathSample, Tensor]:
-        """Draw ``n_steps`` batches of ``n_pairs`` pairs, shared evenly among the intervals.
+    @property
+    def grows(self) -> bool:
+        """Whether pairs change their mass on the way."""
+        return any(isinstance(coupling, GrowingPlan) for coupling in self.couplings)
 
-        Returns
-        -------
-        Points and targets with leading axes ``(n_steps, n_pairs)``, and the length of each pair's interval
-        ``(n_pairs, 1)``.
-        """
-        intervals = self.snapshots.intervals()
-        share, rest = divmod(n_pairs, len(intervals))
-        x0, x1, t0, length = [], [], [], []
-        for k, (interval, coupling) in enumerate(zip(intervals, self.couplings, strict=True)):
+    def pairs(self, k: int, i: Tensor, j: Tensor) -> Pairs:
+        """Return pairs of interval ``k`` by their indices at both ends, ``(n,)``: their ends and velocities there."""
+        interval = self.snapshots.intervals()[k]
+        x0, x1 = interval.x0[i], interval.x1[j]
+        velocity0 = velocity1 = None
+        if self.velocities:
+            first, last = self.velocities[k : k + 2]
+            chord = (x1 - x0) / interval.length
+            velocity0 = chord if first is None else first[i]
+            velocity1 = chord if last is None else last[j]
+        return Pairs(x0, x1, interval.t0, interval.t1, velocity0, velocity1)
+
+    def listed(self, k: int) -> WeightedPairs:
+        """Return the pairs of interval ``k``: all that the coupling lists, else a sample with equal masses."""
+        coupling, interval = self.couplings[k], self.snapshots.intervals()[k]
+        if isinstance(coupling, GrowingPlan):
+            return coupling.pairs
+        if isinstance(coupling, SparsePlan):
+            return coupling.pairs()
+        n = DRAWN_PAIRS * (len(interval.x0) + len(interval.x1))
+        rng = torch.Generator(interval.x0.device).manual_seed(self.seed)
+        i, j = coupling.sample(n, rng)
+        mass = torch.full((n,), 1 / n, dtype=torch.float64, device=i.device)
+        return WeightedPairs(i, j, mass, mass)
+
+    def sample(self, n_steps: int, n_pairs: int, rng: torch.Generator) -> Sample:
+        """Draw ``n_steps`` batches of ``n_pairs`` pairs, shared evenly among the intervals."""
+        share, rest = divmod(n_pairs, len(self.couplings))
+        drawn, contrasts, starts, lengths = [], [], [], []
+        for k, (interval, coupling) in enumerate(zip(self.snapshots.intervals(), self.couplings, strict=True)):
             n = share + (k < rest)
-            i, j = coupling.sample(n_steps * n, rng)
-            x0.append(interval.x0[i].reshape(n_steps, n, -1))
-            x1.append(interval.x1[j].reshape(n_steps, n, -1))
-            t0.append(interval.x0.new_full((n, 1), interval.t0))
-            length.append(interval.x0.new_full((n, 1), interval.length))
-        start, gap = torch.cat(t0), torch.cat(length)  # (n_pairs, 1)
-        return self.path.sample(torch.cat(x0, 1), torch.cat(x1, 1), start, start + gap, rng), gap
+            if isinstance(coupling, GrowingPlan):
+                chosen = coupling.choose(n_steps * n, rng)
+                i, j = coupling.pairs.i[chosen], coupling.pairs.j[chosen]
+                contrasts.append(coupling.pairs.contrast[chosen].to(interval.x0.dtype).reshape(n_steps, n, 1))
+            else:
+                i, j = coupling.sample(n_steps * n, rng)
+            pairs = self.pairs(k, i, j)
+            ends = [pairs.x0, pairs.x1, pairs.velocity0, pairs.velocity1]
+            drawn.append([v.reshape(n_steps, n, -1) for v in ends if v is not None])
+            starts.append(interval.x0.new_full((n, 1), interval.t0))
+            lengths.append(interval.x0.new_full((n, 1), interval.length))
+        x0, x1, *velocities = (torch.cat(column, 1) for column in zip(*drawn))
+        start, length = torch.cat(starts), torch.cat(lengths)  # (n_pairs, 1)
+        path = self.path.sample(Pairs(x0, x1, start, start + length, *velocities), rng)
+        if not contrasts:
+            return Sample(path, length, weight=None, growth=None)
+        contrast = torch.cat(contrasts, 1)
+        # a pair's mass at s over that at 1/2, by which it was drawn, and its growth rate d log(mass) / dt
+        weight = 1 + ((path.t - start) / length - 0.5) * contrast
+        return Sample(path, length, weight=weight, growth=contrast / weight / length)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Training data of one member: leading axes ``(n_steps, n_pairs)``.
+
+    Attributes
+    ----------
+    path
+        Points on the paths and their targets.
+    length
+        Of each pair's interval, ``(n_pairs, 1)``.
+    weight
+        Mass of the pair at its time relative to what it was drawn by, ``(..., 1)``; None where nothing grows.
+    growth
+        Growth rate of the pair, ``(..., 1)`` per unit of time; None where nothing grows.
+    """
+
+    path: PathSample
+    length: Tensor
+    weight: Tensor | None
+    growth: Tensor | None
 
 
 def displacement(snapshots: Snapshots) -> float:
@@ -98,19 +162,27 @@ def default_sigma(snapshots: Snapshots, method: str) -> float:
     return STRAIGHT_FRACTION * displacement(snapshots)
 
 
-def make_path(snapshots: Snapshots, method: str, sigma: float) -> ProbabilityPath:
-    """Return a method's probability path."""
+def make_path(snapshots: Snapshots, method: str, path: str | None, sigma: float) -> ProbabilityPath:
+    """Return a method's probability path; ``path`` is for the methods that leave a choice (see `make_problems`)."""
+    if method in ("sb-cfm", "vp-cfm") and path is not None:
+        raise ValueError(f"expected no path for {method}, which has its own, found {path!r}; leave it out")
+    if path not in (None, *PATHS):
+        raise ValueError(f"expected a path of {PATHS}, found {path!r}")
     if method == "sb-cfm":
         if not sigma > 0:
             raise ValueError(f"expected a positive sigma for sb-cfm, found {sigma}; its limit at 0 is method='ot-cfm'")
         return BrownianBridge(sigma)
     if method == "vp-cfm":
         return Trigonometric(sigma, centre=torch.cat(snapshots.points).mean(0))
+    if path == "hermite" or (path is None and method == "uot-cfm"):
+        return Hermite(sigma)
     return Straight(sigma)
 
 
 def couple(interval: Interval, path: ProbabilityPath, method: str, rng: torch.Generator) -> Coupling:
     """Return a method's coupling of one interval; ``rng`` serves only where the whole plan does not fit."""
+    if method == "uot-cfm":
+        return growing(interval, rng)
     if method == "ot-cfm":
         return blocked(interval, rng)
     if method == "sb-cfm":
@@ -119,7 +191,13 @@ def couple(interval: Interval, path: ProbabilityPath, method: str, rng: torch.Ge
 
 
 def make_problems(
-    snapshots: Snapshots, *, method: str, sigma: float | None, seeds: Sequence[int], validate: bool
+    snapshots: Snapshots,
+    *,
+    method: str,
+    path: str | None,
+    sigma: float | None,
+    seeds: Sequence[int],
+    validate: bool,
 ) -> tuple[list[Problem], list[Problem]]:
     """Put together the problems of members that share their snapshots: sigma, path and couplings, one per seed.
 
@@ -128,9 +206,12 @@ def make_problems(
     snapshots
         At least two; all else is computed from these (kept) snapshots alone.
     method
-        ``"i-cfm"``: independent coupling, straight path. ``"ot-cfm"``: exact coupling (in blocks where snapshots are
-        large), straight path. ``"sb-cfm"``: entropic coupling, Brownian bridge. ``"vp-cfm"``: independent coupling,
-        trigonometric path. All after Tong et al. 2023, table 1.
+        ``"uot-cfm"``: coupling of a growing population (`growing`). ``"i-cfm"``: independent coupling. ``"ot-cfm"``:
+        exact coupling (in blocks where snapshots are large). ``"sb-cfm"``: entropic coupling, Brownian bridge.
+        ``"vp-cfm"``: independent coupling, trigonometric path. The last four after Tong et al. 2023, table 1.
+    path
+        Of the first three methods: ``"straight"`` or ``"hermite"`` (curved through neighbouring snapshots); None:
+        hermite for ``"uot-cfm"``, else straight.
     sigma
         Spread of the path in the user's units (a length; for ``"sb-cfm"`` a length per root of time); None for
         ``default_sigma``.
@@ -147,14 +228,23 @@ def make_problems(
         raise ValueError(f"expected a method of {METHODS}, found {method!r}")
     if len(snapshots) < 2:
         raise ValueError(f"expected at least two snapshots, found {len(snapshots)}; a flow runs between them")
-    path = make_path(snapshots, method, default_sigma(snapshots, method) if sigma is None else sigma)
+    if snapshots.growth and method != "uot-cfm":
+        raise ValueError(f"expected no prior of growth for {method}, which conserves mass; take method='uot-cfm'")
+    law = make_path(snapshots, method, path, default_sigma(snapshots, method) if sigma is None else sigma)
     rng = torch.Generator().manual_seed(0)  # blocks and held-back cells belong to the data, not to a member's stream
     parts = hold_back(snapshots, fraction=HELD_BACK, rng=rng) if validate else (snapshots,)
     problems: list[list[Problem]] = [[], []]
     for part, cells in zip(problems, parts):
-        couplings = tuple(couple(interval, path, method, rng) for interval in cells.intervals())
-        part.extend(Problem(cells, couplings, path, seed) for seed in seeds)
+        couplings = tuple(couple(interval, law, method, rng) for interval in cells.intervals())
+        velocities = _velocities(cells, couplings, rng) if isinstance(law, Hermite) else ()
+        part.extend(Problem(cells, couplings, law, seed, velocities) for seed in seeds)
     return problems[0], problems[1]
+
+
+def _velocities(snapshots: Snapshots, couplings: Sequence[Coupling], rng: torch.Generator) -> tuple[Tensor | None, ...]:
+    """Return the cells' velocities for curved paths; kin comes from the growing plan whatever the coupling is."""
+    plans = [c if isinstance(c, GrowingPlan) else growing(i, rng) for c, i in zip(couplings, snapshots.intervals())]
+    return tangents(snapshots, plans)
 
 
 def hold_back(snapshots: Snapshots, *, fraction: float, rng: torch.Generator) -> tuple[Snapshots, Snapshots]:
@@ -170,10 +260,21 @@ def hold_back(snapshots: Snapshots, *, fraction: float, rng: torch.Generator) ->
             snapshots.times,
             tuple(x[rows] for x, rows in zip(snapshots.points, part)),
             tuple(m[rows] for m, rows in zip(snapshots.mass, part)),
+            tuple(g[rows] for g, rows in zip(snapshots.growth, part)),
         )
         for part in (train, validation)
     )
     return first, second
+
+
+def resampled(snapshots: Snapshots, seed: int) -> Snapshots:
+    """Return the snapshots with the weights of a bootstrap: how often each cell is drawn when as many are, anew."""
+    rng = torch.Generator().manual_seed(seed)
+    mass = []
+    for m in snapshots.mass:
+        drawn = torch.multinomial(m.cpu(), len(m), replacement=True, generator=rng)
+        mass.append(torch.bincount(drawn, minlength=len(m)).to(m))
+    return replace(snapshots, mass=tuple(mass))
 
 
 def _thin(n: int, device: torch.device) -> Tensor:

@@ -25,6 +25,8 @@ class Interval:
         Cells, ``(n0, d)`` and ``(n1, d)``.
     mass0, mass1
         Weights of the cells, ``(n0,)`` and ``(n1,)``, float64, each summing to one.
+    growth0
+        Prior growth rates of the cells at the start, ``(n0,)`` per unit of time; None where there is no prior.
     """
 
     t0: float
@@ -33,6 +35,7 @@ class Interval:
     x1: Tensor
     mass0: Tensor
     mass1: Tensor
+    growth0: Tensor | None = None
 
     @property
     def length(self) -> float:
@@ -52,17 +55,20 @@ class Snapshots:
         One floating-point tensor ``(n_k, d)`` per time.
     mass
         One tensor ``(n_k,)`` of non-negative weights per time; uniform where not given. Normalised to sum to one.
+    growth
+        One tensor ``(n_k,)`` of prior growth rates per time (log mass change per unit of time), or none.
 
     Raises
     ------
     ValueError
         If times do not increase or are not finite, the numbers of times and snapshots differ, dimensions differ,
-        a snapshot is empty, or a weight is negative or all are zero.
+        a snapshot is empty, a weight is negative or all are zero, or a growth rate is not finite.
     """
 
     times: tuple[float, ...]
     points: tuple[Tensor, ...]
     mass: tuple[Tensor, ...] = ()
+    growth: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
         times, points = tuple(float(t) for t in self.times), tuple(self.points)
@@ -79,6 +85,9 @@ class Snapshots:
         for k, (m, x) in enumerate(zip(mass, points, strict=True)):
             if m.shape != (len(x),) or not bool((m >= 0).all()) or not float(m.sum()) > 0:
                 raise ValueError(f"expected {len(x)} non-negative weights with a positive sum in snapshot {k}")
+        for k, (g, x) in enumerate(zip(self.growth, points, strict=bool(self.growth))):
+            if g.shape != (len(x),) or not bool(g.isfinite().all()):
+                raise ValueError(f"expected {len(x)} finite growth rates in snapshot {k}, found shape {tuple(g.shape)}")
         object.__setattr__(self, "times", times)
         object.__setattr__(self, "points", points)
         object.__setattr__(self, "mass", tuple(m.double() / m.double().sum() for m in mass))
@@ -100,12 +109,13 @@ class Snapshots:
         """Build the same data without snapshot ``k``: the only way in which anything is held out."""
         if not 0 <= k < len(self):
             raise IndexError(f"expected a snapshot from 0 to {len(self) - 1}, found {k}")
-        return Snapshots(*((*field[:k], *field[k + 1 :]) for field in (self.times, self.points, self.mass)))
+        fields = self.times, self.points, self.mass, self.growth
+        return Snapshots(*((*field[:k], *field[k + 1 :]) for field in fields))
 
     def intervals(self) -> tuple[Interval, ...]:
         """Return the ``T - 1`` intervals between consecutive snapshots."""
-        rows = zip(self.times, self.points, self.mass)
-        return tuple(Interval(t0, t1, x0, x1, m0, m1) for (t0, x0, m0), (t1, x1, m1) in pairwise(rows))
+        rows = zip(self.times, self.points, self.mass, self.growth or [None] * len(self))
+        return tuple(Interval(t0, t1, x0, x1, m0, m1, g0) for (t0, x0, m0, g0), (t1, x1, m1, _) in pairwise(rows))
 
 
 def to_device(record: _Record, device: torch.device) -> _Record:

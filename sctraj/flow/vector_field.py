@@ -1,9 +1,10 @@
-"""Vector fields: velocity and score at (t, x), for M members at once."""
+"""Vector fields: velocity, score and growth at (t, x), for M members at once; and the neural one."""
 
 from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -71,7 +72,7 @@ class MLP(nn.Module):
         self.biases = nn.ParameterList([uniform(n, 1, m) for n, m in pairs])
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """Map standardised times ``(M, B, 1)`` and points ``(M, B, d)`` to outputs ``(M, B, heads * d)``."""
+        """Map standardised times ``(M, B, 1)`` and points ``(M, B, d)`` to the heads' outputs ``(M, B, sizes[-1])``."""
         h = torch.cat([t, x], -1)
         last = len(self.weights) - 1
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
@@ -88,7 +89,8 @@ class Modules(nn.Module):
     ----------
     module
         Maps standardised times ``(B, 1)`` and points ``(B, d)`` to ``(B, d)``: the velocity, or to ``(B, 2 d)``: the
-        velocity, then the score, where a score is asked for. Every member starts from the module's weights.
+        velocity, then the score, where a score is asked for; with one column more for growth, where the population
+        grows. Every member starts from the module's weights.
     members
         How many.
     """
@@ -104,7 +106,7 @@ class Modules(nn.Module):
         self.__dict__["template"] = copy.deepcopy(module)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """Map standardised times ``(M, B, 1)`` and points ``(M, B, d)`` to outputs ``(M, B, heads * d)``."""
+        """Map standardised times ``(M, B, 1)`` and points ``(M, B, d)`` to the module's outputs."""
         template = self.__dict__["template"].to(x.device, x.dtype).train(self.training)
 
         def one(state: dict[str, Tensor], t: Tensor, x: Tensor) -> Tensor:
@@ -116,39 +118,26 @@ class Modules(nn.Module):
 
 @dataclass(frozen=True)
 class FieldSample:
-    """Velocity ``(M, B, d)`` per unit of time, and score ``(M, B, d)`` per unit of x (None where there is none)."""
+    """Velocity ``(M, B, d)`` per unit of time, score ``(M, B, d)`` per unit of x and growth ``(M, B, 1)`` per time.
 
-    velocity: Tensor
-    score: Tensor | None
-
-
-class VectorField(nn.Module):
-    """Learned velocities (and scores) of M members, in the user's units, per unit of real time.
-
-    Parameters
-    ----------
-    network
-        Maps standardised times ``(M, B, 1)`` and points ``(M, B, d)`` to ``(M, B, d)`` or ``(M, B, 2 d)``.
-    scalings
-        One per member.
+    Score and growth are None where there are none.
     """
 
-    shift: Tensor
+    velocity: Tensor
+    score: Tensor | None = None
+    growth: Tensor | None = None
+
+
+class VectorField(nn.Module, ABC):
+    """Velocities (scores, growth rates) of M members, in the user's units, per unit of real time.
+
+    Attributes
+    ----------
+    scale
+        Root mean square deviation of each member's data, ``(M, 1, 1)``.
+    """
+
     scale: Tensor
-    origin: Tensor
-    gap: Tensor
-    std: Tensor
-
-    def __init__(self, network: nn.Module, scalings: Sequence[Scaling]) -> None:
-        super().__init__()
-        self.network = network
-
-        def stack(values: Sequence[Tensor | float]) -> Tensor:
-            rows = [torch.as_tensor(v, dtype=torch.float64).reshape(1, -1) for v in values]
-            return torch.stack(rows)  # (M, 1, d) or (M, 1, 1)
-
-        for name in ("shift", "scale", "origin", "gap", "std"):
-            self.register_buffer(name, stack([getattr(s, name) for s in scalings]))
 
     @property
     def members(self) -> int:
@@ -156,17 +145,23 @@ class VectorField(nn.Module):
         return len(self.scale)
 
     @property
+    @abstractmethod
     def dimension(self) -> int:
         """Number of coordinates d."""
-        return self.shift.shape[-1]
 
     @property
+    @abstractmethod
     def has_score(self) -> bool:
-        """Whether the field has a score head."""
-        return bool((self.std > 0).all())
+        """Whether the field has a score."""
 
+    @property
+    @abstractmethod
+    def grows(self) -> bool:
+        """Whether the field has a growth rate."""
+
+    @abstractmethod
     def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
-        """Return velocity and score.
+        """Return velocity, score and growth.
 
         Parameters
         ----------
@@ -175,13 +170,10 @@ class VectorField(nn.Module):
         x
             Points ``(M, B, d)``.
         """
-        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
-        output = self.network(
-            ((t - self.origin) / self.gap).expand(*x.shape[:-1], 1).to(x.dtype), (x - self.shift) / self.scale
-        )
-        d = x.shape[-1]
-        velocity = output[..., :d] * (self.scale / self.gap)
-        return FieldSample(velocity, output[..., d:] / self.std if output.shape[-1] > d else None)
+
+    @abstractmethod
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Return all that the field consists of as arrays."""
 
     def velocity(self, t: Tensor | float, x: Tensor) -> Tensor:
         """Return the velocity ``(M, B, d)`` at real time ``t`` and points ``(M, B, d)``."""
@@ -194,6 +186,11 @@ class VectorField(nn.Module):
             raise ValueError("expected a field with a score, found velocity alone; fit with method='sb-cfm'")
         return score
 
+    def growth(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """Return the growth rate ``(M, B, 1)`` at real time ``t`` and points ``(M, B, d)``; zero where none grows."""
+        growth = self.evaluate(t, x).growth
+        return x.new_zeros(*x.shape[:-1], 1) if growth is None else growth
+
     @torch.no_grad()
     def __call__(self, t: float, x: np.ndarray) -> np.ndarray:
         """Return the velocity at points ``(n, d)``, averaged over the members, as an array ``(n, d)``."""
@@ -204,12 +201,96 @@ class VectorField(nn.Module):
         """Return the members' mean as a field of one member."""
         return Ensemble(self)
 
+
+class Ensemble:
+    """The mean of a field's members, as a field of one member."""
+
+    members = 1
+
+    def __init__(self, field: VectorField) -> None:
+        self.field = field
+        self.scale = field.scale.mean(0, keepdim=True)
+        self.has_score = field.has_score
+
+    def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
+        """Return velocity, score and growth at points ``(1, B, d)``."""
+        each = self.field.evaluate(t, x.expand(self.field.members, *x.shape[1:]))
+        velocity, score, growth = (
+            None if v is None else v.mean(0, keepdim=True) for v in (each.velocity, each.score, each.growth)
+        )
+        assert velocity is not None
+        return FieldSample(velocity, score, growth)
+
+    def velocity(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """Return the velocity at points ``(1, B, d)``."""
+        return self.evaluate(t, x).velocity
+
+
+class NeuralField(VectorField):
+    """A learned field.
+
+    Parameters
+    ----------
+    network
+        Maps standardised times ``(M, B, 1)`` and points ``(M, B, d)`` to ``(M, B, d)``, or ``(M, B, 2 d)`` with a
+        score, and one column more with growth.
+    scalings
+        One per member.
+    """
+
+    shift: Tensor
+    origin: Tensor
+    gap: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, scalings: Sequence[Scaling]) -> None:
+        super().__init__()
+        self.network = network
+        self.scored = all(s.std > 0 for s in scalings)
+
+        def stack(values: Sequence[Tensor | float]) -> Tensor:
+            rows = [torch.as_tensor(v, dtype=torch.float64).reshape(1, -1) for v in values]
+            return torch.stack(rows)  # (M, 1, d) or (M, 1, 1)
+
+        for name in ("shift", "scale", "origin", "gap", "std"):
+            self.register_buffer(name, stack([getattr(s, name) for s in scalings]))
+
+    @property
+    def dimension(self) -> int:
+        """Number of coordinates d."""
+        return self.shift.shape[-1]
+
+    @property
+    def has_score(self) -> bool:
+        """Whether the field has a score head."""
+        return self.scored
+
+    @property
+    def grows(self) -> bool:
+        """Whether the field has a growth head."""
+        middle = self.shift.expand(self.members, 1, -1)
+        return self.evaluate(float(self.origin[0]), middle).growth is not None
+
+    def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
+        """Return velocity, score and growth."""
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        output = self.network(
+            ((t - self.origin) / self.gap).expand(*x.shape[:-1], 1).to(x.dtype), (x - self.shift) / self.scale
+        )
+        d = x.shape[-1]
+        rest = 2 * d if self.has_score else d  # where growth begins
+        return FieldSample(
+            velocity=output[..., :d] * (self.scale / self.gap),
+            score=output[..., d:rest] / self.std if self.has_score else None,
+            growth=output[..., rest:] / self.gap if output.shape[-1] > rest else None,
+        )
+
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return weights and scaling as arrays, the member axis first."""
         return {name: value.cpu().numpy() for name, value in self.state_dict().items()}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray], module: nn.Module | None = None) -> VectorField:
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], module: nn.Module | None = None) -> NeuralField:
         """Rebuild a field from ``to_arrays``; a field with a user's module needs that module again.
 
         Raises
@@ -229,7 +310,7 @@ class VectorField(nn.Module):
             network = MLP([shapes[0][1], *(s[2] for s in shapes)], rngs)
         else:
             raise ValueError("expected the user's own module that this field was fitted with: pass module=...")
-        blank = Scaling(torch.zeros(state["shift"].shape[-1]), 1.0, 0.0, 1.0, 0.0)
+        blank = Scaling(torch.zeros(state["shift"].shape[-1]), 1.0, 0.0, 1.0, float(state["std"].min()))
         field = cls(network, [blank] * members).to(state["scale"].dtype)
         try:
             field.load_state_dict(state)
@@ -237,24 +318,3 @@ class VectorField(nn.Module):
             raise ValueError(f"expected the module that this field was fitted with; {error}") from error
         return field
 
-
-class Ensemble:
-    """The mean of a field's members, as a field of one member."""
-
-    members = 1
-
-    def __init__(self, field: VectorField) -> None:
-        self.field = field
-        self.scale = field.scale.mean(0, keepdim=True)
-        self.has_score = field.has_score
-
-    def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
-        """Return velocity and score at points ``(1, B, d)``."""
-        each = self.field.evaluate(t, x.expand(self.field.members, *x.shape[1:]))
-        return FieldSample(
-            each.velocity.mean(0, keepdim=True), None if each.score is None else each.score.mean(0, keepdim=True)
-        )
-
-    def velocity(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """Return the velocity at points ``(1, B, d)``."""
-        return self.evaluate(t, x).velocity

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
+from scipy.interpolate import CubicHermiteSpline
 from scipy.stats import kstest
 
-from sctraj.flow.probability_path import BRIDGE_MARGIN, BrownianBridge, Straight, Trigonometric
+from sctraj.flow.probability_path import BRIDGE_MARGIN, BrownianBridge, Hermite, Pairs, Straight, Trigonometric
 
 T0, T1 = 1.3, 4.1
 LENGTH = T1 - T0
 N = 200_000
 CENTRE = torch.tensor([0.4, -1.0], dtype=torch.float64)
-PATHS = [Straight(0.3), BrownianBridge(0.6), Trigonometric(0.3, CENTRE)]
+V0, V1 = (torch.tensor(v, dtype=torch.float64) for v in ([2.0, 0.5], [-1.0, 4.0]))  # the cubic's, per unit of real time
+PATHS = [Straight(0.3), Hermite(0.3), BrownianBridge(0.6), Trigonometric(0.3, CENTRE)]
 each_path = pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
 
 
@@ -28,7 +30,7 @@ def ends(n=N):
 
 def draw(path, n=N, seed=0):
     x0, x1 = ends(n)
-    return path.sample(x0, x1, T0, T1, torch.Generator().manual_seed(seed))
+    return path.sample(Pairs(x0, x1, T0, T1, V0, V1), torch.Generator().manual_seed(seed))
 
 
 def truth(path, t):
@@ -42,6 +44,9 @@ def truth(path, t):
     if isinstance(path, Trigonometric):  # a rotation of the two deviations by a quarter turn
         turn = torch.exp(1j * math.pi / 2 * (t - T0) / LENGTH)
         return CENTRE + (turn.conj() * torch.complex(x0 - CENTRE, x1 - CENTRE)).real, variance
+    if isinstance(path, Hermite):
+        spline = CubicHermiteSpline([T0, T1], torch.stack([x0[0], x1[0]]), torch.stack([V0, V1]))
+        return torch.from_numpy(spline(t.squeeze(1).numpy())), variance
     return torch.lerp(x0, x1, (t - T0) / LENGTH), variance
 
 
@@ -85,7 +90,7 @@ def test_score_is_the_gradient_of_the_log_density(path):
 def test_the_path_runs_from_x0_to_x1(path):
     x0, x1 = ends(1)
     for s, end in ((0.0, x0), (1.0, x1)):
-        at = path.moments(x0, x1, torch.tensor([[s]], dtype=torch.float64), LENGTH)
+        at = path.moments(Pairs(x0, x1, T0, T1, V0, V1), torch.tensor([[s]], dtype=torch.float64))
         torch.testing.assert_close(at.mean, end, rtol=0, atol=1e-15)  # rounding
         assert float(at.std) == (0.0 if isinstance(path, BrownianBridge) else path.sigma)
 
@@ -97,10 +102,62 @@ def test_without_sigma_there_is_no_score_and_the_path_is_a_line():
     torch.testing.assert_close(sample.x, mean, rtol=0, atol=1e-14)  # rounding
 
 
+def test_a_cubic_without_velocities_is_the_line_exactly():
+    x0, x1 = ends(1000)
+    line, cubic = (
+        kind(0.3).sample(Pairs(x0, x1, T0, T1), torch.Generator().manual_seed(0)) for kind in (Straight, Hermite)
+    )
+    for name in ("t", "x", "velocity", "score", "std"):
+        assert torch.equal(getattr(line, name), getattr(cubic, name))
+
+
+def test_a_cubic_leaves_and_arrives_at_the_velocities_given_in_real_time():
+    x0, x1 = ends(3)
+    generator = torch.Generator().manual_seed(0)
+    v0, v1 = (torch.randn(3, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    t0 = torch.tensor([[0.0], [-3.0], [7.0]], dtype=torch.float64)
+    length = torch.tensor([[0.25], [1.0], [6.0]], dtype=torch.float64)
+    pairs = Pairs(x0, x1, t0, t0 + length, v0, v1)
+    for s, expected in ((0.0, v0), (1.0, v1)):
+        at = Hermite(0.0).moments(pairs, torch.full((3, 1), s, dtype=torch.float64))
+        torch.testing.assert_close(at.mean_rate, expected, rtol=0, atol=1e-14)  # rounding
+
+
+def test_a_cubic_course_is_met_exactly():
+    coefficients = torch.tensor([[1.0, 2.0], [-0.5, 1.5], [0.3, -0.7], [-0.2, 0.4]], dtype=torch.float64)
+    power = torch.arange(4, dtype=torch.float64)
+
+    def course(t):
+        return t**power @ coefficients
+
+    def velocity(t):
+        return (power[1:] * t ** power[:-1]) @ coefficients[1:]
+
+    t0, t1 = (torch.tensor([[t]], dtype=torch.float64) for t in (T0, T1))
+    s = torch.linspace(0, 1, 21, dtype=torch.float64)[:, None]
+    at = Hermite(0.0).moments(Pairs(course(t0), course(t1), T0, T1, velocity(t0), velocity(t1)), s)
+    torch.testing.assert_close(at.mean, course(T0 + s * LENGTH), rtol=0, atol=1e-13)  # rounding
+    torch.testing.assert_close(at.mean_rate, velocity(T0 + s * LENGTH), rtol=0, atol=1e-13)
+
+
+def test_two_cubics_that_share_a_tangent_join_smoothly():
+    points = torch.tensor([[1.0, -2.0], [0.0, 1.0], [4.0, 1.5]], dtype=torch.float64)
+    tangent = torch.tensor([1.5, 0.75], dtype=torch.float64)
+    times = (0.0, 1.0, 4.0)
+    before = Pairs(points[0], points[1], times[0], times[1], velocity1=tangent)  # the other ends: no velocity is given
+    after = Pairs(points[1], points[2], times[1], times[2], velocity0=tangent)
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    left, right = Hermite(0.0).moments(before, one), Hermite(0.0).moments(after, zero)
+    torch.testing.assert_close(left.mean, right.mean, rtol=0, atol=1e-15)  # rounding
+    torch.testing.assert_close(left.mean_rate, right.mean_rate, rtol=0, atol=1e-15)
+    kink = Straight(0.0).moments(before, one).mean_rate - Straight(0.0).moments(after, zero).mean_rate
+    assert float(kink.norm()) > 1  # lines do not
+
+
 def test_vp_keeps_the_variance_of_independent_ends():
     generator = torch.Generator().manual_seed(0)
     x0, x1 = (CENTRE + 2 * torch.randn(N, 2, generator=generator, dtype=torch.float64) for _ in range(2))
-    sample = Trigonometric(0.0, CENTRE).sample(x0, x1, T0, T1, generator)
+    sample = Trigonometric(0.0, CENTRE).sample(Pairs(x0, x1, T0, T1), generator)
     for part in sample.t.squeeze(1).sort().indices.chunk(5):
         assert float((sample.x[part].var(0) / 4 - 1).abs().max()) < 5 * math.sqrt(2 / len(part))  # five standard errors
 
@@ -134,7 +191,7 @@ def test_the_margin_hardly_biases_the_end_of_the_bridge():
     unit = torch.eye(2, dtype=torch.float64)
 
     def rate(s: float) -> float:  # of the marginal field v(t, x) = rate x: the regression of velocity on x
-        at = path.moments(unit[0], unit[1], torch.tensor([s], dtype=torch.float64), LENGTH)
+        at = path.moments(Pairs(*unit, T0, T1), torch.tensor([s], dtype=torch.float64))
         variance = at.mean @ ends_covariance @ at.mean + at.std**2
         return float((at.mean_rate @ ends_covariance @ at.mean + at.std * at.std_rate) / variance)
 
@@ -165,7 +222,7 @@ def test_any_run_of_times_is_spread_evenly():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_times_are_uniform_over_seeds(dtype):
     x = torch.zeros(12, 1, dtype=dtype)
-    draws = [Straight(0.1).sample(x, x, T0, T1, torch.Generator().manual_seed(seed)).t for seed in range(2000)]
+    draws = [Straight(0.1).sample(Pairs(x, x, T0, T1), torch.Generator().manual_seed(seed)).t for seed in range(2000)]
     s = ((torch.stack(draws).squeeze(-1) - T0) / LENGTH).double().numpy()  # (seeds, 12)
     for position in (0, 1, 11):
         assert kstest(s[:, position], "uniform").pvalue > 1e-3  # fixed seeds: passes or fails for good
@@ -173,12 +230,12 @@ def test_times_are_uniform_over_seeds(dtype):
 
 def test_times_lie_strictly_inside_in_single_precision():
     x = torch.zeros(2**20, 1)
-    t = BrownianBridge(0.5).sample(x, x, 0.0, 1.0, torch.Generator().manual_seed(0)).t
+    t = BrownianBridge(0.5).sample(Pairs(x, x, 0.0, 1.0), torch.Generator().manual_seed(0)).t
     assert 0 < float(t.min()) < float(t.max()) < 1  # else the bridge's velocity is infinite
 
 
 @pytest.mark.parametrize("sigma", [-1.0, math.inf, math.nan])
-@pytest.mark.parametrize("path", [Straight, BrownianBridge, Trigonometric])
+@pytest.mark.parametrize("path", [Straight, Hermite, BrownianBridge, Trigonometric])
 def test_sigma_must_be_finite_and_not_negative(path, sigma):
     with pytest.raises(ValueError, match="sigma"):
         path(sigma)
@@ -187,8 +244,9 @@ def test_sigma_must_be_finite_and_not_negative(path, sigma):
 def test_hours_for_days():
     x0, x1 = ends(500)
     hours = 24.0
-    days = BrownianBridge(0.6).sample(x0, x1, T0, T1, torch.Generator().manual_seed(0))
-    slow = BrownianBridge(0.6 * hours**-0.5).sample(x0, x1, hours * T0, hours * T1, torch.Generator().manual_seed(0))
+    days = BrownianBridge(0.6).sample(Pairs(x0, x1, T0, T1), torch.Generator().manual_seed(0))
+    pairs = Pairs(x0, x1, hours * T0, hours * T1)
+    slow = BrownianBridge(0.6 * hours**-0.5).sample(pairs, torch.Generator().manual_seed(0))
     for name, factor in (("t", hours), ("x", 1.0), ("velocity", 1 / hours), ("score", 1.0), ("std", 1.0)):
         torch.testing.assert_close(getattr(slow, name), factor * getattr(days, name), rtol=1e-9, atol=1e-12)  # rounding
 
@@ -197,7 +255,7 @@ def test_times_of_each_pair_its_own_interval():
     x0, x1 = ends(400)
     t0 = torch.tensor([0.0, 10.0], dtype=torch.float64).repeat(200)[:, None]
     length = torch.tensor([1.0, 5.0], dtype=torch.float64).repeat(200)[:, None]
-    sample = BrownianBridge(0.6).sample(x0, x1, t0, t0 + length, torch.Generator().manual_seed(0))
+    sample = BrownianBridge(0.6).sample(Pairs(x0, x1, t0, t0 + length), torch.Generator().manual_seed(0))
     s = (sample.t - t0) / length
     assert float(s.min()) > 0
     assert float(s.max()) < 1

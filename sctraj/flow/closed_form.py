@@ -1,0 +1,248 @@
+"""The closed-form field: a kernel average of the pairs' velocities, without training.
+
+Given pairs with masses ``m_p(t)`` and Gaussian paths ``N(mu_p(t), h^2)``, the conditional flow matching objective has
+the minimiser ``v(t, x) = sum_p w_p(t, x) u_p(t, x)``, ``w_p`` being proportional to ``m_p(t) N(x; mu_p(t), h^2)``
+(Tong et al. 2023, eq. 9). With ``h`` the path's own spread this is the exact minimiser on the empirical coupling, and
+so it is for a bridge; elsewhere, with a local bandwidth, it is a kernel estimator of the velocity given the place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .probability_path import BrownianBridge, Hermite, Pairs, ProbabilityPath, Straight, Trigonometric
+from .problem import Problem
+from .vector_field import FieldSample, VectorField, scaling
+
+NEIGHBOURS = 5  # the bandwidth is the distance to the path point that is so near
+FLOOR = 0.05  # least bandwidth, as a fraction of the interval's rms displacement
+TILE = 2**22  # queries times pairs met at once
+_Record = TypeVar("_Record")
+KINDS = {kind.__name__: kind for kind in (Straight, Hermite, BrownianBridge, Trigonometric)}
+
+
+@dataclass(frozen=True)
+class Strand:
+    """One interval's pairs and what they weigh.
+
+    Attributes
+    ----------
+    pairs
+        Ends ``(n_pairs, d)``, relative to the member's origin, and real times.
+    mass0, mass1
+        At the start and at the end, ``(n_pairs,)``; linear in between.
+    floor
+        Least bandwidth, a length.
+    """
+
+    pairs: Pairs
+    mass0: Tensor
+    mass1: Tensor
+    floor: float
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One member: its path, its strands in order of time, and the origin ``(d,)`` of their coordinates."""
+
+    path: ProbabilityPath
+    strands: tuple[Strand, ...]
+    origin: Tensor
+
+
+class ClosedFormField(VectorField):
+    """Kernel averages of velocities, scores and growth rates over the pairs of an interval; nothing is trained.
+
+    At a snapshot's time the field is that of the interval that follows, at the last one that of the last. Memory is a
+    tile of queries times pairs.
+
+    Parameters
+    ----------
+    members
+        Paths and strands.
+    scales
+        Root mean square deviation of each member's data.
+    """
+
+    def __init__(self, members: Sequence[_Member], scales: Sequence[float]) -> None:
+        super().__init__()
+        self._parts = tuple(members)
+        self._grows = any(not torch.equal(s.mass0, s.mass1) for part in members for s in part.strands)
+        dtype = members[0].origin.dtype
+        self.register_buffer("scale", torch.tensor(scales, dtype=dtype).reshape(-1, 1, 1))
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        """Move the strands with the module (``to``, ``cpu``, ``cuda``, ``double``)."""
+        super()._apply(fn, recurse)
+        self._parts = _applied(self._parts, fn)
+        return self
+
+    @property
+    def dimension(self) -> int:
+        """Number of coordinates d."""
+        return len(self._parts[0].origin)
+
+    @property
+    def has_score(self) -> bool:
+        """Whether the score is that of the path, as it is where the bandwidth is the path's: for a bridge."""
+        return not _local(self._parts[0].path)
+
+    @property
+    def grows(self) -> bool:
+        """Whether pairs change their mass."""
+        return self._grows
+
+    def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
+        """Return velocity, score (of the kernel estimate of the density) and growth."""
+        times = torch.as_tensor(t, dtype=torch.float64).expand(self.members, *[1] * 2)[:, 0, 0].tolist()
+        each = [_evaluate(part, time, points) for part, time, points in zip(self._parts, times, x)]
+        velocity, score, growth = (torch.stack([e[n] for e in each]) for n in range(3))
+        return FieldSample(velocity, score if self.has_score else None, growth if self.grows else None)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Return paths, strands and scales as arrays; a member's names begin with its number."""
+        arrays = {"scale": self.scale.flatten().cpu().numpy()}
+        for m, part in enumerate(self._parts):
+            arrays[f"{m}.origin"] = part.origin.cpu().numpy()
+            for name, value in _values(part.path).items():
+                arrays[f"{m}.path.{type(part.path).__name__}.{name}"] = value
+            for k, strand in enumerate(part.strands):
+                held = {**_values(strand.pairs), **_values(strand)}
+                arrays |= {f"{m}.{k}.{name}": value for name, value in held.items()}
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> ClosedFormField:
+        """Rebuild a field from ``to_arrays``."""
+        members = []
+        scales = np.atleast_1d(np.asarray(arrays["scale"])).tolist()
+        for m in range(len(scales)):
+            own = {name.split(".", 1)[1]: value for name, value in arrays.items() if name.startswith(f"{m}.")}
+            path = [name.split(".") for name in own if name.startswith("path.")]
+            numbers: dict[str, Any] = {name: _value(own[f"path.{kind}.{name}"]) for _, kind, name in path}
+            law = KINDS[path[0][1]](**numbers)
+            strands: list[Strand] = []
+            while f"{len(strands)}.mass0" in own:
+                start = f"{len(strands)}."
+                held: dict[str, Any] = {n.removeprefix(start): _value(v) for n, v in own.items() if n.startswith(start)}
+                rest = {name: held.pop(name) for name in ("mass0", "mass1", "floor")}
+                strands.append(Strand(Pairs(**held), **rest))
+            members.append(_Member(law, tuple(strands), torch.as_tensor(np.asarray(own["origin"]))))
+        return cls(members, scales)
+
+
+def closed_form(problems: Sequence[Problem], *, device: torch.device, dtype: torch.dtype) -> ClosedFormField:
+    """Put the members' pairs together as fields.
+
+    Parameters
+    ----------
+    problems
+        One per member.
+    device, dtype
+        Where and in what precision.
+
+    Raises
+    ------
+    ValueError
+        If there is no member.
+    """
+    if not problems:
+        raise ValueError("expected at least one problem, found none")
+    members, scales = [], []
+    for problem in problems:
+        measured = scaling(problem.snapshots, std=0.0)
+        origin = measured.shift
+        strands = []
+        for k in range(len(problem.couplings)):
+            listed = problem.listed(k)
+            pairs = problem.pairs(k, listed.i, listed.j)
+            displacement = (pairs.x1 - pairs.x0).double().square().sum(1)
+            floor = FLOOR * math.sqrt(float(listed.middle @ displacement))
+            ends = [
+                None if v is None else v.to(dtype)
+                for v in (pairs.x0 - origin, pairs.x1 - origin, pairs.velocity0, pairs.velocity1)
+            ]
+            assert ends[0] is not None
+            assert ends[1] is not None
+            relative = Pairs(ends[0], ends[1], pairs.t0, pairs.t1, ends[2], ends[3])
+            strands.append(Strand(relative, listed.mass0.to(dtype), listed.mass1.to(dtype), floor))
+        path = problem.path
+        if isinstance(path, Trigonometric):
+            path = Trigonometric(path.sigma, (0 if path.centre is None else path.centre) - origin)
+        members.append(_Member(path, tuple(strands), origin.to(dtype)))
+        scales.append(measured.scale)
+    return ClosedFormField(members, scales).to(device)
+
+
+def _evaluate(part: _Member, t: float, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return velocity ``(B, d)``, score ``(B, d)`` and growth ``(B, 1)`` of one member at points ``(B, d)``."""
+    # all times in the points' precision: where they are the same they must not differ by rounding
+    now, *starts = torch.tensor([t, *(float(strand.pairs.t0) for strand in part.strands)], dtype=x.dtype).tolist()
+    strand = part.strands[max(sum(start <= now for start in starts) - 1, 0)]
+    pairs, path = strand.pairs, part.path
+    s = (t - float(pairs.t0)) / float(pairs.length)
+    s = min(max(s, path.margin), 1 - path.margin)
+    at = path.moments(pairs, x.new_full((1, 1), s))
+    mass = (1 - s) * strand.mass0 + s * strand.mass1
+    rate = (strand.mass1 - strand.mass0) / mass.clamp(min=1e-30) / float(pairs.length)
+    mean, mean_rate, log_mass = at.mean, at.mean_rate, mass.clamp(min=1e-30).log()
+    squares = mean.square().sum(1)
+    values = torch.cat([mean, mean_rate, rate[:, None]], 1).to(x)  # (n_pairs, 2 d + 1)
+    d = mean.shape[1]
+    results = []
+    for points in (x - part.origin).split(max(1, TILE // len(mass))):
+        distance2 = (points.square().sum(1)[:, None] + squares - 2 * points @ mean.T).clamp_(min=0)  # (tile, n_pairs)
+        if _local(path):
+            nearest = distance2.topk(min(NEIGHBOURS, len(mass)), largest=False).values[:, -1:]
+            width2 = nearest.clamp(min=max(strand.floor, path.sigma / 10) ** 2)
+        else:
+            width2 = at.std.square().expand(len(points), 1)
+        weight = torch.softmax(log_mass - distance2 / (2 * width2), 1)
+        average = weight @ values
+        pull = average[:, :d] - points
+        velocity = average[:, d : 2 * d]
+        if not _local(path):
+            # u_p(t, x) = mean_p' + std' / std (x - mean_p) (Tong et al. 2023, theorem 2.1)
+            velocity = velocity - at.std_rate / at.std * pull
+        results.append((velocity, pull / width2, average[:, 2 * d :]))
+    velocity, score, growth = (torch.cat(column) for column in zip(*results))
+    return velocity, score, growth
+
+
+def _local(path: ProbabilityPath) -> bool:
+    """Whether the bandwidth is a local one: where the path's own spread is constant, a mere smoothing."""
+    return not path.margin > 0
+
+
+def _applied(record: _Record, fn: Callable[[Tensor], Tensor]) -> _Record:
+    """Return a record with a function applied to all of its tensors, those of nested records and tuples too."""
+    if isinstance(record, Tensor):
+        return fn(record)  # type: ignore[return-value]
+    if isinstance(record, tuple):
+        return tuple(_applied(value, fn) for value in record)  # type: ignore[return-value]
+    if is_dataclass(record) and not isinstance(record, type):
+        return replace(record, **{f.name: _applied(getattr(record, f.name), fn) for f in fields(record)})
+    return record
+
+
+def _values(record: object) -> dict[str, np.ndarray]:
+    """Return a record's numbers and tensors as arrays; what is None or a record itself is left out."""
+    held = {f.name: getattr(record, f.name) for f in fields(record)}  # type: ignore[arg-type]
+    return {
+        name: value.cpu().numpy() if isinstance(value, Tensor) else np.array(float(value))
+        for name, value in held.items()
+        if isinstance(value, (Tensor, float, int))
+    }
+
+
+def _value(array: np.ndarray | float) -> Tensor | float:
+    """Return an array as it was: a number or a tensor."""
+    array = np.asarray(array)
+    return float(array) if array.ndim == 0 else torch.as_tensor(array)
