@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 TIME = "time"  # obs: real time, float64; uns: unit, source column, mapping
 FLOW = "flow"  # default `key_added`: uns[key] and the prefix of what follows
 VELOCITY = "{key}_velocity"  # obsm: n_obs x d float32, per unit time, in use_rep units
+GROWTH = "{key}_growth"  # obs: float32, log mass change per unit time relative to the population's; where it grows
 VELOCITY_SD = "{key}_velocity_sd"  # obs: float32, spread of the members' velocities; with more than one member
 TRAJECTORIES = "{key}_trajectories"  # obsm: n_obs x n_times x d float32; the times in uns[key]["trajectory_times"]
 W1 = "{key}_w1"  # obsm: DataFrame n_obs x methods; NaN at the first and last snapshot
 RESTORED = "{key}_restored"  # obsm: n_obs x d float32; NaN at the first and last snapshot
+WEIGHTS = "{key}_trajectory_weights"  # obsm: n_obs x n_times float32, mass relative to the cell's own; where it grows
 LEAVE_ONE_OUT = "leave_one_out"  # uns: tidy DataFrame; prefixed with "{key}_" when key is not FLOW
 PROTOCOL = "{table}_protocol"  # uns: how that table came about; {table} is the name above
 
@@ -150,13 +152,33 @@ def read_times(adata: AnnData, time_key: str) -> np.ndarray:
     return times
 
 
-def read_snapshots(adata: AnnData, time_key: str, use_rep: str, *, least: int) -> Cells:
+def read_rates(adata: AnnData, growth_key: str) -> np.ndarray:
+    """Return the prior growth rates of the cells, float64."""
+    if growth_key not in adata.obs:
+        there = _some(adata.obs, 20) or "none"
+        raise KeyError(f'No column "{growth_key}" in adata.obs; there are: {there}. Pass one of them as growth_key.')
+    column = adata.obs[growth_key]
+    if not pd.api.types.is_numeric_dtype(column.dtype) or pd.api.types.is_bool_dtype(column.dtype):
+        raise ValueError(f'Expected growth rates, numbers, in obs["{growth_key}"]; found {column.dtype}.')
+    rates = column.to_numpy(dtype=np.float64)
+    bad = np.flatnonzero(~np.isfinite(rates))
+    if bad.size:
+        raise ValueError(
+            f'Expected finite growth rates in obs["{growth_key}"]; {bad.size} of {adata.n_obs} cells have NaN or inf '
+            f"({_some(adata.obs_names[bad])}). Give cells of unknown growth the mean rate."
+        )
+    return rates
+
+
+def read_snapshots(adata: AnnData, time_key: str, use_rep: str, *, least: int, growth_key: str | None = None) -> Cells:
     """Check times and representation, and return the cells as sorted snapshots.
 
     Parameters
     ----------
     least
         Number of snapshots needed.
+    growth_key
+        Column of prior growth rates, if there is one.
 
     Raises
     ------
@@ -203,7 +225,11 @@ def read_snapshots(adata: AnnData, time_key: str, use_rep: str, *, least: int) -
             f"Merge or leave out these times{'; is the column continuous?' if len(small) > 10 else ''}."
         )
     points = tuple(torch.from_numpy(np.ascontiguousarray(values[rows])) for rows in index)
-    return Cells(Snapshots(tuple(unique), points), index, _fingerprint(adata, times, values))
+    growth: tuple[torch.Tensor, ...] = ()
+    if growth_key is not None:
+        rates = read_rates(adata, growth_key)
+        growth = tuple(torch.from_numpy(rates[rows]) for rows in index)
+    return Cells(Snapshots(tuple(unique), points, growth=growth), index, _fingerprint(adata, times, values))
 
 
 def _fingerprint(adata: AnnData, times: np.ndarray, values: np.ndarray) -> str:
@@ -282,7 +308,8 @@ def read_flow(adata: AnnData, key: str, *, module: Any = None) -> StoredFlow:
     ValueError
         If it was fitted on other cells or another representation.
     """
-    from .flow.vector_field import VectorField
+    from .flow.closed_form import ClosedFormField
+    from .flow.vector_field import NeuralField
 
     flow = stored(adata, key)
     params = flow["params"]
@@ -293,4 +320,9 @@ def read_flow(adata: AnnData, key: str, *, module: Any = None) -> StoredFlow:
             f'Expected the {int(params["n_obs"])} cells, times and "{params["use_rep"]}" that uns["{key}"] was fitted '
             f"on, found {found}. Call sctraj.tl.fit_flow again, or go back to the AnnData it was fitted on."
         )
-    return StoredFlow(params, VectorField.from_arrays(flow["weights"], module), cells)
+    field: VectorField
+    if params.get("field") == "closed-form":
+        field = ClosedFormField.from_arrays(flow["weights"])
+    else:
+        field = NeuralField.from_arrays(flow["weights"], module)
+    return StoredFlow(params, field, cells)

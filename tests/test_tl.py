@@ -17,7 +17,7 @@ from torch import nn
 
 import sctraj
 
-QUICK = {"n_steps": 30, "batch_size": 32}
+QUICK = {"n_steps": 30, "batch_size": 32, "field": "neural"}
 
 
 def _everything(adata: AnnData) -> AnnData:
@@ -165,20 +165,24 @@ def test_baselines_and_noise_reference(cells: AnnData) -> None:
     assert sizes.sum(1).tolist() == [(cells.obs["time"] == t).sum() for t in (1.0, 2.5, 3.5, 5.5)]
 
 
-def test_restoration_on_simulated_cells() -> None:
+@pytest.mark.parametrize("options", [{}, {"field": "neural", "start": "before"}], ids=["defaults", "published"])
+def test_restoration_on_simulated_cells(options) -> None:
     """Uneven gaps, known truth: far better than either neighbour, and as good as exact OT interpolation."""
     cells = sctraj.datasets.simulated_differentiation()
-    sctraj.tl.leave_one_out(cells, use_rep="X_latent", n_seeds=2)
+    sctraj.tl.leave_one_out(cells, use_rep="X_latent", methods=("ot-cfm", "uot-cfm"), n_seeds=2, **options)
     w1, energy = (sctraj.get.leave_one_out(cells, metric=m)["mean"] for m in ("w1", "energy"))
-    assert w1["ot-cfm"] < 0.4 * min(w1["previous"], w1["next"])
-    assert w1["ot-cfm"] < 1.03 * w1["ot-interpolation"]
-    assert energy["ot-cfm"] < 0.1 * min(energy["previous"], energy["next"])
+    for method in ("ot-cfm", "uot-cfm"):
+        assert w1[method] < 0.4 * min(w1["previous"], w1["next"])
+        assert w1[method] < 1.03 * w1["ot-interpolation"]
+        assert energy[method] < 0.1 * min(energy["previous"], energy["next"])
+    assert energy["uot-cfm"] <= energy["ot-interpolation"]
 
 
-def test_velocity_matches_the_known_one() -> None:
+@pytest.mark.parametrize("options", [{}, {"method": "ot-cfm", "field": "neural"}], ids=["defaults", "neural"])
+def test_velocity_matches_the_known_one(options) -> None:
     """Where there is no ambiguity (between the ends), the direction and length of the true velocity are found."""
     cells = sctraj.datasets.simulated_differentiation()
-    sctraj.tl.fit_flow(cells, use_rep="X_latent")
+    sctraj.tl.fit_flow(cells, use_rep="X_latent", **options)
     inner = cells.obs["time"].between(1, 5.5).to_numpy()
     found, true = cells.obsm["flow_velocity"][inner], cells.obsm["velocity_latent"][inner]
     cosine = (found * true).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(true, axis=1)
@@ -239,9 +243,10 @@ def test_own_module(cells: AnnData) -> None:
     np.testing.assert_allclose(field(1.0, cells.obsm["X_pca"][own]), cells.obsm["flow_velocity"][own], atol=1e-5)
 
 
-def test_interpolate(cells: AnnData) -> None:
-    sctraj.tl.fit_flow(cells, n_steps=200, batch_size=64)
-    middle = sctraj.tl.interpolate(cells, 4.5)
+@pytest.mark.parametrize("field", ["neural", "closed-form"])
+def test_interpolate(cells: AnnData, field) -> None:
+    sctraj.tl.fit_flow(cells, field=field, n_steps=200, batch_size=64)
+    middle = sctraj.tl.interpolate(cells, 4.5, start="before")
     source = (cells.obs["time"] == 3.5).to_numpy()
     assert middle.obs["source_cell"].tolist() == cells.obs_names[source].tolist()
     assert (middle.obs["time"] == 4.5).all()
@@ -305,7 +310,7 @@ def test_real_cells(real_data) -> None:
     """Embryoid bodies, the published 5-D protocol: the baselines to three decimals, the method at its mark."""
     cells = anndata.read_h5ad(real_data("embryoid_body_2750.h5ad"))
     sctraj.pp.standardize(cells)
-    sctraj.tl.leave_one_out(cells, use_rep="X_std", methods=("ot-cfm",), n_seeds=2)
+    sctraj.tl.leave_one_out(cells, use_rep="X_std", methods=("ot-cfm",), field="neural", start="before", n_seeds=2)
     w1 = sctraj.get.leave_one_out(cells, metric="w1")["mean"]
     assert round(w1["previous"], 3) == 1.273
     assert round(w1["ot-interpolation"], 3) == 0.887
@@ -321,9 +326,137 @@ def test_real_text_days(real_data) -> None:
     with pytest.raises(ValueError, match="parse_time"):
         sctraj.tl.fit_flow(cells, "day", use_rep="X_std")
     sctraj.tl.fit_flow(cells, use_rep="X_std", **QUICK)
-    sctraj.tl.leave_one_out(cells, use_rep="X_std", n_seeds=1, n_steps=300)
+    sctraj.tl.leave_one_out(cells, use_rep="X_std", methods=("ot-cfm", "uot-cfm"), n_seeds=1, n_steps=300)
     w1 = sctraj.get.leave_one_out(cells, metric="w1")
     assert w1.columns[:4].tolist() == [1.0, 1.5, 2.0, 2.5]
     assert round(w1.loc["previous", "mean"], 3) == 1.844
     assert round(w1.loc["ot-interpolation", "mean"], 3) == 1.405
     assert w1.loc["ot-cfm", "mean"] < 1.45
+    assert w1.loc["uot-cfm", "mean"] < w1.loc["ot-interpolation", "mean"]
+
+
+# --- growth, and the closed-form field
+
+
+def test_closed_form_slots_survive_a_file(cells: AnnData, tmp_path) -> None:
+    sctraj.tl.fit_flow(cells, n_members=2)
+    sctraj.tl.trajectories(cells, times=4, n_steps=5)
+    assert cells.uns["flow"]["params"]["field"] == "closed-form"
+    assert cells.uns["flow"]["params"]["path"] == "hermite"
+    assert (cells.obs["flow_velocity_sd"] > 0).mean() > 0.9
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    back = anndata.read_h5ad(tmp_path / "cells.h5ad")
+    x = cells.obsm["X_pca"][:50]
+    for t in (0.0, 1.3, 2.5, 7.0):
+        assert np.array_equal(sctraj.get.vector_field(cells)(t, x), sctraj.get.vector_field(back)(t, x))
+    sctraj.tl.trajectories(back, times=4, n_steps=5)
+    assert np.array_equal(cells.obsm["flow_trajectories"], back.obsm["flow_trajectories"])
+    assert np.array_equal(cells.obsm["flow_trajectory_weights"], back.obsm["flow_trajectory_weights"])
+
+
+def test_known_growth_is_recovered() -> None:
+    """Branching fates of unlike growth: the fast one grows relative to the slow one, by about what is true."""
+    ratios = []
+    for seed in range(4):
+        cells = sctraj.datasets.simulated_course("branching", 2000, rng=seed)
+        sctraj.tl.fit_flow(cells)
+        late = cells.obs["time"].isin([2.0, 3.0]).to_numpy()
+        side = cells.obsm["X_latent"][:, 1]
+        found, true = (
+            cells.obs[name][late & (side > 0.5)].mean() - cells.obs[name][late & (side < -0.5)].mean()
+            for name in ("flow_growth", "growth_rate")
+        )
+        ratios.append(found / true)
+        # log mass ratios per cell are noisy: a rank correlation is what a biologist would see
+        rank = cells.obs.loc[late, ["flow_growth", "growth_rate"]].corr("spearman").iloc[0, 1]
+        assert rank > 0.4
+    # soft marginals take a part of the contrast for movement between the fates: within a factor of 1.6
+    assert 1 / 1.6 < np.mean(ratios) < 1.6
+
+
+def test_trajectory_weights_carry_the_growth(cells: AnnData) -> None:
+    sctraj.tl.fit_flow(cells)
+    sctraj.tl.trajectories(cells, times=[0.0, 1.0, 2.5, 3.5, 5.5, 7.0], n_steps=20)
+    weights = cells.obsm["flow_trajectory_weights"]
+    for k, t in enumerate([0.0, 1.0, 2.5, 3.5, 5.5, 7.0]):
+        own = (cells.obs["time"] == t).to_numpy()
+        np.testing.assert_allclose(weights[own, k], 1, rtol=1e-5)
+        np.testing.assert_allclose(weights[own].mean(0), 1, rtol=1e-5)
+    sctraj.tl.fit_flow(cells, method="ot-cfm")
+    assert "flow_trajectory_weights" not in cells.obsm
+    assert "flow_growth" not in cells.obs
+
+
+def test_descendants_of_the_fast_fate_outweigh_the_others() -> None:
+    cells = sctraj.datasets.simulated_course("branching", 2000, rng=1)
+    sctraj.tl.fit_flow(cells)
+    sctraj.tl.trajectories(cells, times=[2.0, 4.0], n_steps=20)
+    parting = (cells.obs["time"] == 2).to_numpy()
+    side, weight = cells.obsm["X_latent"][parting, 1], cells.obsm["flow_trajectory_weights"][parting, 1]
+    # the true log ratio is about 2 x .35 x 2 days; soft marginals take a part of it for movement
+    log_ratio = np.log(weight[side > 0.5].mean() / weight[side < -0.5].mean())
+    assert 0.5 < log_ratio < 2
+
+
+def test_growth_prior_enters_as_a_marginal(cells: AnnData) -> None:
+    """A prior that says that one fate dies makes its descendants lighter; only differences count."""
+    cells.obs["prior"] = np.where(cells.obsm["X_latent"][:, 1] > 0, 0.5, -0.5)
+    cells.obs["same"] = 3.0
+    plain = sctraj.tl.fit_flow(cells, copy=True).obs["flow_growth"]
+    same = sctraj.tl.fit_flow(cells, growth_key="same", copy=True).obs["flow_growth"]
+    np.testing.assert_allclose(plain, same, atol=1e-4)
+    told = sctraj.tl.fit_flow(cells, growth_key="prior", copy=True).obs["flow_growth"]
+    up = (cells.obs["prior"] > 0).to_numpy()
+    # both snapshots stay as they are, so the prior is weighed against them: it moves growth its way, not all the way
+    assert told[up].mean() - told[~up].mean() > plain[up].mean() - plain[~up].mean() + 0.05
+    with pytest.raises(KeyError, match="growth_key"):
+        sctraj.tl.fit_flow(cells, growth_key="nothing")
+    with pytest.raises(ValueError, match="uot-cfm"):
+        sctraj.tl.fit_flow(cells, method="ot-cfm", growth_key="prior")
+    cells.obs.iloc[0, cells.obs.columns.get_loc("prior")] = np.nan
+    with pytest.raises(ValueError, match="finite"):
+        sctraj.tl.leave_one_out(cells, growth_key="prior")
+
+
+def test_interpolate_from_both_sides(cells: AnnData) -> None:
+    sctraj.tl.fit_flow(cells)
+    middle = sctraj.tl.interpolate(cells, 4.0)
+    of = dict(zip(cells.obs_names, cells.obs["time"]))
+    after = np.array([of[name] == 5.5 for name in middle.obs["source_cell"]])
+    assert {of[name] for name in middle.obs["source_cell"]} == {3.5, 5.5}
+    # a quarter of the way
+    assert middle.obs["weight"][after].sum() == pytest.approx(0.25, abs=1e-6)
+    assert middle.obs["weight"].sum() == pytest.approx(1, abs=1e-6)
+    with pytest.raises(ValueError, match="both"):
+        sctraj.tl.interpolate(cells, 4.0, start="after")
+
+
+def test_unweighted_distances_stand_beside_the_weighted(cells: AnnData) -> None:
+    sctraj.tl.leave_one_out(cells, methods=("uot-cfm", "ot-cfm"), start="before")
+    mean = {m: sctraj.get.leave_one_out(cells, metric=m)["mean"] for m in ("w1", "w1_unweighted", "energy_unweighted")}
+    assert mean["w1"]["uot-cfm"] != mean["w1_unweighted"]["uot-cfm"]
+    # without growth, pushed cells of one snapshot all weigh the same
+    assert mean["w1"]["ot-cfm"] == mean["w1_unweighted"]["ot-cfm"]
+    with pytest.raises(ValueError, match="both"):
+        sctraj.tl.leave_one_out(cells, start="after")
+
+
+def test_the_default_beats_interpolation_on_real_cells(real_data) -> None:
+    """One default, untouched, on the embryoid bodies: energy distance below interpolation's, and not by shrinking."""
+    cells = anndata.read_h5ad(real_data("embryoid_body_2750.h5ad"))
+    sctraj.pp.standardize(cells)
+    sctraj.tl.leave_one_out(cells, use_rep="X_std")
+    energy, ratio = (sctraj.get.leave_one_out(cells, metric=m)["mean"] for m in ("energy", "variance_ratio"))
+    assert energy["uot-cfm"] < 0.9 * energy["ot-interpolation"]
+    assert 0.8 < ratio["uot-cfm"] < 1.2
+
+
+def test_fields_that_do_not_fit_are_refused(cells: AnnData) -> None:
+    with pytest.raises(ValueError, match="closed-form, neural"):
+        sctraj.tl.fit_flow(cells, field="kernel")
+    with pytest.raises(ValueError, match="not trained"):
+        sctraj.tl.fit_flow(cells, field="closed-form", module=nn.Linear(7, 6))
+    with pytest.raises(ValueError, match="has its own"):
+        sctraj.tl.fit_flow(cells, method="sb-cfm", path="hermite")
+    with pytest.raises(ValueError, match="path"):
+        sctraj.tl.fit_flow(cells, path="spline")

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from .. import _adata
 from .._log import logger
-from ..flow.flow_matching import Training, fit, pick_device
+from ..flow.flow_matching import Training, pick_device
 from ..flow.integrate import CELLS
-from ..flow.problem import make_problems
+from ..flow.problem import Problem, make_problems, resampled
+from ._field import Field, make_field, pick_field
 from ._seeds import member_seeds, seed_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from torch import nn
 
+    from ..flow.snapshots import Snapshots
     from ..flow.vector_field import VectorField
 
-Method = Literal["ot-cfm", "i-cfm", "sb-cfm", "vp-cfm"]
+Method = Literal["uot-cfm", "ot-cfm", "i-cfm", "sb-cfm", "vp-cfm"]
+Path = Literal["hermite", "straight"]
 
 
 def fit_flow(
@@ -28,7 +32,10 @@ def fit_flow(
     time_key: str = "time",
     *,
     use_rep: str = "X_pca",
-    method: Method = "ot-cfm",
+    method: Method = "uot-cfm",
+    path: Path | None = None,
+    field: Field | None = None,
+    growth_key: str | None = None,
     sigma: float | None = None,
     module: nn.Module | None = None,
     n_members: int = 1,
@@ -48,6 +55,10 @@ def fit_flow(
 ) -> AnnData | None:
     """Fit the continuous flow between snapshots by conditional flow matching (Tong et al. 2023, arXiv 2302.00482).
 
+    The default pairs cells of consecutive snapshots by unbalanced optimal transport, lets a pair's mass change on its
+    way and its path bend towards the cells' kin in the snapshots before and after, and takes the velocity at a place
+    as a kernel average over the paths that pass there. It needs no training.
+
     Parameters
     ----------
     adata
@@ -57,9 +68,22 @@ def fit_flow(
     use_rep
         Representation of the cells: a key of ``obsm``, or ``"X"``.
     method
-        ``"ot-cfm"``: cells of consecutive snapshots are paired by exact optimal transport. ``"i-cfm"``: at random.
-        ``"sb-cfm"``: by a Schroedinger bridge; also gives a score, and so a stochastic flow. ``"vp-cfm"``: at random,
-        along variance-preserving paths.
+        ``"uot-cfm"``: cells of consecutive snapshots are paired by unbalanced optimal transport, and parts of the
+        population may grow or shrink relative to each other. ``"ot-cfm"``: by exact optimal transport, mass is
+        conserved. ``"i-cfm"``: at random. ``"sb-cfm"``: by a Schroedinger bridge; also gives a score, and so a
+        stochastic flow. ``"vp-cfm"``: at random, along variance-preserving paths.
+    path
+        Of the first three methods: ``"hermite"``, cubic paths that go through a cell at one velocity, measured from
+        its kin before and after; or ``"straight"``. None: hermite for ``"uot-cfm"``, straight for the others.
+    field
+        ``"closed-form"``: a kernel average of the pairs' velocities, without training; the more accurate where
+        snapshots have hundreds to thousands of cells. ``"neural"``: a network trained by flow matching; its cost at a
+        cell does not grow with the number of pairs. None: closed-form for ``"uot-cfm"`` and ``"ot-cfm"``, neural for
+        the others and where a `module` is given.
+    growth_key
+        Column of ``obs`` with prior growth rates (log mass change per unit of time, such as from a proliferation
+        signature), for ``"uot-cfm"``. Only differences between cells count: numbers of sampled cells tell nothing
+        about the population's total.
     sigma
         Spread of the probability path, in units of the representation (for ``"sb-cfm"`` per root of time). By default
         a fixed fraction of the root mean square displacement between snapshots.
@@ -67,9 +91,10 @@ def fit_flow(
         Your own network instead of the built-in one: maps standardised times ``(B, 1)`` and points ``(B, d)`` to
         ``(B, d)``, or ``(B, 2 d)`` (velocity, score) for ``"sb-cfm"``. Without randomness of its own (dropout).
     n_members
-        Fits from different seeds, trained together; more than one give the velocity's uncertainty.
+        Fits from different seeds, trained together; more than one give the velocity's uncertainty. Members of a
+        closed-form field differ by the cells they see: each has a bootstrap of every snapshot.
     width, depth
-        Hidden layers of the built-in network.
+        Hidden layers of the built-in network. These and the next five are of the neural field.
     n_steps, batch_size
         Steps of the optimiser, and pairs of cells per interval in each.
     learning_rate, weight_decay, ema_decay
@@ -97,6 +122,8 @@ def fit_flow(
         ``fingerprint``.
     ``obsm[key_added + "_velocity"]`` : float32, n_obs x d
         Velocity at the cell's own time, in units of the representation per unit of time; the members' mean.
+    ``obs[key_added + "_growth"]`` : float32
+        Log mass change per unit of time, relative to the population's mean; where the flow grows.
     ``obs[key_added + "_velocity_sd"]`` : float32
         Root mean square deviation of the members' velocities from their mean, where there are several.
 
@@ -111,28 +138,39 @@ def fit_flow(
     """
     _adata.check_key(key_added)
     where = pick_device(device)
+    kind = pick_field(field, method, module)
     training = Training(module, width, depth, n_steps, batch_size, learning_rate, weight_decay, ema_decay, patience)
     seed = seed_of(rng)
     seeds = member_seeds(seed, n_members)
-    cells = _adata.read_snapshots(adata, time_key, use_rep, least=2)
-    problems, validation = make_problems(
-        cells.snapshots, method=method, sigma=sigma, seeds=seeds, validate=patience is not None
-    )
-    result = fit(
-        problems, validation=validation, training=training, device=where, dtype=torch.float32, progress=progress
-    )
-    velocity = [_velocity_at(result.vector_field, t, x) for t, x in zip(cells.snapshots.times, cells.snapshots.points)]
+    cells = _adata.read_snapshots(adata, time_key, use_rep, least=2, growth_key=growth_key)
+
+    def problems_of(snapshots: Snapshots, seeds: Sequence[int]) -> tuple[list[Problem], list[Problem]]:
+        validate = patience is not None and kind == "neural"
+        return make_problems(snapshots, method=method, path=path, sigma=sigma, seeds=seeds, validate=validate)
+
+    if kind == "closed-form" and n_members > 1:
+        problems = [p for one in seeds for p in problems_of(resampled(cells.snapshots, one), [one])[0]]
+        validation: list[Problem] = []
+    else:
+        problems, validation = problems_of(cells.snapshots, seeds)
+    result = make_field(kind, problems, validation, training, where, progress=progress)
+    at_cells = [_at_cells(result.vector_field, t, x) for t, x in zip(cells.snapshots.times, cells.snapshots.points)]
 
     adata = _adata.own(adata, copy=copy)
-    adata.obsm.pop(_adata.TRAJECTORIES.format(key=key_added), None)  # of an earlier flow of this name
     used = problems[0].path.sigma
     params = {
-        "method": method, "time_key": time_key, "use_rep": use_rep, "sigma": used, "n_members": n_members,
-        "n_obs": adata.n_obs, "n_steps": n_steps, "batch_size": batch_size, "learning_rate": learning_rate,
-        "weight_decay": weight_decay, "ema_decay": ema_decay, "seed": seed, "device": str(where),
+        "method": method, "path": type(problems[0].path).__name__.lower(), "field": kind, "time_key": time_key,
+        "use_rep": use_rep, "sigma": used, "n_members": n_members, "n_obs": adata.n_obs, "seed": seed,
+        "device": str(where),
     }  # fmt: skip
-    params |= {"width": width, "depth": depth} if module is None else {"module": type(module).__name__}
-    params |= {} if patience is None else {"patience": patience}
+    params |= {} if growth_key is None else {"growth_key": growth_key}
+    if kind == "neural":
+        params |= {
+            "n_steps": n_steps, "batch_size": batch_size, "learning_rate": learning_rate,
+            "weight_decay": weight_decay, "ema_decay": ema_decay,
+        }  # fmt: skip
+        params |= {"width": width, "depth": depth} if module is None else {"module": type(module).__name__}
+        params |= {} if patience is None else {"patience": patience}
     _adata.write_flow(
         adata,
         key_added,
@@ -142,29 +180,53 @@ def fit_flow(
         validation_loss=result.validation_loss.numpy(),
         cells=cells,
     )
-    name = _adata.VELOCITY.format(key=key_added)
-    adata.obsm[name] = _adata.write_by_cell(cells, [mean for mean, _ in velocity])
-    written = f'uns["{key_added}"], obsm["{name}"]'
-    spread = _adata.VELOCITY_SD.format(key=key_added)
-    if n_members > 1:
-        adata.obs[spread] = _adata.write_by_cell(cells, [sd for _, sd in velocity])
-        written += f', obs["{spread}"]'
-    elif spread in adata.obs:
-        del adata.obs[spread]
+    written = [f'uns["{key_added}"]', *_write_cells(adata, cells, key_added, at_cells, result.vector_field)]
     logger.info(
-        f"{method} fitted to {len(cells.snapshots)} snapshots of {cells.n_obs} cells in {use_rep}, sigma = {used:.4g}, "
-        f"on {where}; wrote {written}"
+        f"{method} ({kind} field) fitted to {len(cells.snapshots)} snapshots of {cells.n_obs} cells in {use_rep}, "
+        f"sigma = {used:.4g}, on {where}; wrote {', '.join(written)}"
     )
     return adata if copy else None
 
 
+def _write_cells(
+    adata: AnnData, cells: _adata.Cells, key: str, at_cells: Sequence[_AtCells], field: VectorField
+) -> list[str]:
+    """Write what holds at the cells and take away what is left of an earlier flow of this name; return the slots."""
+    name = _adata.VELOCITY.format(key=key)
+    adata.obsm[name] = _adata.write_by_cell(cells, [at.velocity for at in at_cells])
+    written = [f'obsm["{name}"]']
+    columns = {
+        _adata.GROWTH: [at.growth for at in at_cells] if field.grows else None,
+        _adata.VELOCITY_SD: [at.spread for at in at_cells] if field.members > 1 else None,
+    }
+    for slot, values in columns.items():
+        column = slot.format(key=key)
+        if values is not None:
+            adata.obs[column] = _adata.write_by_cell(cells, values)
+            written.append(f'obs["{column}"]')
+        elif column in adata.obs:
+            del adata.obs[column]
+    for slot in (_adata.TRAJECTORIES, _adata.WEIGHTS):
+        adata.obsm.pop(slot.format(key=key), None)
+    return written
+
+
+class _AtCells(NamedTuple):
+    """The members' mean velocity ``(n, d)``, its spread ``(n,)`` and the mean growth rate ``(n,)`` at cells."""
+
+    velocity: np.ndarray
+    spread: np.ndarray
+    growth: np.ndarray
+
+
 @torch.no_grad()
-def _velocity_at(field: VectorField, t: float, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return the members' mean velocity ``(n, d)`` at one time and its spread ``(n,)``."""
-    means, spreads = [], []
+def _at_cells(field: VectorField, t: float, x: torch.Tensor) -> _AtCells:
+    """Evaluate a field at one snapshot's cells ``(n, d)``."""
+    parts = []
     for cells in x.to(field.scale).split(CELLS):
-        each = field.velocity(t, cells.expand(field.members, *cells.shape))  # (M, n, d)
-        means.append(each.mean(0))
-        deviation = (each - each.mean(0)).square().sum(-1).sum(0)
-        spreads.append((deviation / max(1, field.members - 1)).sqrt())
-    return torch.cat(means).cpu().numpy(), torch.cat(spreads).cpu().numpy()
+        each = field.evaluate(t, cells.expand(field.members, *cells.shape))  # velocity: (M, n, d)
+        mean = each.velocity.mean(0)
+        deviation = (each.velocity - mean).square().sum(-1).sum(0)
+        growth = torch.zeros_like(deviation) if each.growth is None else each.growth.mean(0).squeeze(-1)
+        parts.append((mean, (deviation / max(1, field.members - 1)).sqrt(), growth))
+    return _AtCells(*(torch.cat(column).cpu().numpy() for column in zip(*parts)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,8 @@ import pandas as pd
 from .. import _adata
 from .._log import logger
 from ..flow.flow_matching import pick_device
-from ..flow.integrate import Solver, push
+from ..flow.hold_out import Restoration, Start, mixed
+from ..flow.integrate import Solver, transport
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -22,6 +23,7 @@ def interpolate(
     adata: AnnData,
     time: float,
     *,
+    start: Start = "both",
     solver: Solver = "rk4",
     n_steps: int = 50,
     tolerance: float = 1e-4,
@@ -32,7 +34,8 @@ def interpolate(
 ) -> AnnData:
     """Predict the population at a time between the first and the last snapshot.
 
-    All cells of the snapshot at or before that time are moved along the flow up to it.
+    All cells of the snapshots before and after that time are moved along the flow to it, and carry weights: nearer
+    snapshots weigh more, and parts of the population that grow gain. It is what `sctraj.tl.leave_one_out` judges.
 
     Parameters
     ----------
@@ -40,6 +43,8 @@ def interpolate(
         Annotated data with a flow by `sctraj.tl.fit_flow`.
     time
         Real time, within the snapshots' range.
+    start
+        What is moved: ``"both"`` neighbours in time, or the snapshot ``"before"`` alone.
     solver
         ``"rk4"`` or ``"euler"`` on a fixed grid, or ``"dopri5"``.
     n_steps
@@ -58,7 +63,8 @@ def interpolate(
     Returns
     -------
     A new AnnData, one row per moved cell: ``obsm[use_rep]``, ``obs[time_key]``, ``obs["source_cell"]`` (the observed
-    cell it comes from) and, decoded, ``X`` (float32) of the genes that the components were computed from.
+    cell it comes from), ``obs["weight"]`` (summing to one; weigh cells by it) and, decoded, ``X`` (float32) of the
+    genes that the components were computed from.
 
     Raises
     ------
@@ -78,19 +84,35 @@ def interpolate(
             f"expected a time from {snapshots.times[0]:g} to {snapshots.times[-1]:g}, the snapshots' range, found "
             f"{time}; beyond it the flow was never trained"
         )
+    if start not in get_args(Start):
+        raise ValueError(f"expected a start of {get_args(Start)}, found {start!r}")
     decoder = _decoder(adata, use_rep) if decode else None
-    k = max(i for i, t in enumerate(snapshots.times) if t <= time)
     field = flow.vector_field.to(where).ensemble()
-    start = snapshots.times[k]
-    x = snapshots.points[k].to(field.scale)[None]
-    if time > start:
-        steps = max(1, math.ceil(n_steps * (time - start) / snapshots.mean_gap))
-        x = push(field, x, start, float(time), solver=solver, n_steps=steps, tolerance=tolerance)
-    restored = x[0].cpu().numpy().astype(np.float32)
+    k = max(i for i, t in enumerate(snapshots.times) if t <= time)
 
-    sources = np.asarray(adata.obs_names[flow.cells.index[k]], dtype=object)
+    def moved(k: int) -> Restoration:
+        gap = abs(time - snapshots.times[k])
+        x = snapshots.points[k].to(field.scale)[None]
+        if gap == 0:
+            return Restoration(x[0].cpu(), snapshots.mass[k])
+        steps = max(1, math.ceil(n_steps * gap / snapshots.mean_gap))
+        there = transport(field, x, snapshots.times[k], float(time), solver=solver, n_steps=steps, tolerance=tolerance)
+        return Restoration(there.points[0].cpu(), snapshots.mass[k] * there.log_mass[0].cpu().double().exp())
+
+    if start == "both" and time > snapshots.times[k]:
+        s = (time - snapshots.times[k]) / (snapshots.times[k + 1] - snapshots.times[k])
+        population, used = mixed(moved(k), moved(k + 1), s), [k, k + 1]
+    else:
+        population, used = moved(k), [k]
+    restored = population.points.numpy().astype(np.float32)
+
+    sources = np.concatenate([np.asarray(adata.obs_names[flow.cells.index[i]], dtype=object) for i in used])
     obs = pd.DataFrame(
-        {str(flow.params["time_key"]): np.full(len(sources), float(time)), "source_cell": sources},
+        {
+            str(flow.params["time_key"]): np.full(len(sources), float(time)),
+            "source_cell": sources,
+            "weight": population.weights.numpy(),
+        },
         index=pd.Index([f"{name}_at_{time:g}" for name in sources]),
     )
     if decoder is None:
@@ -100,7 +122,8 @@ def interpolate(
         decoded = (restored.astype(np.float64) @ loadings.T + mean).astype(np.float32)
         result = AnnData(X=decoded, obs=obs, var=adata.var.iloc[genes].copy(), obsm={use_rep: restored})
     logger.info(
-        f"the population at {time:g}: {len(sources)} cells moved from {start:g}"
+        f"the population at {time:g}: {len(sources)} cells moved from "
+        f"{' and '.join(f'{snapshots.times[i]:g}' for i in used)}"
         f"{f', decoded to {result.n_vars} genes' if decoder is not None else ', not decoded to genes'}"
     )
     return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import pandas as pd
@@ -12,8 +12,11 @@ import torch
 from .. import _adata
 from .._log import logger
 from ..flow import hold_out
-from ..flow.flow_matching import Training, fit, pick_device
+from ..flow.flow_matching import Training, pick_device
+from ..flow.hold_out import Start
 from ..flow.problem import METHODS
+from ._field import Field, make_field, pick_field
+from ._fit_flow import Path
 from ._seeds import member_seeds, seed_of
 
 if TYPE_CHECKING:
@@ -22,10 +25,15 @@ if TYPE_CHECKING:
 
     from .._adata import Cells
     from ..flow.hold_out import Judgement, Restoration
+    from ..flow.problem import Problem
     from ..flow.snapshots import Snapshots
     from ..flow.vector_field import VectorField
 
 EULER_STEPS = 100  # the published protocol's
+STARTS = {
+    "both": "all cells of the snapshots before and after the held-out one, weighted by nearness in time",
+    "before": "all cells of the snapshot before the held-out one",
+}
 
 
 def leave_one_out(
@@ -33,7 +41,11 @@ def leave_one_out(
     time_key: str = "time",
     *,
     use_rep: str = "X_pca",
-    methods: Sequence[str] = ("ot-cfm",),
+    methods: Sequence[str] = ("uot-cfm",),
+    path: Path | None = None,
+    field: Field | None = None,
+    growth_key: str | None = None,
+    start: Start = "both",
     n_seeds: int = 5,
     sigma: float | None = None,
     module: nn.Module | None = None,
@@ -53,9 +65,14 @@ def leave_one_out(
 ) -> AnnData | None:
     """Hold out every interior snapshot in turn, restore it, and measure how far off the restoration is.
 
-    The published protocol (Tong et al. 2023, section 5.2): train without snapshot t, push all observed cells of the
-    snapshot before it to t (Euler, 100 steps), and compare with all observed cells of t. Here on the real clock. All
-    folds and seeds of a method are trained in one batch.
+    Train without snapshot t, move all observed cells of the snapshots before and after it along the flow to t (Euler,
+    100 steps), and compare with all observed cells of t, on the real clock. With ``start="before"`` this is the
+    published protocol (Tong et al. 2023, section 5.2), which moves the snapshot before alone. All folds and seeds of a
+    method are trained in one batch.
+
+    Restored cells carry masses: those of the snapshot before weigh ``1 - s`` in all and those after ``s``, at the
+    fraction ``s`` of the gap, and where the flow grows each gains or loses. Distances are weighted by them; beside
+    them stand ``w1_unweighted`` and ``energy_unweighted``, all restored cells weighing the same.
 
     The held-out cells enter no coupling, no sigma, no scaling and no weight. But a representation computed on all
     cells (a PCA, a standardisation) has itself seen them; the distances are then a little too good, for every
@@ -70,9 +87,13 @@ def leave_one_out(
     use_rep
         Representation of the cells: a key of ``obsm``, or ``"X"``.
     methods
-        Of ``"ot-cfm"``, ``"i-cfm"``, ``"sb-cfm"``, ``"vp-cfm"``; see `sctraj.tl.fit_flow`.
+        Of ``"uot-cfm"``, ``"ot-cfm"``, ``"i-cfm"``, ``"sb-cfm"``, ``"vp-cfm"``; see `sctraj.tl.fit_flow`.
+    path, field, growth_key
+        As in `sctraj.tl.fit_flow`.
+    start
+        What is moved to the held-out time: ``"both"`` neighbours, or the snapshot ``"before"``.
     n_seeds
-        Fits per held-out snapshot and method.
+        Fits per held-out snapshot and method, of neural fields; closed-form ones do not depend on a seed.
     sigma, module, width, depth, n_steps, batch_size, learning_rate, weight_decay, ema_decay, patience
         As in `sctraj.tl.fit_flow`.
     device
@@ -93,7 +114,8 @@ def leave_one_out(
     ``uns["leave_one_out"]`` : DataFrame
         Tidy: ``method`` (methods; baselines ``previous``, ``next``, ``ot-interpolation``; ``noise-reference``, two
         random halves of the held-out snapshot), ``time``, ``seed``, ``metric`` (``w1``, ``w2``, ``mmd`` (squared),
-        ``energy``, ``variance_ratio``), ``value``. Under ``{key_added}_leave_one_out`` if `key_added` is not "flow".
+        ``energy``, ``variance_ratio``, ``w1_unweighted``, ``energy_unweighted``), ``value``. Under
+        ``{key_added}_leave_one_out`` if `key_added` is not "flow".
     ``uns["leave_one_out_protocol"]`` : dict
         How the table came about, with the sizes of the halves.
     ``obsm[key_added + "_w1"]`` : DataFrame, n_obs x methods
@@ -121,23 +143,29 @@ def leave_one_out(
     training = Training(module, width, depth, n_steps, batch_size, learning_rate, weight_decay, ema_decay, patience)
     seed = seed_of(rng)
     seeds = member_seeds(seed, n_seeds)
-    cells = _adata.read_snapshots(adata, time_key, use_rep, least=3)
+    if start not in get_args(Start):
+        raise ValueError(f"expected a start of {get_args(Start)}, found {start!r}")
+    kinds = {method: pick_field(field, method, module) for method in methods}
+    cells = _adata.read_snapshots(adata, time_key, use_rep, least=3, growth_key=growth_key)
     snapshots = cells.snapshots
     prepared = {
         method: hold_out.hold_out_problems(
-            snapshots, method=method, sigma=sigma, seeds=seeds, validate=patience is not None
+            snapshots,
+            method=method,
+            path=path,
+            sigma=sigma,
+            seeds=seeds if kind == "neural" else seeds[:1],
+            validate=patience is not None and kind == "neural",
         )
-        for method in methods
+        for method, kind in kinds.items()
     }
 
     rows: list[dict[str, object]] = []
     shares: dict[str, np.ndarray] = {}
     barycentres: dict[str, np.ndarray] = {}
     for method, (held_out, problems, validation) in prepared.items():
-        result = fit(
-            problems, validation=validation, training=training, device=where, dtype=torch.float32, progress=progress
-        )
-        shares[method], barycentres[method] = _restore(rows, cells, method, result.vector_field, held_out, n_seeds)
+        fitted = make_field(kinds[method], problems, validation, training, where, progress=progress).vector_field
+        shares[method], barycentres[method] = _restore(rows, cells, method, fitted, held_out, start)
     halves = _references(rows, snapshots, seeds)
 
     adata = _adata.own(adata, copy=copy)
@@ -153,11 +181,12 @@ def leave_one_out(
         "methods": np.array(methods),
         "n_seeds": n_seeds,
         "seed": seed,
-        "start": "all cells of the snapshot before the held-out one",
+        "fields": np.array(list(kinds.values())),
+        "start": STARTS[start],
         "integration": f"euler, {EULER_STEPS} steps, real time",
         "held_out_times": np.array([snapshots.times[k] for k in hold_out.interior(snapshots)]),
         "noise_reference_sizes": np.array(halves),
-        "sigma": np.array([[p.path.sigma for p in problems[::n_seeds]] for _, problems, _ in prepared.values()]),
+        "sigma": np.array([_sigmas(held_out, problems) for held_out, problems, _ in prepared.values()]),
         "n_steps": n_steps,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
@@ -167,7 +196,8 @@ def leave_one_out(
     adata.obsm[w1] = pd.DataFrame(shares, index=adata.obs_names)
     adata.obsm[name] = barycentres[methods[0]]
     logger.info(
-        f"left out each of {len(snapshots) - 2} snapshots, {n_seeds} seed(s), {', '.join(methods)}. {use_rep} was "
+        f"left out each of {len(snapshots) - 2} snapshots, {n_seeds} seed(s), "
+        f"{', '.join(f'{m} ({kind})' for m, kind in kinds.items())}. {use_rep} was "
         f"computed beforehand: if on all cells, it has seen the held-out snapshots. The noise reference's halves have "
         f"{', '.join(f'{a} + {b}' for a, b in halves)} cells. Wrote "
         f'uns["{table}"], uns["{_adata.PROTOCOL.format(table=table)}"], obsm["{w1}"], obsm["{name}"]'
@@ -175,19 +205,32 @@ def leave_one_out(
     return adata if copy else None
 
 
+def _sigmas(held_out: Sequence[int], problems: Sequence[Problem]) -> list[float]:
+    """Return the sigma of each held-out snapshot's fits."""
+    return list({k: problem.path.sigma for k, problem in zip(held_out, problems)}.values())
+
+
 def _restore(
-    rows: list[dict[str, object]], cells: Cells, method: str, field: VectorField, held_out: Sequence[int], n_seeds: int
+    rows: list[dict[str, object]],
+    cells: Cells,
+    method: str,
+    field: VectorField,
+    held_out: list[int],
+    start: Start,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Restore every member's held-out snapshot and add its distances to the table.
 
     Returns each cell's share of W1 ``(n_obs,)``, mean over seeds, and the first seed's barycentre ``(n_obs, d)``.
     """
     snapshots = cells.snapshots
-    points = hold_out.restore(field, snapshots, held_out, solver="euler", n_steps=EULER_STEPS, tolerance=1e-4)
+    restorations = hold_out.restore(
+        field, snapshots, held_out, start=start, solver="euler", n_steps=EULER_STEPS, tolerance=1e-4
+    )
+    n_seeds = held_out.count(held_out[0])
     share: list[np.ndarray | None] = [None] * len(snapshots)  # the first and the last stay without
     barycentre: list[np.ndarray | None] = [None] * len(snapshots)
-    for member, (k, x) in enumerate(zip(held_out, points)):
-        judged = _judge(rows, snapshots, k, hold_out.Restoration(x), method, member % n_seeds)
+    for member, (k, restoration) in enumerate(zip(held_out, restorations)):
+        judged = _judge(rows, snapshots, k, restoration, method, member % n_seeds)
         so_far, one = share[k], judged.share.numpy() / n_seeds
         share[k] = one if so_far is None else so_far + one
         if member % n_seeds == 0:
@@ -200,9 +243,15 @@ def _judge(
 ) -> Judgement:
     """Measure one restoration and add its rows to the table."""
     judged = hold_out.judge(restoration, snapshots.points[k])
-    for metric, value in judged.values.items():
-        rows.append({"method": method, "time": snapshots.times[k], "seed": seed, "metric": metric, "value": value})
+    rows += _rows(judged, method, snapshots.times[k], seed)
     return judged
+
+
+def _rows(judged: Judgement, method: str, time: float, seed: int) -> list[dict[str, object]]:
+    """Return one judgement's rows of the table."""
+    values = judged.values | {f"{name}_unweighted": value for name, value in judged.unweighted.items()}
+    same = {"method": method, "time": time, "seed": seed}
+    return [same | {"metric": metric, "value": value} for metric, value in values.items()]
 
 
 def _references(rows: list[dict[str, object]], snapshots: Snapshots, seeds: Sequence[int]) -> list[tuple[int, int]]:
@@ -215,10 +264,6 @@ def _references(rows: list[dict[str, object]], snapshots: Snapshots, seeds: Sequ
         for number, seed in enumerate(seeds):
             first, second = hold_out.halves(snapshots.points[k], torch.Generator().manual_seed(seed + k))
             judged = hold_out.judge(hold_out.Restoration(first), second)
-            for metric, value in judged.values.items():
-                rows.append(
-                    {"method": hold_out.NOISE_REFERENCE, "time": snapshots.times[k], "seed": number,
-                     "metric": metric, "value": value}
-                )  # fmt: skip
+            rows += _rows(judged, hold_out.NOISE_REFERENCE, snapshots.times[k], number)
         sizes.append((len(first), len(second)))
     return sizes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from .. import _adata
 from .._log import logger
 from ..flow.flow_matching import pick_device
-from ..flow.integrate import Field, Solver, push, simulate
+from ..flow.integrate import Field, Moved, Solver, simulate, transport
 from ._seeds import seed_of
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ def trajectories(
 
     ``obsm[key + "_trajectories"]`` : float32, n_obs x n_times x d
         In units of the representation; at a cell's own time exactly where it was observed.
+    ``obsm[key + "_trajectory_weights"]`` : float32, n_obs x n_times
+        What has become of the cell's mass, relative to the mean over the cells of its snapshot; where the flow grows.
     ``uns[key]["trajectory_times"]`` : float64, n_times
 
     Raises
@@ -95,20 +97,28 @@ def trajectories(
         )
     stream = torch.Generator().manual_seed(seed)
 
-    def move(x: torch.Tensor, t0: float, t1: float) -> torch.Tensor:
+    def move(x: torch.Tensor, t0: float, t1: float) -> Moved:
         steps = max(1, math.ceil(n_steps * abs(t1 - t0) / snapshots.mean_gap))
         if stochastic:
-            return simulate(field, x, t0, t1, sigma=float(flow.params["sigma"]), n_steps=steps, rng=stream)
-        return push(field, x, t0, t1, solver=solver, n_steps=steps, tolerance=tolerance)
+            there = simulate(field, x, t0, t1, sigma=float(flow.params["sigma"]), n_steps=steps, rng=stream)
+            return Moved(there, torch.zeros_like(there[..., 0]))
+        return transport(field, x, t0, t1, solver=solver, n_steps=steps, tolerance=tolerance)
 
-    paths = [_path(field, points, t, grid, move).cpu().numpy() for t, points in zip(snapshots.times, snapshots.points)]
+    paths = [_path(field, points, t, grid, move) for t, points in zip(snapshots.times, snapshots.points)]
     adata = _adata.own(adata, copy=copy)
-    name = _adata.TRAJECTORIES.format(key=key)
-    adata.obsm[name] = _adata.write_by_cell(flow.cells, paths)
+    name, weights = _adata.TRAJECTORIES.format(key=key), _adata.WEIGHTS.format(key=key)
+    adata.obsm[name] = _adata.write_by_cell(flow.cells, [path.points.cpu().numpy() for path in paths])
+    written = f'obsm["{name}"]'
+    adata.obsm.pop(weights, None)
+    if flow.vector_field.grows and not stochastic:
+        # relative to the mean of the snapshot's cells: growth is known up to the population's total alone
+        shares = [path.log_mass.softmax(0).cpu().numpy() * len(path.log_mass) for path in paths]
+        adata.obsm[weights] = _adata.write_by_cell(flow.cells, shares)
+        written += f', obsm["{weights}"]'
     adata.uns[key]["trajectory_times"] = grid
     logger.info(
         f"trajectories of {flow.cells.n_obs} cells at {len(grid)} times from {grid[0]:g} to {grid[-1]:g}"
-        f'{", stochastic" if stochastic else ""}; wrote obsm["{name}"], uns["{key}"]["trajectory_times"]'
+        f'{", stochastic" if stochastic else ""}; wrote {written}, uns["{key}"]["trajectory_times"]'
     )
     return adata if copy else None
 
@@ -129,15 +139,23 @@ def _time_grid(times: int | Sequence[float], snapshots: Sequence[float]) -> np.n
     return grid
 
 
-def _path(field: Field, points: torch.Tensor, own: float, grid: np.ndarray, move) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    """Return one snapshot's cells at every time of the grid, ``(n, n_times, d)``."""
+def _path(
+    field: Field,
+    points: torch.Tensor,
+    own: float,
+    grid: np.ndarray,
+    move: Callable[[torch.Tensor, float, float], Moved],
+) -> Moved:
+    """Return one snapshot's cells at every time of the grid, ``(n, n_times, d)``, and their log mass."""
     start = points.to(field.scale)[None]  # (1, n, d)
     out = start.new_empty(start.shape[1], len(grid), start.shape[2])
+    log_mass = start.new_zeros(start.shape[1], len(grid))
     for direction in (1, -1):
-        x, t = start, own
+        x, gained, t = start, start.new_zeros(start.shape[1]), own
         for k in range(len(grid))[::direction]:
             if direction * (grid[k] - own) >= 0:
                 if grid[k] != t:
-                    x, t = move(x, t, float(grid[k])), float(grid[k])
-                out[:, k] = x[0]
-    return out
+                    moved = move(x, t, float(grid[k]))
+                    x, gained, t = moved.points, gained + moved.log_mass[0], float(grid[k])
+                out[:, k], log_mass[:, k] = x[0], gained
+    return Moved(out, log_mass)
