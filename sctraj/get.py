@@ -61,11 +61,23 @@ def loss(adata: AnnData, *, key: str = _adata.FLOW) -> pd.DataFrame:
     -------
     Index ``step``; columns ``"0"``, ``"1"``, ... and, with early stopping, ``"validation 0"``, ... which are NaN at
     the steps between two looks. Dimensionless: see `sctraj.flow.flow_matching.Fit`.
+
+    Raises
+    ------
+    KeyError
+        No such flow.
+    ValueError
+        A closed-form field, which is not trained.
     """
     from .flow.flow_matching import EVALUATE_EVERY
 
     flow = _adata.stored(adata, key)
     values = np.asarray(flow["loss"])
+    if not len(values):
+        raise ValueError(
+            f'Expected a flow that was trained; the closed-form field in uns["{key}"] was not, and has no loss. '
+            f"Fit with field='neural' to see one."
+        )
     index = pd.RangeIndex(1, len(values) + 1, name="step")
     table = pd.DataFrame(values, index=index, columns=[str(m) for m in range(values.shape[1])])
     validation = np.asarray(flow["validation_loss"])

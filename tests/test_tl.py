@@ -418,6 +418,14 @@ def test_growth_prior_enters_as_a_marginal(cells: AnnData) -> None:
         sctraj.tl.leave_one_out(cells, growth_key="prior")
 
 
+def test_a_closed_form_field_has_no_loss(cells: AnnData) -> None:
+    sctraj.tl.fit_flow(cells)
+    with pytest.raises(ValueError, match="field='neural'"):
+        sctraj.get.loss(cells)
+    with pytest.raises(ValueError, match="field='neural'"):
+        sctraj.pl.loss(cells)
+
+
 def test_interpolate_from_both_sides(cells: AnnData) -> None:
     sctraj.tl.fit_flow(cells)
     middle = sctraj.tl.interpolate(cells, 4.0)
@@ -460,3 +468,19 @@ def test_fields_that_do_not_fit_are_refused(cells: AnnData) -> None:
         sctraj.tl.fit_flow(cells, method="sb-cfm", path="hermite")
     with pytest.raises(ValueError, match="path"):
         sctraj.tl.fit_flow(cells, path="spline")
+
+
+@pytest.mark.parametrize("path", ["land", "rbf"])
+def test_learned_paths_survive_a_file(cells: AnnData, tmp_path, path: str) -> None:
+    sctraj.tl.fit_flow(cells, method="ot-cfm", path=path)
+    assert cells.uns["flow"]["params"]["path"] == path
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    back = anndata.read_h5ad(tmp_path / "cells.h5ad")
+    x = cells.obsm["X_pca"][:20]
+    field = sctraj.get.vector_field(cells)
+    assert np.array_equal(field(1.3, x), sctraj.get.vector_field(back)(1.3, x))
+    straight = sctraj.tl.fit_flow(cells, method="ot-cfm", copy=True)
+    assert not np.allclose(field(1.3, x), sctraj.get.vector_field(straight)(1.3, x), rtol=0.05)
+    # the neural field is trained on the same paths
+    sctraj.tl.fit_flow(cells, method="ot-cfm", path=path, **QUICK)
+    assert np.isfinite(cells.obsm["flow_velocity"]).all()

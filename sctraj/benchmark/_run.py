@@ -28,7 +28,7 @@ def run(
     adata: AnnData,
     folder: str | Path = "sctraj_benchmark",
     *,
-    methods: Sequence[str] = ("ot-cfm", "i-cfm", "sb-cfm"),
+    methods: Sequence[str] = ("uot-cfm", "ot-cfm", "i-cfm", "sb-cfm"),
     **options: Any,
 ) -> None:
     """Hold out every interior snapshot in turn, restore it by each method, and report the distances.

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .metric_path import MetricPath
 from .probability_path import BrownianBridge, Hermite, Pairs, ProbabilityPath, Straight, Trigonometric
 from .problem import Problem
 from .vector_field import FieldSample, VectorField, scaling
@@ -25,7 +26,7 @@ NEIGHBOURS = 5  # the bandwidth is the distance to the path point that is so nea
 FLOOR = 0.05  # least bandwidth, as a fraction of the interval's rms displacement
 TILE = 2**22  # queries times pairs met at once
 _Record = TypeVar("_Record")
-KINDS = {kind.__name__: kind for kind in (Straight, Hermite, BrownianBridge, Trigonometric)}
+KINDS = {kind.__name__: kind for kind in (Straight, Hermite, BrownianBridge, Trigonometric, MetricPath)}
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,9 @@ class ClosedFormField(VectorField):
         scales = np.atleast_1d(np.asarray(arrays["scale"])).tolist()
         for m in range(len(scales)):
             own = {name.split(".", 1)[1]: value for name, value in arrays.items() if name.startswith(f"{m}.")}
-            path = [name.split(".") for name in own if name.startswith("path.")]
-            numbers: dict[str, Any] = {name: _value(own[f"path.{kind}.{name}"]) for _, kind, name in path}
-            law = KINDS[path[0][1]](**numbers)
+            path = {name.split(".", 2)[2]: _value(own[name]) for name in own if name.startswith("path.")}
+            kind = next(name.split(".")[1] for name in own if name.startswith("path."))
+            law = KINDS[kind](**_gathered(path))
             strands: list[Strand] = []
             while f"{len(strands)}.mass0" in own:
                 start = f"{len(strands)}."
@@ -176,6 +177,8 @@ def closed_form(problems: Sequence[Problem], *, device: torch.device, dtype: tor
         path = problem.path
         if isinstance(path, Trigonometric):
             path = Trigonometric(path.sigma, (0 if path.centre is None else path.centre) - origin)
+        if isinstance(path, MetricPath):
+            path = replace(path, shift=path.shift - origin)
         members.append(_Member(path, tuple(strands), origin.to(dtype)))
         scales.append(measured.scale)
     return ClosedFormField(members, scales).to(device)
@@ -235,11 +238,21 @@ def _applied(record: _Record, fn: Callable[[Tensor], Tensor]) -> _Record:
 def _values(record: object) -> dict[str, np.ndarray]:
     """Return a record's numbers and tensors as arrays; what is None or a record itself is left out."""
     held = {f.name: getattr(record, f.name) for f in fields(record)}  # type: ignore[arg-type]
+    rows = {name: value for name, value in held.items() if isinstance(value, tuple)}
+    held |= {f"{name}.{n}": one for name, value in rows.items() for n, one in enumerate(value)}
     return {
         name: value.cpu().numpy() if isinstance(value, Tensor) else np.array(float(value))
         for name, value in held.items()
         if isinstance(value, (Tensor, float, int))
     }
+
+
+def _gathered(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Put what `_values` took apart together: ``name.0``, ``name.1``, ... into a tuple."""
+    whole: dict[str, Any] = {name: value for name, value in values.items() if "." not in name}
+    for name in {name.split(".")[0] for name in values if "." in name}:
+        whole[name] = tuple(values[f"{name}.{n}"] for n in range(sum(k.startswith(f"{name}.") for k in values)))
+    return whole
 
 
 def _value(array: np.ndarray | float) -> Tensor | float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -190,3 +191,38 @@ def judge(restoration: Restoration, observed: Tensor, *, mass: Tensor | None = N
             "energy": energy_distance(points, observed, weights_y=mass),
         }
     return Judgement(values, unweighted, plan.share, plan.barycentre)
+
+
+# Controls: an interpolation with variance taken away, each in its own way. None restores anything better, so a distance
+# by which one gains rewards shrinkage.
+SHRUNK = 0.8  # deviations from the mean are multiplied by this
+FLATTENED = 4  # of the d principal components the first d / 4, rounded up, are kept
+SMOOTHED = 10  # nearest other points, half-way to whose mean each point goes
+
+
+def shrunk(restoration: Restoration) -> Restoration:
+    """Pull all points towards their mean by the factor ``SHRUNK``."""
+    points = restoration.points.double()
+    mean = restoration.weights.to(points) @ points
+    return Restoration(mean + SHRUNK * (points - mean), restoration.mass)
+
+
+def flattened(restoration: Restoration) -> Restoration:
+    """Set all but the first quarter of the restoration's own principal components to their mean."""
+    points, mass = restoration.points.double(), restoration.weights.to(restoration.points.device)
+    mean = mass @ points
+    deviation = points - mean
+    axes = torch.linalg.eigh(deviation.T @ (mass[:, None] * deviation)).eigenvectors  # least variance first
+    kept = axes[:, -math.ceil(points.shape[1] / FLATTENED) :]
+    return Restoration(mean + deviation @ kept @ kept.T, restoration.mass)
+
+
+def smoothed(restoration: Restoration) -> Restoration:
+    """Move every point half-way to the mean of the ``SMOOTHED`` other points of the restoration nearest to it."""
+    points = restoration.points.double()
+    distance = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(math.inf)
+    nearest = distance.topk(min(SMOOTHED, len(points) - 1), largest=False).indices
+    return Restoration((points + points[nearest].mean(1)) / 2, restoration.mass)
+
+
+CONTROLS = {"shrunk": shrunk, "flattened": flattened, "smoothed": smoothed}

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from .coupling import Coupling, GrowingPlan, SparsePlan, WeightedPairs, blocked, entropic, growing, independent
+from .metric_path import BATCH_SIZE, LEARNING_RATE, N_STEPS, WIDTH, Metric, metric_path
 from .probability_path import BrownianBridge, Hermite, Pairs, PathSample, ProbabilityPath, Straight, Trigonometric
 from .snapshots import Interval, Snapshots
 from .tangents import tangents
 
 METHODS = ("uot-cfm", "ot-cfm", "i-cfm", "sb-cfm", "vp-cfm")
-PATHS = ("hermite", "straight")
+PATHS = ("hermite", "straight", "land", "rbf")
 
 # sigma, where none is given, as a fraction of the displacement per root of the mean gap: scale- and unit-free
 STRAIGHT_FRACTION = 0.1
@@ -210,8 +211,8 @@ def make_problems(
         exact coupling (in blocks where snapshots are large). ``"sb-cfm"``: entropic coupling, Brownian bridge.
         ``"vp-cfm"``: independent coupling, trigonometric path. The last four after Tong et al. 2023, table 1.
     path
-        Of the first three methods: ``"straight"`` or ``"hermite"`` (curved through neighbouring snapshots); None:
-        hermite for ``"uot-cfm"``, else straight.
+        Of the first three methods: ``"straight"``, ``"hermite"`` (curved through neighbouring snapshots), or learned
+        to keep to the cells under the metric ``"land"`` or ``"rbf"``; None: hermite for ``"uot-cfm"``, else straight.
     sigma
         Spread of the path in the user's units (a length; for ``"sb-cfm"`` a length per root of time); None for
         ``default_sigma``.
@@ -236,9 +237,26 @@ def make_problems(
     problems: list[list[Problem]] = [[], []]
     for part, cells in zip(problems, parts):
         couplings = tuple(couple(interval, law, method, rng) for interval in cells.intervals())
+        if isinstance(law, Straight) and path in ("land", "rbf"):  # learned once, on the cells to train on
+            law = _learned(cells, couplings, "land" if path == "land" else "rbf", law.sigma)
         velocities = _velocities(cells, couplings, rng) if isinstance(law, Hermite) else ()
         part.extend(Problem(cells, couplings, law, seed, velocities) for seed in seeds)
     return problems[0], problems[1]
+
+
+def _learned(snapshots: Snapshots, couplings: Sequence[Coupling], metric: Metric, sigma: float) -> ProbabilityPath:
+    """Return paths learned to keep to the cells, whatever the members' seeds."""
+    return metric_path(
+        snapshots,
+        couplings,
+        metric=metric,
+        sigma=sigma,
+        n_steps=N_STEPS,
+        batch_size=BATCH_SIZE,
+        width=WIDTH,
+        learning_rate=LEARNING_RATE,
+        rng=torch.Generator(snapshots.points[0].device).manual_seed(0),
+    )
 
 
 def _velocities(snapshots: Snapshots, couplings: Sequence[Coupling], rng: torch.Generator) -> tuple[Tensor | None, ...]:

@@ -317,4 +317,3 @@ class NeuralField(VectorField):
         except RuntimeError as error:
             raise ValueError(f"expected the module that this field was fitted with; {error}") from error
         return field
-

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..flow.vector_field import VectorField
 
 Method = Literal["uot-cfm", "ot-cfm", "i-cfm", "sb-cfm", "vp-cfm"]
-Path = Literal["hermite", "straight"]
+Path = Literal["hermite", "straight", "land", "rbf"]
 
 
 def fit_flow(
@@ -74,7 +74,9 @@ def fit_flow(
         stochastic flow. ``"vp-cfm"``: at random, along variance-preserving paths.
     path
         Of the first three methods: ``"hermite"``, cubic paths that go through a cell at one velocity, measured from
-        its kin before and after; or ``"straight"``. None: hermite for ``"uot-cfm"``, straight for the others.
+        its kin before and after; ``"straight"``; ``"land"`` or ``"rbf"``, learned to keep to the cells under that
+        metric (Kapusniak et al. 2024), for courses known to bend round a hole: they narrow populations elsewhere.
+        None: hermite for ``"uot-cfm"``, straight for the others.
     field
         ``"closed-form"``: a kernel average of the pairs' velocities, without training; the more accurate where
         snapshots have hundreds to thousands of cells. ``"neural"``: a network trained by flow matching; its cost at a
@@ -159,7 +161,7 @@ def fit_flow(
     adata = _adata.own(adata, copy=copy)
     used = problems[0].path.sigma
     params = {
-        "method": method, "path": type(problems[0].path).__name__.lower(), "field": kind, "time_key": time_key,
+        "method": method, "path": path or type(problems[0].path).__name__.lower(), "field": kind, "time_key": time_key,
         "use_rep": use_rep, "sigma": used, "n_members": n_members, "n_obs": adata.n_obs, "seed": seed,
         "device": str(where),
     }  # fmt: skip

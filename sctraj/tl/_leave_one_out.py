@@ -93,7 +93,7 @@ def leave_one_out(
     start
         What is moved to the held-out time: ``"both"`` neighbours, or the snapshot ``"before"``.
     n_seeds
-        Fits per held-out snapshot and method, of neural fields; closed-form ones do not depend on a seed.
+        Fits per held-out snapshot and method. Closed-form fields do not depend on a seed and are put together once.
     sigma, module, width, depth, n_steps, batch_size, learning_rate, weight_decay, ema_decay, patience
         As in `sctraj.tl.fit_flow`.
     device

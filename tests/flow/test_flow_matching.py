@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from sctraj.flow.flow_matching import EVALUATE_EVERY, Fit, Training, fit, pick_device
 from sctraj.flow.hold_out import hold_out_problems
-from sctraj.flow.integrate import push, simulate
+from sctraj.flow.integrate import push, simulate, transport
 from sctraj.flow.problem import METHODS, make_problems
 from sctraj.flow.snapshots import Snapshots
-from sctraj.flow.vector_field import VectorField
+from sctraj.flow.vector_field import NeuralField, VectorField
 
 CPU = torch.device("cpu")
 QUICK = Training(
@@ -46,7 +46,9 @@ def train(problems, validation=(), training=QUICK, dtype=torch.float64) -> Fit:
 
 def quick(snapshots: Snapshots, *, method="ot-cfm", sigma=None, seeds=(0,), training=QUICK, dtype=torch.float64) -> Fit:
     validate = training.patience is not None
-    problems, validation = make_problems(snapshots, method=method, sigma=sigma, seeds=seeds, validate=validate)
+    problems, validation = make_problems(
+        snapshots, method=method, path=None, sigma=sigma, seeds=seeds, validate=validate
+    )
     return train(problems, validation, training, dtype)
 
 
@@ -129,6 +131,57 @@ def test_the_score_is_that_of_the_bridge():
     assert float((field.score(t, x) - truth).norm() / truth.norm()) < 0.25
 
 
+GROUPS = {"t0": 1.5, "t1": 4.0, "weights": ((1 / 3, 2 / 3), (1 / 2, 1 / 2))}
+
+
+def growing_groups(n=60) -> Snapshots:
+    """Two groups twenty deviations apart, moved by three, whose shares change."""
+    rng = np.random.default_rng(1)
+    ends = (rng.normal(size=(2 * n, 2)) + np.repeat([[0, 0], [20, 0]], n, 0) + [0, rise] for rise in (0, 3))
+    masses = (torch.tensor(np.repeat(weights, n)) for weights in GROUPS["weights"])
+    return Snapshots((GROUPS["t0"], GROUPS["t1"]), tuple(map(torch.tensor, ends)), tuple(masses))
+
+
+@cache
+def growing_field() -> VectorField:
+    training = replace(QUICK, width=32, n_steps=800, batch_size=256, ema_decay=0.99)
+    return quick(growing_groups(), method="uot-cfm", training=training).vector_field
+
+
+def test_uot_cfm_learns_the_growth_rates_of_two_groups():
+    field, length = growing_field(), GROUPS["t1"] - GROUPS["t0"]
+    assert field.grows
+    for s in (0.1, 0.5, 0.9):
+        for centre, m0, m1 in zip((0.0, 20.0), *GROUPS["weights"]):
+            here = torch.tensor([[[centre, 3 * s]]], dtype=torch.float64)
+            rate = (m1 - m0) / ((1 - s) * m0 + s * m1) / length
+            found = float(field.growth(GROUPS["t0"] + s * length, here))
+            # rates of 0.16 and -0.1; what the pairs of a group differ by at their ends and the head's own error
+            assert found == pytest.approx(rate, abs=0.04)
+
+
+def test_uot_cfm_carries_two_groups_to_their_weights():
+    n, snapshots = 60, growing_groups()
+    ends = GROUPS["t0"], GROUPS["t1"]
+    moved = transport(growing_field(), snapshots.points[0][None], *ends, solver="rk4", n_steps=20, tolerance=1e-5)
+    carried = (snapshots.mass[0] * moved.log_mass[0].exp()).reshape(2, n).sum(1)
+    # an error of the rate of 0.02 over 2.5 units of time is one of 5%
+    torch.testing.assert_close(carried, torch.tensor([0.5, 0.5]).double(), rtol=0, atol=0.025)
+
+
+def test_the_growth_head_does_not_take_from_the_velocity():
+    snapshots, x = growing_groups(), torch.tensor([[[0.0, 1.5], [20.0, 1.5]]], dtype=torch.float64)
+    velocity = growing_field().velocity(2.75, x)
+    # three in 2.5 units of time, in either group; what growth of first order, 4 x / shift, leaves undone
+    pairs, _ = make_problems(snapshots, method="uot-cfm", path=None, sigma=None, seeds=(0,), validate=False)
+    listed = pairs[0].listed(0)
+    step = (snapshots.points[1][listed.j] - snapshots.points[0][listed.i]) / 2.5
+    for k in (0, 1):
+        own = listed.i // 60 == k
+        mean = (listed.middle[own] @ step[own]) / listed.middle[own].sum()
+        torch.testing.assert_close(velocity[0, k], mean, rtol=0, atol=0.1)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_loss_is_finite_and_falls(method):
     loss = quick(make(), method=method, training=replace(QUICK, n_steps=150)).loss
@@ -183,7 +236,7 @@ def tampered(snapshots: Snapshots, k: int, kind: str) -> Snapshots:
 
 def all_folds(snapshots: Snapshots, method: str, patience: int | None, dtype: torch.dtype) -> tuple[list[int], Fit]:
     held_out, problems, validation = hold_out_problems(
-        snapshots, method=method, sigma=None, seeds=(0, 1), validate=patience is not None
+        snapshots, method=method, path=None, sigma=None, seeds=(0, 1), validate=patience is not None
     )
     return held_out, train(problems, validation, replace(QUICK, n_steps=50, patience=patience), dtype)
 
@@ -223,6 +276,8 @@ def test_units_of_length_and_time_and_their_origins_do_not_matter(method):
         torch.testing.assert_close(b.velocity * hours / unit, a.velocity, rtol=1e-6, atol=1e-6)
         if method == "sb-cfm":
             torch.testing.assert_close(b.score * unit, a.score, rtol=1e-6, atol=1e-6)
+        if method == "uot-cfm":
+            torch.testing.assert_close(b.growth * hours, a.growth, rtol=1e-6, atol=1e-6)
 
 
 # ---- early stopping
@@ -269,7 +324,7 @@ def test_a_stopped_member_does_not_depend_on_the_others():
 
 def test_validation_cells_are_not_trained_on():
     snapshots = make()
-    problems, validation = make_problems(snapshots, method="ot-cfm", sigma=None, seeds=(0,), validate=True)
+    problems, validation = make_problems(snapshots, method="ot-cfm", path=None, sigma=None, seeds=(0,), validate=True)
     for whole, seen, held_back in zip(snapshots.points, problems[0].snapshots.points, validation[0].snapshots.points):
         rows = [set(map(tuple, x.tolist())) for x in (whole, seen, held_back)]
         assert rows[1] | rows[2] == rows[0]
@@ -311,13 +366,27 @@ def test_a_users_module_trains_and_comes_back(method):
     assert not torch.equal(field.velocity(2.0, x)[0], field.velocity(2.0, x)[1])  # their own streams
     arrays = field.to_arrays()
     assert all(isinstance(value, np.ndarray) and len(value) == 2 for value in arrays.values())
-    again = VectorField.from_arrays(arrays, module=Own(heads=2 if method == "sb-cfm" else 1, seed=9))
+    again = NeuralField.from_arrays(arrays, module=Own(heads=2 if method == "sb-cfm" else 1, seed=9))
     assert torch.equal(again.velocity(2.0, x), field.velocity(2.0, x))
     assert again.has_score == field.has_score == (method == "sb-cfm")
     with pytest.raises(ValueError, match="module"):
-        VectorField.from_arrays(arrays)
+        NeuralField.from_arrays(arrays)
     with pytest.raises(ValueError, match="module"):
-        VectorField.from_arrays(arrays, module=Own(out=3))
+        NeuralField.from_arrays(arrays, module=Own(out=3))
+
+
+@pytest.mark.parametrize("columns", [2, 3])
+def test_a_users_module_may_leave_growth_out(columns):
+    fitted = quick(make(), method="uot-cfm", training=replace(QUICK, module=Own(out=columns), n_steps=150))
+    assert bool((fitted.loss[-30:].mean(0) < 0.8 * fitted.loss[:5].mean(0)).all())  # as above
+    field, x = fitted.vector_field, example(1)
+    assert field.grows == (columns == 3)
+    again = NeuralField.from_arrays(field.to_arrays(), module=Own(out=columns, seed=9))
+    assert again.grows == field.grows
+    assert torch.equal(again.growth(2.0, x), field.growth(2.0, x))
+    assert bool(field.growth(2.0, x).any()) == field.grows
+    moved = transport(field, x, 0.0, 2.0, solver="rk4", n_steps=5, tolerance=1e-5)
+    assert bool(moved.log_mass.any()) == field.grows
 
 
 def test_members_of_a_users_module_are_single_fits():
@@ -328,7 +397,17 @@ def test_members_of_a_users_module_are_single_fits():
             torch.testing.assert_close(together[name][m], alone[0], rtol=0, atol=1e-10)  # rounding, as above
 
 
-@pytest.mark.parametrize(("method", "module"), [("ot-cfm", Own(out=3)), ("ot-cfm", Own(heads=2)), ("sb-cfm", Own())])
+@pytest.mark.parametrize(
+    ("method", "module"),
+    [
+        ("ot-cfm", Own(out=3)),
+        ("ot-cfm", Own(heads=2)),
+        ("sb-cfm", Own()),
+        ("sb-cfm", Own(out=5)),
+        ("uot-cfm", Own(heads=2)),
+        ("uot-cfm", Own(out=1)),
+    ],
+)
 def test_a_module_of_another_shape_is_an_error(method, module):
     with pytest.raises(ValueError, match="module that maps"):
         quick(make(), method=method, training=replace(QUICK, module=module))
@@ -338,10 +417,13 @@ def test_a_module_of_another_shape_is_an_error(method, module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_arrays_there_and_back(method, dtype):
     field = quick(make(), method=method, seeds=(0, 1, 2), training=replace(QUICK, n_steps=5), dtype=dtype).vector_field
-    again = VectorField.from_arrays({name: value.copy() for name, value in field.to_arrays().items()})
+    again = NeuralField.from_arrays({name: value.copy() for name, value in field.to_arrays().items()})
     x = example(3).to(dtype)
     assert torch.equal(again.velocity(2.0, x), field.velocity(2.0, x))
     assert again.has_score == field.has_score == (method == "sb-cfm")
+    assert again.grows == field.grows == (method == "uot-cfm")
+    assert torch.equal(again.growth(2.0, x), field.growth(2.0, x))
+    assert bool(field.growth(2.0, x).any()) == field.grows
     if field.has_score:
         assert torch.equal(again.score(2.0, x), field.score(2.0, x))
     else:
@@ -380,6 +462,14 @@ def test_nothing_to_fit():
         quick(make(times=(0.0,), sizes=(5,)))
     with pytest.raises(ValueError, match="method"):
         quick(make(), method="cfm")
+    for method in ("sb-cfm", "vp-cfm"):
+        with pytest.raises(ValueError, match="no path for"):
+            make_problems(make(), method=method, path="straight", sigma=None, seeds=(0,), validate=False)
+    with pytest.raises(ValueError, match="hermite"):
+        make_problems(make(), method="ot-cfm", path="cubic", sigma=None, seeds=(0,), validate=False)
+    rates = tuple(torch.zeros(len(x)) for x in make().points)
+    with pytest.raises(ValueError, match="conserves mass"):
+        quick(replace(make(), growth=rates), method="ot-cfm")
     with pytest.raises(ValueError, match="ot-cfm"):
         quick(make(), method="sb-cfm", sigma=0.0)
     same = torch.ones(5, 2)

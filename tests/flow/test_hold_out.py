@@ -13,7 +13,9 @@ from sctraj.flow import hold_out
 from sctraj.flow.distance import median_distance, mmd, wasserstein
 from sctraj.flow.hold_out import (
     BASELINES,
+    CONTROLS,
     METRICS,
+    UNWEIGHTED,
     Restoration,
     baseline,
     halves,
@@ -63,7 +65,7 @@ def test_the_ends_cannot_be_held_out():
 def test_every_member_has_the_data_without_its_snapshot(validate):
     snapshots = make()
     held_out, problems, validation = hold_out_problems(
-        snapshots, method="ot-cfm", sigma=0.1, seeds=(5, 9, 11), validate=validate
+        snapshots, method="ot-cfm", path=None, sigma=0.1, seeds=(5, 9, 11), validate=validate
     )
     assert held_out == [1, 1, 1, 2, 2, 2]
     assert [p.seed for p in problems] == [5, 9, 11] * 2
@@ -84,21 +86,91 @@ def test_restore_pushes_the_snapshot_before_to_the_held_out_time():
         def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
             return FieldSample(torch.full_like(x, 2.0), None)
 
-    restored = restore(Drift(2), snapshots, [1, 2], solver="rk4", n_steps=3, tolerance=1e-6)
+    restored = restore(Drift(2), snapshots, [1, 2], start="before", solver="rk4", n_steps=3, tolerance=1e-6)
     for k, y in zip((1, 2), restored):
         # gaps of 1 and 3 units of time at a speed of 2; rounding
-        torch.testing.assert_close(y, snapshots.points[k - 1] + 2 * (TIMES[k] - TIMES[k - 1]), rtol=0, atol=1e-12)
+        truth = snapshots.points[k - 1] + 2 * (TIMES[k] - TIMES[k - 1])
+        torch.testing.assert_close(y.points, truth, rtol=0, atol=1e-12)
+        assert y.mass is None  # nothing grows, all weigh the same
 
 
 @pytest.mark.parametrize(("solver", "atol"), [("euler", 1e-13), ("rk4", 1e-13), ("dopri5", 3e-5)])
 def test_restoring_together_is_restoring_each_on_its_own(solver, atol):
     snapshots, held_out, field = make(sizes=(30, 7, 25, 40)), [1, 1, 2, 2], Swirl(4)
-    together = restore(field, snapshots, held_out, solver=solver, n_steps=20, tolerance=1e-6)
-    assert [len(y) for y in together] == [30, 30, 7, 7]
+    together = restore(field, snapshots, held_out, start="before", solver=solver, n_steps=20, tolerance=1e-6)
+    assert [len(y.points) for y in together] == [30, 30, 7, 7]
     for n, k in enumerate(held_out):
-        (alone,) = restore(field.member(n), snapshots, [k], solver=solver, n_steps=20, tolerance=1e-6)
+        (alone,) = restore(field.member(n), snapshots, [k], start="before", solver=solver, n_steps=20, tolerance=1e-6)
         # fixed grids to rounding; dopri5's shared steps: its tolerance is that of one of some tens
-        torch.testing.assert_close(together[n], alone, rtol=0, atol=atol)
+        torch.testing.assert_close(together[n].points, alone.points, rtol=0, atol=atol)
+
+
+class Growing(Swirl):
+    """Stands still, and grows at the rate ``x`` (its first coordinate) times the member's own."""
+
+    def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
+        return FieldSample(torch.zeros_like(x), None, self.rate * x[..., :1])
+
+
+def weighted(seed=1) -> Snapshots:
+    rng = np.random.default_rng(seed)
+    points = make().points
+    return Snapshots(TIMES, points, tuple(torch.tensor(rng.exponential(size=len(x))) for x in points))
+
+
+def test_from_both_sides_the_nearer_weighs_more():
+    snapshots, held_out = weighted(), [1, 2, 2]
+
+    class Drift(Swirl):
+        def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
+            return FieldSample(self.rate * torch.ones_like(x), None)
+
+    together = restore(Drift(3), snapshots, held_out, start="both", solver="rk4", n_steps=3, tolerance=1e-6)
+    for k, restored, speed in zip(held_out, together, (0.1, 0.2, 0.3)):
+        n = len(snapshots.points[k - 1])
+        s = {1: 1 / 4, 2: 3 / 5}[k]  # of gaps from 0 to 4 and from 1 to 6: not a half
+        assert float(restored.weights[:n].sum()) == pytest.approx(1 - s, abs=1e-12)  # rounding
+        assert float(restored.weights.sum()) == pytest.approx(1, abs=1e-12)
+        # forwards from before and backwards from after; within a side weights are the snapshots' own
+        sides = (restored.points[:n], restored.weights[:n]), (restored.points[n:], restored.weights[n:])
+        for (points, weights), side, share in zip(sides, (k - 1, k + 1), (1 - s, s)):
+            truth = snapshots.points[side] + speed * (TIMES[k] - TIMES[side])
+            torch.testing.assert_close(points, truth, rtol=0, atol=1e-12)
+            torch.testing.assert_close(weights, share * snapshots.mass[side], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("start", ["before", "both"])
+def test_masses_of_a_growing_field_come_with_the_cells(start):
+    snapshots, held_out, rates = weighted(), [1, 2], (0.1, 0.2)
+    restored = restore(Growing(2), snapshots, held_out, start=start, solver="rk4", n_steps=3, tolerance=1e-6)
+    for k, rate, found in zip(held_out, rates, restored):
+        expected = []
+        for side in (k - 1, k + 1) if start == "both" else (k - 1,):
+            # it stands still, so that its growth rate is constant: back in time from the later side
+            mass = snapshots.mass[side] * (rate * snapshots.points[side][:, 0] * (TIMES[k] - TIMES[side])).exp()
+            expected.append(mass / mass.sum())
+        s = {1: 1 / 4, 2: 3 / 5}[k]
+        if start == "both":  # growth is relative: a side weighs what its distance in time says, whatever it grew to
+            expected = [(1 - s) * expected[0], s * expected[1]]
+        torch.testing.assert_close(found.weights, torch.cat(expected), rtol=1e-12, atol=0)  # rounding
+
+
+def test_padding_gives_no_mass():
+    # a short snapshot is filled up with its first cell beside a long one
+    snapshots, held_out, field = weighted(), [1, 2, 1], Growing(3)
+    together = restore(field, snapshots, held_out, start="both", solver="rk4", n_steps=3, tolerance=1e-6)
+    for n, k in enumerate(held_out):
+        one = Growing(1)
+        one.rate = field.rate[n : n + 1]
+        (alone,) = restore(one, snapshots, [k], start="both", solver="rk4", n_steps=3, tolerance=1e-6)
+        torch.testing.assert_close(together[n].weights, alone.weights, rtol=1e-12, atol=0)  # rounding
+
+
+def test_weights_sum_to_one():
+    points = make().points[0]
+    assert Restoration(points).weights.tolist() == [1 / 30] * 30
+    weights = Restoration(points, torch.arange(30.0).double()).weights
+    torch.testing.assert_close(weights, torch.arange(30.0).double() / 435, rtol=1e-15, atol=0)
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -180,6 +252,19 @@ def test_the_judge_measures_what_it_says(weighted):
     assert np.average(judgement.share, weights=b) == pytest.approx(judgement.values["w1"], rel=1e-12)  # rounding
 
 
+@pytest.mark.parametrize("mass", [None, torch.arange(1.0, 21)])
+def test_unweighted_is_what_uniform_weights_give(mass):
+    x, y = make(speed=0.5).points[:2]
+    weights = torch.arange(1.0, 31).double() ** 2
+    judgement = judge(Restoration(x, weights), y, mass=mass)
+    uniform = judge(Restoration(x), y, mass=mass)
+    assert tuple(judgement.unweighted) == UNWEIGHTED == tuple(uniform.unweighted)
+    for name in UNWEIGHTED:
+        assert judgement.unweighted[name] == pytest.approx(uniform.values[name], rel=1e-12)  # rounding
+        assert uniform.unweighted[name] == uniform.values[name]
+        assert judgement.values[name] != pytest.approx(judgement.unweighted[name], rel=0.01)  # masses matter here
+
+
 def test_a_perfect_restoration_is_at_zero():
     y = make().points[0]
     values = judge(Restoration(y.flip(0)), y).values
@@ -194,3 +279,72 @@ def test_one_neighbour_is_not_the_other():
     w1 = {name: judge(baseline(snapshots, 1, name), snapshots.points[1]).values["w1"] for name in hold_out.BASELINES}
     # one, three units of time away, and none
     assert w1["ot-interpolation"] < w1["previous"] < w1["next"]
+
+
+def rotation(d: int) -> Tensor:
+    return torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(5), dtype=torch.float64))[0]
+
+
+def uneven(n=60, d=5) -> Restoration:
+    """Weighted points with a mean far from zero, of different variances along axes that are not the coordinates'."""
+    rng = torch.Generator().manual_seed(3)
+    scale = torch.linspace(1, 3, d, dtype=torch.float64)
+    points = (torch.randn(n, d, generator=rng, dtype=torch.float64) * scale) @ rotation(d) + 7
+    return Restoration(points, torch.rand(n, generator=rng, dtype=torch.float64) + 0.1)
+
+
+def covariance(restoration: Restoration) -> tuple[Tensor, Tensor]:
+    mean = restoration.weights @ restoration.points
+    deviation = restoration.points - mean
+    return mean, deviation.T @ (restoration.weights[:, None] * deviation)
+
+
+def test_shrinking_scales_the_covariance_and_keeps_mean_and_masses():
+    before = uneven()
+    after = CONTROLS["shrunk"](before)
+    (mean, spread), (new_mean, new_spread) = covariance(before), covariance(after)
+    torch.testing.assert_close(new_mean, mean, rtol=1e-12, atol=0)  # rounding, here and below
+    torch.testing.assert_close(new_spread, 0.8**2 * spread, rtol=1e-10, atol=1e-12)
+    assert after.mass is before.mass
+
+
+@pytest.mark.parametrize(("d", "kept"), [(1, 1), (4, 1), (5, 2), (50, 13)])
+def test_flattening_keeps_the_first_quarter_of_the_components_rounded_up(d, kept):
+    before = uneven(d=d)
+    after = CONTROLS["flattened"](before)
+    (mean, spread), (new_mean, new_spread) = covariance(before), covariance(after)
+    torch.testing.assert_close(new_mean, mean, rtol=1e-10, atol=0)
+    variances = torch.linalg.eigvalsh(new_spread).flip(0)
+    truth = torch.linalg.eigvalsh(spread).flip(0)
+    torch.testing.assert_close(variances[:kept], truth[:kept], rtol=1e-10, atol=0)
+    torch.testing.assert_close(variances[kept:], torch.zeros(d - kept).double(), rtol=0, atol=1e-12)
+    assert after.mass is before.mass
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_controls_do_not_depend_on_the_axes(name):
+    before, turn = uneven(), rotation(5).T
+    after = CONTROLS[name](before).points
+    turned = CONTROLS[name](Restoration(before.points @ turn, before.mass)).points
+    torch.testing.assert_close(turned, after @ turn, rtol=1e-10, atol=1e-12)  # rounding
+
+
+def test_smoothing_goes_half_way_to_the_mean_of_the_ten_nearest_others():
+    before = make(times=(0.0,), sizes=(22,)).points[0]
+    groups = torch.arange(22) % 2
+    before = before + 100 * groups[:, None]  # two groups of eleven: everyone's ten nearest are the rest of their own
+    after = CONTROLS["smoothed"](Restoration(before)).points
+    for group in (0, 1):
+        own = before[groups == group]
+        others = (own.sum(0) - own) / 10
+        torch.testing.assert_close(after[groups == group], (own + others) / 2, rtol=1e-12, atol=0)  # rounding
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_controls_gain_by_w1_and_lose_by_the_energy_distance(name):
+    # what they are for: two samples of one law in many dimensions, one of them with variance taken away
+    x, y = torch.randn(2, 150, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    honest, control = (judge(restoration, y).values for restoration in (Restoration(x), CONTROLS[name](Restoration(x))))
+    assert control["variance_ratio"] < 0.9 < honest["variance_ratio"]
+    assert control["w1"] < honest["w1"]
+    assert control["energy"] > honest["energy"] + 0.05  # sampling moves it by about .02

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sctraj.flow import integrate
-from sctraj.flow.integrate import push, simulate
+from sctraj.flow.integrate import push, simulate, transport
 from sctraj.flow.vector_field import FieldSample
 
 SPIRAL = torch.tensor([[[-0.3, -1.0], [1.0, -0.1]], [[0.2, 0.5], [-0.4, 0.1]]], dtype=torch.float64)
@@ -120,6 +120,86 @@ def test_a_cell_does_not_depend_on_its_companions(solver, atol):
 def test_a_grid_needs_a_step(n_steps):
     with pytest.raises(ValueError, match="at least one step"):
         push(Linear(SPIRAL), cells(), 0.0, 1.0, solver="rk4", n_steps=n_steps, tolerance=1e-6)
+
+
+class Growing(Linear):
+    """`Linear` with the growth rate ``constant + slope t + pull x_0`` of each member."""
+
+    def __init__(self, matrices: Tensor, constant=(0.0, 0.0), slope=(0.0, 0.0), pull=0.0) -> None:
+        super().__init__(matrices)
+        self.constant, self.slope = (torch.tensor(v, dtype=torch.float64).reshape(-1, 1, 1) for v in (constant, slope))
+        self.pull = pull
+
+    def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
+        rate = self.constant + self.slope * t + self.pull * x[..., :1]
+        return FieldSample(super().evaluate(t, x).velocity, None, rate)
+
+
+SPANS = [(0.3, 1.7), (1.7, 0.3), (torch.tensor([0.3, 2.0]).double(), torch.tensor([1.1, -0.5]).double())]
+
+
+@pytest.mark.parametrize("solver", ["euler", "rk4", "dopri5"])
+@pytest.mark.parametrize(("t0", "t1"), SPANS)
+def test_a_constant_growth_rate_is_integrated_exactly(solver, t0, t1):
+    field = Growing(SPIRAL, constant=(0.7, -1.3))
+    moved = transport(field, cells(), t0, t1, solver=solver, n_steps=7, tolerance=1e-6)
+    truth = torch.tensor([[0.7], [-1.3]], dtype=torch.float64) * torch.as_tensor(t1 - t0, dtype=torch.float64).reshape(
+        -1, 1
+    )
+    torch.testing.assert_close(moved.log_mass, truth.expand(2, 50), rtol=0, atol=1e-12)  # any solver's: rounding
+
+
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+@pytest.mark.parametrize(("t0", "t1"), SPANS)
+def test_a_growth_rate_linear_in_time_is_integrated_exactly(solver, t0, t1):
+    field = Growing(SPIRAL, constant=(0.7, -1.3), slope=(2.0, 0.5))
+    moved = transport(field, cells(), t0, t1, solver=solver, n_steps=7, tolerance=1e-6)
+    first, last = (torch.as_tensor(t, dtype=torch.float64).reshape(-1, 1) for t in (t0, t1))
+    constant, slope = (torch.tensor(v, dtype=torch.float64).reshape(2, 1) for v in ((0.7, -1.3), (2.0, 0.5)))
+    area = constant * (last - first) + slope * (last**2 - first**2) / 2
+    torch.testing.assert_close(moved.log_mass, area.expand(2, 50), rtol=0, atol=1e-12)  # of second order: rounding
+
+
+def test_growth_is_integrated_along_the_cells_way():
+    # with v = t x A the integral of t x_0 is known from that of dx/dt: x(t1) - x(t0) = A int t x dt
+    class Along(Growing):
+        def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
+            return FieldSample(Linear.evaluate(self, t, x).velocity, None, t * x[..., :1])
+
+    field, x = Along(SPIRAL), cells()
+    moved = transport(field, x, 0.3, 1.7, solver="rk4", n_steps=100, tolerance=1e-6)
+    truth = (torch.linalg.inv(SPIRAL) @ (field.truth(x, 0.3, 1.7) - x).mT)[:, 0]
+    torch.testing.assert_close(moved.log_mass, truth, rtol=0, atol=1e-7)  # (1.4 / 100)^4 = 4e-8
+    torch.testing.assert_close(moved.points, field.truth(x, 0.3, 1.7), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(("solver", "atol"), [("rk4", 1e-7), ("dopri5", 1e-5)])
+def test_forwards_and_backwards_give_the_mass_back(solver, atol):
+    field, x = Growing(SPIRAL, constant=(0.3, 0.3), slope=(-1.0, 2.0), pull=1.5), cells()
+    there = transport(field, x, 0.3, 1.7, solver=solver, n_steps=100, tolerance=1e-7)
+    back = transport(field, there.points, 1.7, 0.3, solver=solver, n_steps=100, tolerance=1e-7)
+    assert float(there.log_mass.std()) > 0.5
+    # (1.4 / 100)^4 a way; a hundred times the tolerance
+    torch.testing.assert_close(back.log_mass, -there.log_mass, rtol=0, atol=atol)
+
+
+def test_mass_does_not_move_cells_and_is_nothing_where_nothing_grows():
+    x = cells()
+    plain = transport(Linear(SPIRAL), x, 0.3, 1.7, solver="rk4", n_steps=20, tolerance=1e-6)
+    assert plain.log_mass.shape == (2, 50)
+    assert not plain.log_mass.any()
+    grown = transport(Growing(SPIRAL, pull=3.0), x, 0.3, 1.7, solver="rk4", n_steps=20, tolerance=1e-6)
+    torch.testing.assert_close(grown.points, plain.points, rtol=0, atol=1e-13)  # rounding
+    assert torch.equal(plain.points, push(Linear(SPIRAL), x, 0.3, 1.7, solver="rk4", n_steps=20, tolerance=1e-6))
+
+
+@pytest.mark.parametrize("met", [2, 14])
+def test_tiling_does_not_change_masses(monkeypatch, met):
+    field, x = Growing(SPIRAL, pull=3.0), cells()
+    whole = transport(field, x, 0.3, 1.7, solver="rk4", n_steps=20, tolerance=1e-6)
+    monkeypatch.setattr(integrate, "CELLS", met)
+    tiled = transport(field, x, 0.3, 1.7, solver="rk4", n_steps=20, tolerance=1e-6)
+    torch.testing.assert_close(tiled.log_mass, whole.log_mass, rtol=0, atol=1e-13)  # rounding
 
 
 @pytest.mark.parametrize("sigma", [0.3, 1.2])

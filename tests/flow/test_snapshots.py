@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from sctraj.flow.coupling import entropic, exact
+from sctraj.flow.coupling import blocked, entropic, exact, growing
+from sctraj.flow.coupling.blocked import blocks
+from sctraj.flow.problem import hold_back, make_problems, resampled
 from sctraj.flow.snapshots import Snapshots, to_device
 
 TIMES = (0.0, 1.5, 2.0, 7.0)
@@ -95,6 +98,122 @@ def test_mean_gap_is_the_mean_length():
     snapshots = make()
     lengths = [interval.length for interval in snapshots.intervals()]
     assert snapshots.mean_gap == pytest.approx(sum(lengths) / 3, rel=1e-15)
+
+
+# ---- growth
+
+
+def with_growth(times=TIMES, sizes=(4, 3, 6, 5)) -> Snapshots:
+    """Every cell's rate is its first coordinate, so that it is known wherever the cell goes."""
+    snapshots = make(times, sizes)
+    return replace(snapshots, growth=tuple(x[:, 0].clone() for x in snapshots.points))
+
+
+def assert_rates_go_with_their_cells(snapshots: Snapshots) -> None:
+    assert len(snapshots.growth) == len(snapshots)
+    for x, rate in zip(snapshots.points, snapshots.growth):
+        assert torch.equal(rate, x[:, 0])
+
+
+def test_growth_goes_with_its_cells():
+    snapshots = with_growth()
+    for k in range(4):
+        assert_rates_go_with_their_cells(snapshots.without(k))
+    for part in hold_back(snapshots, fraction=0.4, rng=torch.Generator().manual_seed(0)):
+        assert_rates_go_with_their_cells(part)
+    assert_rates_go_with_their_cells(resampled(snapshots, 3))
+    assert_rates_go_with_their_cells(to_device(snapshots, torch.device("cpu")))
+    for interval in snapshots.intervals():
+        assert torch.equal(interval.growth0, interval.x0[:, 0])  # of the cells at the start
+
+
+def test_blocks_take_their_cells_growth_along():
+    interval = with_growth((0.0, 1.0), (50, 40)).intervals()[0]
+    for rows, _, part, _ in blocks(interval, torch.Generator().manual_seed(0), block=10):
+        assert torch.equal(part.growth0, interval.growth0[rows])
+        assert torch.equal(part.growth0, part.x0[:, 0])
+
+
+def test_without_growth_there_is_none():
+    assert make().growth == make().without(1).growth == resampled(make(), 0).growth == ()
+    assert all(interval.growth0 is None for interval in make().intervals())
+
+
+@pytest.mark.parametrize(
+    ("growth", "message"),
+    [
+        ((torch.zeros(2), torch.zeros(2)), "3 finite growth rates in snapshot 1"),
+        ((torch.zeros(2, 1), torch.zeros(3)), "2 finite growth rates in snapshot 0"),
+        ((torch.zeros(2), torch.tensor([0.0, math.nan, 0.0])), "snapshot 1"),
+        ((torch.tensor([math.inf, 0.0]), torch.zeros(3)), "snapshot 0"),
+        ((torch.zeros(2),), "longer than|shorter than"),
+    ],
+)
+def test_growth_must_be_a_finite_rate_for_every_cell(growth, message):
+    with pytest.raises(ValueError, match=message):
+        Snapshots((0.0, 1.0), (torch.zeros(2, 2), torch.ones(3, 2)), growth=growth)
+
+
+def test_a_prior_reaches_the_plan():
+    snapshots = make((0.0, 2.0), (30, 30))
+    rates = (torch.linspace(-1, 1, 30), torch.zeros(30))
+    plans = []
+    for data in (snapshots, replace(snapshots, growth=rates)):
+        problems, _ = make_problems(data, method="uot-cfm", path=None, sigma=None, seeds=(0,), validate=False)
+        pairs = problems[0].listed(0)
+        log_ratio = torch.zeros(30).double().index_add_(0, pairs.i, pairs.mass1).mul(30).log()
+        plans.append(float(torch.corrcoef(torch.stack([log_ratio, rates[0].double()]))[0, 1]))
+    assert plans[1] > 0.8 > 0.5 > plans[0]  # rates of -2 to 2 over the interval, against distances' own
+
+
+# ---- the bootstrap
+
+
+def test_resampled_weights_are_those_expected_on_average():
+    mass = (torch.tensor([1.0, 2.0, 0.0, 5.0]), torch.ones(30))
+    snapshots = make((0.0, 1.0), (4, 30), mass=mass)
+    draws = [resampled(snapshots, seed) for seed in range(2000)]
+    for k, n in enumerate((4, 30)):
+        weights = torch.stack([d.mass[k] for d in draws])
+        expected = snapshots.mass[k]
+        # n draws by weight p have a frequency of variance p (1 - p) / n; four standard errors of 2000
+        error = (weights.mean(0) - expected).abs()
+        assert bool((error <= 4 * (expected * (1 - expected) / n / 2000).sqrt() + 1e-12).all())
+        variance = expected * (1 - expected) / n
+        # of 2000 draws: four times sqrt(kurtosis / 2000), which is below sqrt(30/2000) for a binomial of mean one
+        torch.testing.assert_close(weights.var(0), variance, rtol=0.35, atol=1e-12)
+        assert bool((weights * n - (weights * n).round() < 1e-9).all())  # whole numbers of draws
+    assert bool((torch.stack([d.mass[0][2] for d in draws]) == 0).all())  # without mass it is never drawn
+
+
+def test_resampled_leaves_all_but_the_weights():
+    snapshots = make()
+    drawn = resampled(snapshots, 1)
+    assert drawn.times == snapshots.times
+    assert all(torch.equal(a, b) for a, b in zip(drawn.points, snapshots.points, strict=True))
+    again, other = resampled(snapshots, 1), resampled(snapshots, 2)
+    assert all(torch.equal(a, b) for a, b in zip(drawn.mass, again.mass))
+    assert not all(torch.equal(a, b) for a, b in zip(drawn.mass, other.mass))
+    before = torch.get_rng_state()
+    resampled(snapshots, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "couple",
+    [
+        exact,
+        lambda interval: blocked(interval, torch.Generator(), block=8),
+        lambda interval: entropic(interval, epsilon=1.0),
+        lambda interval: growing(interval, torch.Generator()),
+        lambda interval: growing(interval, torch.Generator(), block=8),
+    ],
+)
+def test_every_coupling_takes_resampled_snapshots(couple):
+    interval = resampled(make((0.0, 1.0), (25, 30)), 0).intervals()[0]
+    assert bool((interval.mass0 == 0).any())  # a third of the cells
+    i, j = couple(interval).sample(5000, torch.Generator().manual_seed(0))
+    assert bool((interval.mass0[i] > 0).all() and (interval.mass1[j] > 0).all())
 
 
 def test_to_device_keeps_records():

@@ -1,0 +1,420 @@
+"""Laws of the closed-form field: it minimises the objective, keeps the marginals, moves masses, and minds no units."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import trapezoid
+from scipy.interpolate import CubicHermiteSpline
+from scipy.stats import norm
+from torch import Tensor
+
+from sctraj.flow import closed_form as module
+from sctraj.flow.closed_form import ClosedFormField, closed_form
+from sctraj.flow.coupling import GrowingPlan, WeightedPairs
+from sctraj.flow.distance import energy_distance
+from sctraj.flow.hold_out import hold_out_problems, restore
+from sctraj.flow.integrate import push, simulate, transport
+from sctraj.flow.probability_path import BrownianBridge, Hermite, Straight, Trigonometric
+from sctraj.flow.problem import METHODS, Problem, make_problems
+from sctraj.flow.snapshots import Snapshots
+
+CPU = torch.device("cpu")
+TIMES = (0.0, 1.0, 4.0, 6.0)
+
+
+def make(times=TIMES, sizes=(40, 30, 50, 35), *, seed=0, shift=0.0, unit=1.0, hours=1.0, delay=0.0) -> Snapshots:
+    rng = torch.Generator().manual_seed(seed)
+    clouds = [torch.randn(n, 2, generator=rng, dtype=torch.float64) + t for n, t in zip(sizes, times)]
+    return Snapshots(tuple(hours * t + delay for t in times), tuple(unit * x + shift for x in clouds))
+
+
+def field_of(*problems: Problem, dtype=torch.float64) -> ClosedFormField:
+    return closed_form(problems, device=CPU, dtype=dtype)
+
+
+def fields(snapshots: Snapshots, method: str, *, path=None, seeds=(0,), sigma=None, dtype=torch.float64):
+    problems, _ = make_problems(snapshots, method=method, path=path, sigma=sigma, seeds=seeds, validate=False)
+    return field_of(*problems, dtype=dtype)
+
+
+def hand_made(x0, x1, mass0, mass1, path, *, t0=1.5, t1=4.0, velocities=()) -> Problem:
+    """Pairs (x0_p, x1_p) of known masses: cells are paired in order."""
+    x0, x1, mass0, mass1 = (torch.as_tensor(v, dtype=torch.float64) for v in (x0, x1, mass0, mass1))
+    snapshots = Snapshots((t0, t1), (x0, x1), (mass0, mass1))
+    index = torch.arange(len(x0))
+    plan = GrowingPlan(WeightedPairs(index, index, *snapshots.mass), x1, x0)
+    return Problem(snapshots, (plan,), path, 0, velocities)
+
+
+def grid(n=60, members=1, seed=3, reach=3.0) -> Tensor:
+    return reach * torch.randn(members, n, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 2
+
+
+# ---- the minimiser
+
+
+LINE = {"x0": np.array([-1.0, 0.3, 2.0]), "x1": np.array([1.0, 2.5, -0.5]), "t0": 1.5, "t1": 4.0, "sigma": 0.7}
+BIRTHS = {"mass0": np.array([0.5, 0.2, 0.3]), "mass1": np.array([0.1, 0.6, 0.3])}
+
+
+def on_a_line(mass0, mass1) -> ClosedFormField:
+    x0, x1 = LINE["x0"][:, None], LINE["x1"][:, None]
+    return field_of(hand_made(x0, x1, mass0, mass1, BrownianBridge(LINE["sigma"])))
+
+
+def law_on_a_line(t: float, mass0, mass1) -> tuple[np.ndarray, np.ndarray, float]:
+    """Masses, means and the standard deviation of the bridges at time t."""
+    length = LINE["t1"] - LINE["t0"]
+    s = (t - LINE["t0"]) / length
+    spread = LINE["sigma"] * math.sqrt(s * (1 - s) * length)
+    return (1 - s) * mass0 + s * mass1, (1 - s) * LINE["x0"] + s * LINE["x1"], spread
+
+
+@pytest.mark.parametrize("s", [0.02, 0.3, 0.5, 0.9])
+def test_with_the_bridges_own_spread_the_continuity_equation_holds(s):
+    t, h = LINE["t0"] + s * (LINE["t1"] - LINE["t0"]), 1e-5
+    masses = BIRTHS["mass0"], BIRTHS["mass1"]
+    x = np.linspace(-6, 8, 20_001)
+
+    def cumulative(t: float) -> np.ndarray:
+        m, mean, spread = law_on_a_line(t, *masses)
+        return norm.cdf(x[:, None], mean, spread) @ m
+
+    m, mean, spread = law_on_a_line(t, *masses)
+    density = norm.pdf(x[:, None], mean, spread) @ m
+    at = on_a_line(*masses).evaluate(t, torch.tensor(x)[None, :, None])
+    velocity, growth, score = (v[0, :, 0].numpy() for v in (at.velocity, at.growth, at.score))
+    # d/dt P(X < x) = - p v + the mass that grows below x: differences are good to h^2 and rounding over h, 1e-10
+    born = np.array([trapezoid((density * growth)[:k], x[:k]) for k in range(1, len(x) + 1, 400)])
+    rate = (cumulative(t + h) - cumulative(t - h))[::400] / (2 * h)
+    np.testing.assert_allclose(rate, born - (density * velocity)[::400], rtol=0, atol=1e-5)  # the trapezoid rule's
+    assert np.abs(born).max() > 0.02  # there is something to compare
+    assert born[-1] == pytest.approx(0, abs=1e-6)  # the total is kept
+    inside = density > 1e-6 * density.max()
+    slope = np.gradient(density, x)[inside] / density[inside]
+    # differences over 7e-4, squared and over spread^2, against slopes of up to 5 / spread
+    np.testing.assert_allclose(score[inside], slope, rtol=1e-3, atol=1e-3 / spread)
+
+
+def test_with_the_bridges_own_spread_it_is_the_posterior_mean_of_the_pairs():
+    masses = np.array([0.5, 0.2, 0.3]), np.array([0.5, 0.2, 0.3])
+    field = on_a_line(*masses)
+    assert not field.grows
+    for s in (0.1, 0.5, 0.75):
+        t = LINE["t0"] + s * (LINE["t1"] - LINE["t0"])
+        m, mean, spread = law_on_a_line(t, *masses)
+        for x in (-2.0, 0.4, 3.0):
+            posterior = m * norm.pdf(x, mean, spread)
+            posterior /= posterior.sum()
+            # a Brownian bridge at x drifts to its end in the time that is left; its flow's velocity is that drift less
+            # sigma^2/2 times the score (Tong et al. 2023b, eq. 5)
+            drift = (LINE["x1"] - x) / (LINE["t1"] - t)
+            score = -(x - mean) / spread**2
+            truth = posterior @ (drift - LINE["sigma"] ** 2 / 2 * score)
+            at = field.evaluate(t, torch.full((1, 1, 1), x, dtype=torch.float64))
+            assert float(at.velocity) == pytest.approx(truth, rel=1e-10)  # rounding
+            assert float(at.score) == pytest.approx(posterior @ score, rel=1e-10)
+
+
+def test_it_is_the_regression_that_a_network_is_trained_on():
+    rng = np.random.default_rng(0)
+    n, draws = 12, 6000
+    x0, x1 = rng.normal(size=(n, 2)), rng.normal(size=(n, 2)) + 2
+    problem = hand_made(x0, x1, rng.exponential(size=n), rng.exponential(size=n), BrownianBridge(0.6))
+    field = field_of(problem)
+    drawn = problem.sample(1, draws, torch.Generator().manual_seed(0))
+    x, t, weight = drawn.path.x[0], drawn.path.t[0], drawn.weight[0]
+    each = [field.evaluate(float(now), here[None, None]) for now, here in zip(t, x)]
+    s = (t - 1.5) / 2.5
+    damp = (s * (1 - s)).sqrt()  # tames the bridge's velocity at the ends
+    residuals = {
+        "velocity": (drawn.path.velocity[0] - torch.cat([at.velocity[0] for at in each])) * damp,
+        "score": (drawn.path.score[0] - torch.cat([at.score[0] for at in each])) * damp,
+        "growth": drawn.growth[0] - torch.cat([at.growth[0] for at in each]),
+    }
+    tests = torch.cat([torch.ones_like(s), s - 0.5, x, torch.sin(2 * x), torch.cos(3 * x) * s], 1)
+    for name, residual in residuals.items():
+        for k in range(residual.shape[1]):
+            # the error of a conditional mean is orthogonal to every function of (t, x)
+            products = weight * residual[:, k : k + 1] * tests
+            error = products.mean(0) / (products.std(0) / math.sqrt(draws))
+            assert float(error.abs().max()) < 4, name  # standard errors
+    assert float(residuals["growth"].std()) > 0.05  # there is something to average
+
+
+# ---- paths
+
+
+def test_one_pair_moves_along_its_cubic():
+    start, end, v0, v1 = (torch.tensor([v]).double() for v in ([0.0, 1.0], [3.0, 0.5], [-1.0, 2.0], [4.0, -0.2]))
+    problem = hand_made(start, end, [1.0], [1.0], Hermite(0.1), velocities=(v0, v1))
+    field = field_of(problem)
+    cubic = CubicHermiteSpline([1.5, 4.0], torch.cat([start, end]), torch.cat([v0, v1]))
+    for t in (1.5, 2.0, 3.3, 4.0):
+        moved = push(field, start[None], 1.5, t, solver="rk4", n_steps=4, tolerance=1e-6)
+        # Runge-Kutta integrates a quadratic in time without error: rounding
+        np.testing.assert_allclose(moved[0, 0], cubic(t), rtol=0, atol=1e-12)
+        velocity = field.velocity(t, start[None] + 5.0)  # whatever the place
+        np.testing.assert_allclose(velocity[0, 0], cubic(t, 1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("path", "smooth"), [("hermite", True), ("straight", False)])
+def test_curved_paths_go_through_a_snapshot_at_one_velocity(monkeypatch, path, smooth):
+    # seen through a needle's eye, a cell at its own time has its own paths' velocity
+    monkeypatch.setattr(module, "NEIGHBOURS", 1)
+    monkeypatch.setattr(module, "FLOOR", 1e-3)
+    field = fields(make(), "uot-cfm", path=path, sigma=1e-3)
+    x = make().points[2][None]
+    before, after = (field.velocity(4.0 + step, x) for step in (-1e-9, 0.0))
+    kink = float((before - after).abs().max())
+    assert kink < 1e-6 if smooth else kink > 0.1  # a step of 1e-9 in time, over a bandwidth of a thousandth
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("uot-cfm", torch.float64), ("ot-cfm", torch.float32)])
+def test_pushing_the_start_lands_in_the_held_out_snapshot(method, dtype):
+    n, far, times = 300, 8.0, (0.0, 1.0, 4.0)
+
+    def sample(t: float, seed: int) -> Tensor:
+        rng = torch.Generator().manual_seed(seed)
+        return torch.randn(n, 2, generator=rng, dtype=torch.float64) + torch.tensor([far * t / 4, 0.0])
+
+    noise = np.array([energy_distance(sample(1.0, 2 * k), sample(1.0, 2 * k + 1)) for k in range(10, 30)])
+    snapshots = Snapshots(times, tuple(sample(t, seed).to(dtype) for seed, t in enumerate(times)))
+    held_out, problems, _ = hold_out_problems(
+        snapshots, method=method, path=None, sigma=None, seeds=(0,), validate=False
+    )
+    for start in ("before", "both"):
+        (restored,) = restore(
+            field_of(*problems, dtype=dtype), snapshots, held_out, start=start, solver="rk4", n_steps=20, tolerance=1e-5
+        )
+        distance = energy_distance(restored.points, snapshots.points[1], weights_x=restored.mass)
+        # what two samples of the truth are apart, four standard deviations; standing still it would be 2.1
+        assert distance < noise.mean() + 4 * noise.std()
+        assert distance < 0.05
+
+
+def test_the_bridges_flow_and_its_sde_end_at_the_target():
+    x0, x1 = grid(200, seed=1, reach=1.0)[0], grid(200, seed=2, reach=0.5)[0] + 3
+    snapshots = Snapshots((1.0, 3.5), (x0, x1))
+    field = fields(snapshots, "sb-cfm", sigma=0.5)
+    assert field.has_score
+    noise = max(energy_distance(grid(200, seed=k, reach=0.5)[0] + 3, x1) for k in range(20, 40))
+    there = push(field, x0[None], 1.0, 3.5, solver="rk4", n_steps=20, tolerance=1e-5)[0]
+    rng = torch.Generator().manual_seed(0)
+    noisy = simulate(field, x0[None], 1.0, 3.5, sigma=0.5, n_steps=60, rng=rng)[0]
+    for y in (there, noisy):
+        assert energy_distance(y, x1) < noise + 0.01  # a sample of the target; a step at the end, 0.05^2 apart
+
+
+# ---- growth
+
+
+def two_groups(n=20, gap=300.0, weights0=(1 / 3, 2 / 3), weights1=(1 / 2, 1 / 2), path=None) -> Problem:
+    rng = np.random.default_rng(1)
+    x0, x1 = (rng.normal(size=(2 * n, 2)) + np.repeat([[0.0, 0.0], [gap, 0.0]], n, 0) for _ in range(2))
+    return hand_made(x0, x1, np.repeat(weights0, n), np.repeat(weights1, n), path or Straight(0.1))
+
+
+@pytest.mark.parametrize("path", [Straight(0.1), Hermite(0.1), BrownianBridge(0.4), Trigonometric(0.1)])
+def test_groups_grow_at_their_own_rates(path):
+    n, t0, length = 20, 1.5, 2.5
+    problem = two_groups(n, path=path)
+    field = field_of(problem)
+    assert field.grows
+    x0 = problem.snapshots.points[0][None]
+    for s in (0.01, 0.5, 0.8, 0.99):
+        stretch = math.cos(s * math.pi / 2) + math.sin(s * math.pi / 2) if isinstance(path, Trigonometric) else 1.0
+        growth = field.growth(t0 + s * length, stretch * x0)[0, :, 0]  # each group where it is at that time
+        for own, (m0, m1) in ((slice(None, n), (1 / 3, 1 / 2)), (slice(n, None), (2 / 3, 1 / 2))):
+            rate = (m1 - m0) / ((1 - s) * m0 + s * m1) / length  # masses linear in time
+            np.testing.assert_allclose(growth[own], rate, rtol=1e-9)  # all of a group alike: rounding
+    if not isinstance(path, BrownianBridge):  # which keeps off the ends
+        moved = transport(field, x0, t0, t0 + length, solver="rk4", n_steps=20, tolerance=1e-6)
+        # the integral of m' / m by Simpson's rule over steps of a twentieth: (1/20)^4 / 2880 x fourth derivative
+        np.testing.assert_allclose(moved.log_mass[0, :n].exp(), 3 / 2, rtol=1e-7)
+        np.testing.assert_allclose(moved.log_mass[0, n:].exp(), 3 / 4, rtol=1e-7)
+        total = problem.snapshots.mass[0] @ moved.log_mass[0].exp()
+        assert float(total) == pytest.approx(1, rel=1e-7)
+
+
+def test_a_growing_coupling_carries_groups_to_their_weights():
+    n = 60
+    rng = np.random.default_rng(1)
+    x0, x1 = (torch.tensor(rng.normal(size=(2 * n, 2)) + np.repeat([[0, 0], [40, 0]], n, 0)) for _ in range(2))
+    mass = torch.tensor(np.repeat([1.0, 2.0], n))
+    snapshots = Snapshots((1.5, 4.0), (x0, x1 + torch.tensor([0.0, 5.0])), (mass, torch.ones(2 * n)))
+    field = fields(snapshots, "uot-cfm")
+    moved = transport(field, x0[None], 1.5, 4.0, solver="rk4", n_steps=20, tolerance=1e-6)
+    carried = snapshots.mass[0] * moved.log_mass[0].exp()
+    # cells of a group differ by e^(+-0.1) (distances of 5 against a penalty of 300), which averages out but for what
+    # the kernel smooths: second order
+    assert float(carried[:n].sum()) == pytest.approx(1 / 2, abs=0.01)
+    assert float(carried[n:].sum()) == pytest.approx(1 / 2, abs=0.01)
+    back = transport(field, moved.points, 4.0, 1.5, solver="rk4", n_steps=20, tolerance=1e-6)
+    np.testing.assert_allclose(back.log_mass, -moved.log_mass, atol=0.01)  # Runge-Kutta through a rough field
+
+
+@pytest.mark.parametrize("method", ["ot-cfm", "i-cfm", "sb-cfm", "vp-cfm"])
+def test_a_balanced_coupling_grows_nothing(method):
+    field = fields(make(), method)
+    assert not field.grows
+    assert field.evaluate(2.0, grid()).growth is None
+    assert not field.growth(2.0, grid()).any()
+
+
+def test_pairs_that_begin_or_end_without_mass_are_finite():
+    path = Straight(0.1)
+    problem = hand_made([[0.0], [1.0], [9.0]], [[0.0], [2.0], [9.5]], [0.5, 0.5, 0.0], [0.0, 0.5, 0.5], path)
+    field = field_of(problem)
+    x = torch.linspace(-1, 3, 9).double().reshape(1, -1, 1)
+    for t in (1.5, 2.0, 4.0):
+        at = field.evaluate(t, x)
+        assert bool(at.velocity.isfinite().all() and at.growth.isfinite().all())
+
+
+# ---- how it is computed
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("tile", [1, 333])
+def test_tiles_give_the_whole(monkeypatch, method, tile):
+    field, x = fields(make(), method, seeds=(0, 1)), grid(50, members=2)
+    whole = field.evaluate(2.0, x)
+    monkeypatch.setattr(module, "TILE", tile)
+    tiled = field.evaluate(2.0, x)
+    for name in ("velocity", "score", "growth"):
+        a, b = getattr(whole, name), getattr(tiled, name)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)  # rounding of distances, over the bandwidth
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_members_together_are_each_alone(method):
+    data = [make(), make((0.0, 2.0, 9.0), (25, 45, 20), seed=5), make(unit=30.0, shift=100.0)]
+    problems = [make_problems(s, method=method, path=None, sigma=None, seeds=(k,), validate=False)[0][0]
+                for k, s in enumerate(data)]  # fmt: skip
+    together, x = field_of(*problems), torch.cat([grid(), grid(seed=4), 30 * grid(seed=5) + 100])
+    assert together.members == 3
+    t = torch.tensor([2.0, 5.0, 0.3])[:, None, None]
+    all_of_them = together.evaluate(t, x)
+    for m, problem in enumerate(problems):
+        alone = field_of(problem).evaluate(float(t[m]), x[m : m + 1])
+        for name in ("velocity", "score", "growth"):
+            one, every = getattr(alone, name), getattr(all_of_them, name)
+            assert (one is None) == (every is None)
+            if one is not None:
+                assert torch.equal(one[0], every[m])
+        assert together.scale[m] == field_of(problem).scale[0]
+    mean = together.ensemble().evaluate(2.0, x[:1]).velocity
+    torch.testing.assert_close(mean[0], together.evaluate(2.0, x[:1].expand(3, -1, -1)).velocity.mean(0))
+
+
+def test_nothing_to_put_together():
+    with pytest.raises(ValueError, match="at least one problem"):
+        closed_form([], device=CPU, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        *((method, None) for method in METHODS),
+        ("uot-cfm", "straight"),
+        ("i-cfm", "hermite"),
+        ("ot-cfm", "land"),
+        ("uot-cfm", "rbf"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_arrays_there_and_back(method, path, dtype):
+    field = fields(make(), method, path=path, seeds=range(11), dtype=dtype)  # more than ten: names share a beginning
+    arrays = {name: value.copy() for name, value in field.to_arrays().items()}
+    assert all(isinstance(value, np.ndarray) and "/" not in name for name, value in arrays.items())
+    again = ClosedFormField.from_arrays(arrays)
+    assert (again.members, again.dimension, again.has_score, again.grows) == (
+        11,
+        2,
+        field.has_score,
+        field.grows,
+    )
+    assert torch.equal(again.scale, field.scale)
+    x = grid(members=11).to(dtype)
+    for t in (0.5, 2.0, 6.0):
+        one, other = field.evaluate(t, x), again.evaluate(t, x)
+        for name in ("velocity", "score", "growth"):
+            a, b = getattr(one, name), getattr(other, name)
+            assert a is b is None or (torch.equal(a, b) and a.dtype == dtype)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_single_precision_is_the_same_field(method):
+    x = grid(reach=1.0)
+    double, single = (fields(make(), method, dtype=dtype) for dtype in (torch.float64, torch.float32))
+    a, b = double.velocity(2.0, x), single.velocity(2.0, x.float()).double()
+    # 6e-8 of squares of 30, over a bandwidth squared of 0.02 at least: 1e-4, times what velocities differ by
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+    assert torch.equal(single.velocity(2.0, x.float()), single.double().float().velocity(2.0, x.float()))
+    torch.testing.assert_close(single.double().velocity(2.0, x), a, rtol=0, atol=1e-3)  # all of it follows
+
+
+@pytest.mark.parametrize(("method", "path"), [*((method, None) for method in METHODS), ("uot-cfm", "land")])
+def test_all_of_it_moves_to_another_device(method, path):
+    moved = fields(make(), method, path=path).to("meta")  # stands in for a GPU: what stays behind would be refused
+    at = moved.evaluate(2.0, grid().to("meta"))
+    assert at.velocity.device.type == "meta"
+    assert moved.scale.device.type == "meta"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_at_the_ends_of_time_and_beyond_and_far_away_it_is_finite(method, dtype):
+    field = fields(make(), method, dtype=dtype)
+    for x in (grid().to(dtype), 1e4 * grid().to(dtype), make().points[0].to(dtype)[None]):
+        for t in (-100.0, 0.0, 1.0, 6.0, 1e3):
+            at = field.evaluate(t, x)
+            assert all(v is None or bool(v.isfinite().all()) for v in (at.velocity, at.score, at.growth))
+    for inside, beyond in ((0.0, -100.0), (6.0, 1e3)):  # time stands still there
+        assert torch.equal(field.velocity(inside, grid().to(dtype)), field.velocity(beyond, grid().to(dtype)))
+
+
+def test_a_snapshots_time_in_single_precision_is_that_time():
+    times = (0.1, 1.3, 4.1)  # 1.3 in single precision is less
+    clouds = make(times, (20, 20, 20)).points
+    field = fields(Snapshots(times, clouds), "ot-cfm", dtype=torch.float32)
+    x = clouds[1].float()[None]
+    following = field.velocity(1.3 + 1e-6, x)
+    for t in (1.3, torch.tensor(1.3), torch.tensor([1.3])[:, None, None]):
+        torch.testing.assert_close(field.velocity(t, x), following, rtol=0, atol=1e-3)
+    assert float((field.velocity(1.3 - 1e-6, x) - following).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_units_of_length_and_time_and_their_origins_do_not_matter(method):
+    unit, hours, shift, delay = 1000.0, 24.0, -3.0e4, 500.0
+    plain, other = fields(make(), method), fields(make(unit=unit, hours=hours, shift=shift, delay=delay), method)
+    x = grid(reach=1.0)
+    for t in (0.0, 0.9, 2.5, 6.0):
+        a, b = plain.evaluate(t, x), other.evaluate(hours * t + delay, unit * x + shift)
+        # rounding, made larger by Sinkhorn's potentials (converged to 1e-3 and 1e-6, by the same steps)
+        torch.testing.assert_close(b.velocity * hours / unit, a.velocity, rtol=1e-6, atol=1e-6)
+        if a.score is not None:
+            torch.testing.assert_close(b.score * unit, a.score, rtol=1e-6, atol=1e-6)
+        if a.growth is not None:
+            torch.testing.assert_close(b.growth * hours, a.growth, rtol=1e-6, atol=1e-6)
+
+
+def test_a_million_pairs_take_seconds():
+    n = 1_000_000
+    x0 = torch.randn(n, 5, generator=torch.Generator().manual_seed(0))
+    index, mass = torch.arange(n), torch.full((n,), 1 / n, dtype=torch.float64)
+    snapshots = Snapshots((0.0, 2.0), (x0, x0 + 3.0))
+    plan = GrowingPlan(WeightedPairs(index, index, mass, mass), x0, x0)
+    started = time.perf_counter()
+    field = field_of(Problem(snapshots, (plan,), Straight(0.1), 0), dtype=torch.float32)
+    velocity = field.velocity(1.0, x0[None, :50] + 1.5)
+    assert time.perf_counter() - started < 20  # two on the machine it was written on; a busy one takes longer
+    torch.testing.assert_close(velocity, torch.full_like(velocity, 1.5), rtol=1e-3, atol=0)  # sums of 1e6 in single
