@@ -253,7 +253,7 @@ def drawn(path: Path) -> bool:
 
 
 def test_plots_are_written(source, benchmarked, here):
-    well(sctraj("fit", source, "-o", "out.h5ad", "--trajectories", "--field", "neural", *QUICK))
+    well(sctraj("fit", source, "-o", "out.h5ad", "--trajectories", *QUICK))
     for kind in ("velocity", "trajectories", "loss"):
         well(sctraj("plot", "out.h5ad", "-o", f"{kind}.png", "--kind", kind))
     for kind in ("leave-one-out", "map"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
@@ -14,18 +14,15 @@ from ..flow.problem import Problem
 if TYPE_CHECKING:
     from torch import nn
 
-Field = Literal["closed-form", "neural"]
+Field = Literal["neural", "closed-form"]
 
 
-def pick_field(field: Field | None, method: str, module: nn.Module | None) -> Field:
-    """Return the kind of field: the one asked for, or a method's default."""
-    if field not in (None, "closed-form", "neural"):
-        raise ValueError(f"expected a field of closed-form, neural, found {field!r}")
+def check_field(field: Field, module: nn.Module | None) -> None:
+    """Raise a ValueError for a kind of field that is unknown, or cannot be had with a user's module."""
+    if field not in get_args(Field):
+        raise ValueError(f"expected a field of {', '.join(get_args(Field))}, found {field!r}")
     if field == "closed-form" and module is not None:
         raise ValueError("expected no module for a closed-form field, which is not trained; pass field='neural'")
-    if field is None:
-        return "closed-form" if method in ("uot-cfm", "ot-cfm") and module is None else "neural"
-    return field
 
 
 def make_field(

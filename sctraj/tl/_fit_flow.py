@@ -13,7 +13,7 @@ from .._log import logger
 from ..flow.flow_matching import Training, pick_device
 from ..flow.integrate import CELLS
 from ..flow.problem import Problem, make_problems, resampled
-from ._field import Field, make_field, pick_field
+from ._field import Field, check_field, make_field
 from ._seeds import member_seeds, seed_of
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def fit_flow(
     use_rep: str = "X_pca",
     method: Method = "uot-cfm",
     path: Path | None = None,
-    field: Field | None = None,
+    field: Field = "neural",
     growth_key: str | None = None,
     sigma: float | None = None,
     module: nn.Module | None = None,
@@ -56,8 +56,8 @@ def fit_flow(
     """Fit the continuous flow between snapshots by conditional flow matching (Tong et al. 2023, arXiv 2302.00482).
 
     The default pairs cells of consecutive snapshots by unbalanced optimal transport, lets a pair's mass change on its
-    way and its path bend towards the cells' kin in the snapshots before and after, and takes the velocity at a place
-    as a kernel average over the paths that pass there. It needs no training.
+    way and its path bend towards the cells' kin in the snapshots before and after, and trains a network on the
+    velocities and growth rates along these paths.
 
     Parameters
     ----------
@@ -78,10 +78,8 @@ def fit_flow(
         metric (Kapusniak et al. 2024), for courses known to bend round a hole: they narrow populations elsewhere.
         None: hermite for ``"uot-cfm"``, straight for the others.
     field
-        ``"closed-form"``: a kernel average of the pairs' velocities, without training; the more accurate where
-        snapshots have hundreds to thousands of cells. ``"neural"``: a network trained by flow matching; its cost at a
-        cell does not grow with the number of pairs. None: closed-form for ``"uot-cfm"`` and ``"ot-cfm"``, neural for
-        the others and where a `module` is given.
+        ``"neural"``: a network trained by flow matching; its cost at a cell does not grow with the number of pairs.
+        ``"closed-form"``: a kernel average of the pairs' velocities, without training or seed, and nearly as accurate.
     growth_key
         Column of ``obs`` with prior growth rates (log mass change per unit of time, such as from a proliferation
         signature), for ``"uot-cfm"``. Only differences between cells count: numbers of sampled cells tell nothing
@@ -140,33 +138,33 @@ def fit_flow(
     """
     _adata.check_key(key_added)
     where = pick_device(device)
-    kind = pick_field(field, method, module)
+    check_field(field, module)
     training = Training(module, width, depth, n_steps, batch_size, learning_rate, weight_decay, ema_decay, patience)
     seed = seed_of(rng)
     seeds = member_seeds(seed, n_members)
     cells = _adata.read_snapshots(adata, time_key, use_rep, least=2, growth_key=growth_key)
 
     def problems_of(snapshots: Snapshots, seeds: Sequence[int]) -> tuple[list[Problem], list[Problem]]:
-        validate = patience is not None and kind == "neural"
+        validate = patience is not None and field == "neural"
         return make_problems(snapshots, method=method, path=path, sigma=sigma, seeds=seeds, validate=validate)
 
-    if kind == "closed-form" and n_members > 1:
+    if field == "closed-form" and n_members > 1:
         problems = [p for one in seeds for p in problems_of(resampled(cells.snapshots, one), [one])[0]]
         validation: list[Problem] = []
     else:
         problems, validation = problems_of(cells.snapshots, seeds)
-    result = make_field(kind, problems, validation, training, where, progress=progress)
+    result = make_field(field, problems, validation, training, where, progress=progress)
     at_cells = [_at_cells(result.vector_field, t, x) for t, x in zip(cells.snapshots.times, cells.snapshots.points)]
 
     adata = _adata.own(adata, copy=copy)
     used = problems[0].path.sigma
     params = {
-        "method": method, "path": path or type(problems[0].path).__name__.lower(), "field": kind, "time_key": time_key,
+        "method": method, "path": path or type(problems[0].path).__name__.lower(), "field": field, "time_key": time_key,
         "use_rep": use_rep, "sigma": used, "n_members": n_members, "n_obs": adata.n_obs, "seed": seed,
         "device": str(where),
     }  # fmt: skip
     params |= {} if growth_key is None else {"growth_key": growth_key}
-    if kind == "neural":
+    if field == "neural":
         params |= {
             "n_steps": n_steps, "batch_size": batch_size, "learning_rate": learning_rate,
             "weight_decay": weight_decay, "ema_decay": ema_decay,
@@ -184,7 +182,7 @@ def fit_flow(
     )
     written = [f'uns["{key_added}"]', *_write_cells(adata, cells, key_added, at_cells, result.vector_field)]
     logger.info(
-        f"{method} ({kind} field) fitted to {len(cells.snapshots)} snapshots of {cells.n_obs} cells in {use_rep}, "
+        f"{method} ({field} field) fitted to {len(cells.snapshots)} snapshots of {cells.n_obs} cells in {use_rep}, "
         f"sigma = {used:.4g}, on {where}; wrote {', '.join(written)}"
     )
     return adata if copy else None

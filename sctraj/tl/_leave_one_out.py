@@ -15,7 +15,7 @@ from ..flow import hold_out
 from ..flow.flow_matching import Training, pick_device
 from ..flow.hold_out import Start
 from ..flow.problem import METHODS
-from ._field import Field, make_field, pick_field
+from ._field import Field, check_field, make_field
 from ._fit_flow import Path
 from ._seeds import member_seeds, seed_of
 
@@ -43,7 +43,7 @@ def leave_one_out(
     use_rep: str = "X_pca",
     methods: Sequence[str] = ("uot-cfm",),
     path: Path | None = None,
-    field: Field | None = None,
+    field: Field = "neural",
     growth_key: str | None = None,
     start: Start = "both",
     n_seeds: int = 5,
@@ -145,7 +145,7 @@ def leave_one_out(
     seeds = member_seeds(seed, n_seeds)
     if start not in get_args(Start):
         raise ValueError(f"expected a start of {get_args(Start)}, found {start!r}")
-    kinds = {method: pick_field(field, method, module) for method in methods}
+    check_field(field, module)
     cells = _adata.read_snapshots(adata, time_key, use_rep, least=3, growth_key=growth_key)
     snapshots = cells.snapshots
     prepared = {
@@ -154,17 +154,17 @@ def leave_one_out(
             method=method,
             path=path,
             sigma=sigma,
-            seeds=seeds if kind == "neural" else seeds[:1],
-            validate=patience is not None and kind == "neural",
+            seeds=seeds if field == "neural" else seeds[:1],
+            validate=patience is not None and field == "neural",
         )
-        for method, kind in kinds.items()
+        for method in methods
     }
 
     rows: list[dict[str, object]] = []
     shares: dict[str, np.ndarray] = {}
     barycentres: dict[str, np.ndarray] = {}
     for method, (held_out, problems, validation) in prepared.items():
-        fitted = make_field(kinds[method], problems, validation, training, where, progress=progress).vector_field
+        fitted = make_field(field, problems, validation, training, where, progress=progress).vector_field
         shares[method], barycentres[method] = _restore(rows, cells, method, fitted, held_out, start)
     halves = _references(rows, snapshots, seeds)
 
@@ -181,7 +181,7 @@ def leave_one_out(
         "methods": np.array(methods),
         "n_seeds": n_seeds,
         "seed": seed,
-        "fields": np.array(list(kinds.values())),
+        "field": field,
         "start": STARTS[start],
         "integration": f"euler, {EULER_STEPS} steps, real time",
         "held_out_times": np.array([snapshots.times[k] for k in hold_out.interior(snapshots)]),
@@ -197,7 +197,7 @@ def leave_one_out(
     adata.obsm[name] = barycentres[methods[0]]
     logger.info(
         f"left out each of {len(snapshots) - 2} snapshots, {n_seeds} seed(s), "
-        f"{', '.join(f'{m} ({kind})' for m, kind in kinds.items())}. {use_rep} was "
+        f"{', '.join(methods)} ({field} field). {use_rep} was "
         f"computed beforehand: if on all cells, it has seen the held-out snapshots. The noise reference's halves have "
         f"{', '.join(f'{a} + {b}' for a, b in halves)} cells. Wrote "
         f'uns["{table}"], uns["{_adata.PROTOCOL.format(table=table)}"], obsm["{w1}"], obsm["{name}"]'

@@ -160,7 +160,7 @@ def test_a_rigid_shift_grows_nothing_but_at_first_order_in_spread_over_shift(far
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
     shift = torch.tensor([far, 0.0])
     interval = interval_of(x, x[order] + shift)
-    plan = grown(interval)
+    plan = growing(interval, torch.Generator(), penalty=1.0)
     pairs = plan.pairs
     log_ratio = (pairs.mass1 / pairs.mass0).log()
     assert float(pairs.middle @ log_ratio) == pytest.approx(0, abs=2 / far**2)  # even orders cancel

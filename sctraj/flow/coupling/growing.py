@@ -16,7 +16,8 @@ from .unbalanced import SHARPEST, unbalanced
 
 # in units of the exact plan's cost, so that neither units nor numbers of cells matter
 EPSILON = 0.05  # entropy of the plans that growth and kin are read from: each cell has some ten partners
-PENALTY = 1.0  # on marginals that differ from the snapshots', where growth is read
+# on marginals that differ from the snapshots', where growth is read: softer, and more of a shift is read as growth
+PENALTY = 2.0
 KIN_PENALTY = 4.0  # where kin are: a soft plan sends mass only to near cells, and so makes every move look short
 LEAST = 1e-6  # of a cell's mass takes part whatever it costs: the network simplex loses masses at its rounding
 
