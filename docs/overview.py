@@ -12,7 +12,7 @@ import sctraj
 adata = sctraj.datasets.simulated_differentiation()
 sctraj.tl.fit_flow(adata)
 sctraj.tl.trajectories(adata, times=29)
-sctraj.tl.leave_one_out(adata, methods=("ot-cfm", "i-cfm"))
+sctraj.tl.leave_one_out(adata, methods=("uot-cfm", "ot-cfm", "i-cfm"))
 
 figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained", width_ratios=(1, 1, 1.25))
 sctraj.pl.velocity(adata, basis="X_latent", kind="stream", ax=axes[0])

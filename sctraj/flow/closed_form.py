@@ -101,7 +101,7 @@ class ClosedFormField(VectorField):
         return self._grows
 
     def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
-        """Return velocity, score (of the kernel estimate of the density) and growth."""
+        """Return velocity, score (of the kernel estimate of the density) and growth; ``t`` is one time a member."""
         times = torch.as_tensor(t, dtype=torch.float64).expand(self.members, *[1] * 2)[:, 0, 0].tolist()
         each = [_evaluate(part, time, points) for part, time, points in zip(self._parts, times, x)]
         velocity, score, growth = (torch.stack([e[n] for e in each]) for n in range(3))

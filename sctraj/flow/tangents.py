@@ -18,8 +18,8 @@ def tangents(snapshots: Snapshots, plans: Sequence[GrowingPlan]) -> tuple[Tensor
     With the velocity ``a`` from a cell's mean ancestors to it over the gap ``h0``, and ``b`` from it to its mean
     descendants over ``h1``: the direction is that of a parabola, ``h1 a/|a| + h0 b/|b|``, and the speed is the
     geometric mean of both. A course that turns keeps its speed so (the mean of two directions is shorter than either),
-    and one slow and one fast gap do not make each other overshoot. Where the two directions contradict each other the
-    speed goes to zero, as at a turning point.
+    and one slow and one fast gap do not make each other overshoot. Where the two directions all but cancel, as
+    at a turning point between even gaps, the speed goes to zero.
 
     Parameters
     ----------
