@@ -89,7 +89,7 @@ def growing(
         if part.growth0 is not None:
             exponent = part.growth0 * part.length
             grown = a * (exponent - exponent.max()).exp()
-            held = replace(part, mass0=grown / grown.sum(), growth0=None)
+            held = replace(part, mass0=grown * (a.sum() / grown.sum()), growth0=None)  # equal rates change no bit
         # of a snapshot and its copy the cost is zero: what rounding allows
         cost = max(exact(held).cost, 2 * SHARPEST / epsilon * _spread(held)) or 1.0  # all in one place: any will do
         plan = unbalanced(held, epsilon=epsilon * cost, penalty=penalty * cost)
