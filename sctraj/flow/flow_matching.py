@@ -158,7 +158,8 @@ def fit(
     network: nn.Module
     if training.module is None:
         rngs = [torch.Generator().manual_seed(p.seed) for p in problems]
-        network = MLP([1 + d, *[training.width] * training.depth, velocity_and_score + grows], rngs)
+        sizes = [1 + d, *[training.width] * training.depth, velocity_and_score + grows]
+        network = MLP(sizes, rngs, [p.tempo for p in problems])
     else:
         network = Modules(training.module, members)
     field = NeuralField(network, scalings).to(device, dtype)

@@ -23,6 +23,7 @@ STRAIGHT_FRACTION = 0.1
 BRIDGE_FRACTION = 0.3
 HELD_BACK = 0.1  # of each snapshot's cells, where early stopping is asked for
 DISPLACEMENT_CELLS = 1000  # cells a side at most from which the displacement is estimated
+SLOW = 1 / 16  # tempo of a network's clock on a growing plan: the faster, the more of one snapshot's own it learns
 DRAWN_PAIRS = 4  # per cell, where a coupling has too many pairs to list
 
 
@@ -57,6 +58,16 @@ class Problem:
         if isinstance(self.path, BrownianBridge):
             return self.path.sigma * math.sqrt(self.snapshots.mean_gap) / 2
         return 0.0
+
+    @property
+    def tempo(self) -> float:
+        """Of a network's clock, which at 1 goes on by one in a mean gap.
+
+        Slow on a growing plan's pairs: they all but follow a map, so that cells at one place move alike all through
+        an interval, and what changes faster is more often one sample's age or composition than the course. Such a
+        field need not hit every kept snapshot. The other methods' fields are held to what they are defined by.
+        """
+        return SLOW if self.grows else 1.0
 
     @property
     def grows(self) -> bool:

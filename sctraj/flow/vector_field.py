@@ -58,9 +58,16 @@ class MLP(nn.Module):
         Widths of the layers, input first.
     rngs
         One CPU generator per member, from which its first weights are drawn.
+    tempos
+        What times are multiplied by before they go in, one per member: at a slow tempo a network learns first what
+        changes slowly.
     """
 
-    def __init__(self, sizes: Sequence[int], rngs: Sequence[torch.Generator]) -> None:
+    tempo: Tensor
+
+    def __init__(
+        self, sizes: Sequence[int], rngs: Sequence[torch.Generator], tempos: Sequence[float] | None = None
+    ) -> None:
         super().__init__()
 
         def uniform(fan_in: int, *shape: int) -> nn.Parameter:
@@ -70,10 +77,12 @@ class MLP(nn.Module):
         pairs = list(pairwise(sizes))
         self.weights = nn.ParameterList([uniform(n, n, m) for n, m in pairs])
         self.biases = nn.ParameterList([uniform(n, 1, m) for n, m in pairs])
+        # in double where the times are: rounding of a tempo would make single and double fields differ
+        self.register_buffer("tempo", torch.tensor(tempos or [1.0] * len(rngs), dtype=torch.float64).reshape(-1, 1, 1))
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Map standardised times ``(M, B, 1)`` and points ``(M, B, d)`` to the heads' outputs ``(M, B, sizes[-1])``."""
-        h = torch.cat([t, x], -1)
+        h = torch.cat([self.tempo * t, x], -1)
         last = len(self.weights) - 1
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             h = torch.baddbmm(bias, h, weight)  # (M, B, n) @ (M, n, m)
