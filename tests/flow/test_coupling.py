@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
 
 import numpy as np
 import ot
@@ -14,10 +14,9 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from scipy.stats import chisquare
 
-from sctraj.flow.coupling import blocked, entropic, exact, independent
+from sctraj.flow.coupling import blocked, entropic, exact, independent, kernel, unbalanced
+from sctraj.flow.coupling.blocked import sampled
 from sctraj.flow.snapshots import Interval
-
-entropic_module = sys.modules["sctraj.flow.coupling.entropic"]  # the package's attribute of that name is the function
 
 
 def make_interval(n0, n1, *, d=2, weighted=False, seed=0, t0=1.3, t1=4.1) -> Interval:
@@ -99,6 +98,126 @@ def test_small_snapshots_get_the_exact_plan_from_blocked():
     assert torch.equal(plan.mass, whole.mass)
 
 
+def test_sampled_cells_have_mass_and_are_the_snapshots_alone():
+    mass = make_interval(200, 3, weighted=True).mass0
+    mass[::3] = 0.0
+    few, many = sampled(mass, 20), sampled(mass, 90)
+    assert (len(few), len(many)) == (20, 90)
+    assert len(few.unique()) == 20
+    assert bool((mass[few] > 0).all())
+    assert bool(torch.isin(few, many).all())  # so that a coarser coupling's cells take part in a finer one
+    assert torch.equal(sampled(mass.clone(), 20), few)
+    assert torch.equal(sampled(mass, 200), torch.arange(200))
+    assert torch.equal(sampled(mass, 199), mass.nonzero().squeeze(1))  # no more than there are
+    drawn = torch.stack([torch.isin(torch.arange(n), sampled(torch.ones(n), n // 4))[:1000] for n in range(2000, 2030)])
+    assert 0.2 < drawn.double().mean() < 0.3  # of the first cells as of all: four standard errors are 0.01
+
+
+def test_a_snapshots_cells_in_pairs_are_the_same_on_both_sides():
+    first, second = make_interval(150, 120, weighted=True), make_interval(120, 170, weighted=True, seed=1)
+    second.mass0[:] = first.mass1
+    plans = [blocked(x, torch.Generator().manual_seed(3), block=20, most_cells=60) for x in (first, second)]
+    assert torch.equal(plans[0].j.unique(), plans[1].i.unique())
+    assert len(plans[0].j.unique()) == 60
+    for plan, interval in zip(plans, (first, second)):
+        matrix = dense(plan, interval)
+        for found, mass in ((matrix.sum(1), interval.mass0), (matrix.sum(0), interval.mass1)):
+            due = np.where(found > 0, mass, 0)  # the marginal of the cells that take part
+            np.testing.assert_allclose(found, due / due.sum(), rtol=0, atol=1e-12)  # rounding at block borders
+
+
+@pytest.mark.parametrize(
+    ("block", "most_cells", "found"),
+    [
+        (50, 40, ""),
+        (20, 60, "3 blocks of 50 and 40 cells, of 50 and 40"),
+        (20, 30, "2 blocks of 30 and 30 cells, of 50 and 40"),
+    ],
+)
+def test_what_takes_part_is_chosen_by_numbers_of_cells_and_said(caplog, block, most_cells, found):
+    interval = make_interval(50, 40)
+    with caplog.at_level(logging.INFO, logger="sctraj"):
+        plan = blocked(interval, torch.Generator(), block=block, most_cells=most_cells)
+    assert found in caplog.text
+    assert bool(caplog.text) == bool(found)  # a snapshot met whole is nothing to tell
+    assert len(plan.i.unique()) == (min(50, most_cells) if found else 50)
+
+
+def test_the_number_of_workers_changes_no_bit_and_torch_keeps_its_threads():
+    interval = make_interval(300, 260, weighted=True)
+    before = torch.get_num_threads()
+    one, three = (blocked(interval, torch.Generator().manual_seed(0), block=40, workers=n) for n in (1, 3))
+    assert torch.get_num_threads() == before
+    for name in ("i", "j", "mass"):
+        assert torch.equal(getattr(one, name), getattr(three, name))
+
+
+def with_far_cells(interval: Interval) -> Interval:
+    interval.x0[:2] *= 300.0
+    interval.x1[4] *= -300.0
+    interval.mass0[3] = interval.mass1[0] = 0.0
+    for mass in (interval.mass0, interval.mass1):
+        mass /= mass.sum()
+    return interval
+
+
+@pytest.mark.parametrize("size", [0.0, 1.0, 30.0, 1e4])
+@pytest.mark.parametrize("rows", [True, False])
+def test_soft_minima_are_those_of_the_log_domain_wherever_the_potentials_are(rows, size):
+    interval, epsilon = with_far_cells(make_interval(40, 30, weighted=True)), 0.05
+    log_a, log_b = interval.mass0.log(), interval.mass1.log()
+    found = kernel.Kernel(interval.x0, interval.x1, log_a, log_b)
+    rng = torch.Generator().manual_seed(0)
+    start = torch.zeros(30, dtype=torch.float64)
+    f = found.soft_minimum(start, epsilon, rows=True)
+    found.soft_minimum(f, epsilon, rows=False)
+    near = found.absorbed[1 if rows else 0]
+    there = near + size * epsilon * torch.randn(len(near), generator=rng, dtype=torch.float64)  # in epsilons
+    cost = torch.cdist(interval.x0, interval.x1, compute_mode="donot_use_mm_for_euclid_dist").square()
+    cost, log_mass = (cost, log_b) if rows else (cost.T, log_a)
+    expected = -epsilon * torch.logsumexp(log_mass + (there - cost) / epsilon, 1)
+    for _ in range(2):  # from far the first absorbs the potentials, with which the second is near
+        torch.testing.assert_close(found.soft_minimum(there, epsilon, rows=rows), expected, rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(
+        found.soft_minimum(there, 3 * epsilon, rows=rows),
+        -3 * epsilon * torch.logsumexp(log_mass + (there - cost) / (3 * epsilon), 1),
+        rtol=1e-12,
+        atol=1e-9,
+    )
+
+
+def test_what_the_kept_kernel_lost_to_underflow_comes_back_with_its_potential():
+    x0, x1 = (torch.tensor(x, dtype=torch.float64) for x in ([[0.0]], [[0.0], [math.sqrt(760.0)]]))
+    half = torch.tensor([0.5, 0.5]).double().log()
+    found = kernel.Kernel(x0, x1, torch.zeros(1).double(), half)
+    found.soft_minimum(torch.zeros(2).double(), 1.0, rows=True)  # e^-760 is no float64
+    there = torch.tensor([-200.0, 700.0]).double()  # and e^(700 - 760) is more than e^-200
+    assert float(found.soft_minimum(there, 1.0, rows=True)) == pytest.approx(60 + math.log(2), rel=1e-12)
+
+
+@pytest.mark.parametrize("penalty", [1.0, math.inf])
+def test_absorbing_potentials_changes_the_way_and_not_the_plan(monkeypatch, penalty):
+    interval = with_far_cells(make_interval(60, 45, weighted=True))
+    calls = []
+    absorb = kernel.Kernel._absorb
+    monkeypatch.setattr(kernel.Kernel, "_absorb", lambda self, *args: (calls.append(1), absorb(self, *args)))
+
+    def solved():
+        calls.clear()
+        if penalty == math.inf:
+            plan = entropic(interval, epsilon=0.5, tolerance=1e-9)
+        else:
+            plan = unbalanced(interval, epsilon=0.1, penalty=penalty, tolerance=1e-9)
+        return plan, len(calls)
+
+    plan, few = solved()
+    monkeypatch.setattr(kernel, "REACH", -1.0)  # nothing is near enough: all in the log domain
+    other, many = solved()
+    assert plan.n_iterations == other.n_iterations
+    assert few < many / 4  # products with a kernel instead
+    torch.testing.assert_close(plan.matrix(), other.matrix(), rtol=1e-7, atol=1e-14)  # rounding of costs of 1e5
+
+
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-6])
 def test_entropic_marginals_hold_to_the_tolerance(tolerance):
     interval = make_interval(50, 35, weighted=True)
@@ -152,9 +271,9 @@ def test_well_separated_clusters_of_unequal_masses_converge():
 def test_tiled_entropic_equals_whole(monkeypatch, whole):
     interval = make_interval(60, 45, weighted=True)
     kept = entropic(interval, epsilon=0.2, tolerance=1e-8)
-    monkeypatch.setattr(entropic_module, "WHOLE", whole)
-    tiled = entropic(interval, epsilon=0.2, tolerance=1e-8)
     assert kept.cumulative is not None
+    monkeypatch.setattr(kernel, "WHOLE", whole)
+    tiled = entropic(interval, epsilon=0.2, tolerance=1e-8)
     assert tiled.cumulative is None
     assert tiled.n_iterations == kept.n_iterations
     np.testing.assert_allclose(tiled.matrix(), kept.matrix(), rtol=1e-8, atol=1e-16)  # rounding of exponents
@@ -208,7 +327,7 @@ COUPLINGS = {
 @pytest.fixture(params=list(COUPLINGS))
 def coupling(request, monkeypatch):
     if request.param == "entropic-tiled":
-        monkeypatch.setattr(entropic_module, "WHOLE", 16)
+        monkeypatch.setattr(kernel, "WHOLE", 16)
     return COUPLINGS[request.param]
 
 

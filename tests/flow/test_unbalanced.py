@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 
 import numpy as np
 import ot
@@ -12,10 +11,8 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 
-from sctraj.flow.coupling import blocked, entropic, exact, unbalanced
+from sctraj.flow.coupling import blocked, entropic, exact, kernel, unbalanced
 from sctraj.flow.snapshots import Interval, to_device
-
-entropic_module = sys.modules["sctraj.flow.coupling.entropic"]  # the package's attribute of that name is the function
 
 
 def make_interval(n0=30, n1=41, *, d=2, seed=0) -> Interval:
@@ -238,9 +235,9 @@ def test_no_pair_kept_could_be_done_without():
 def test_tiles_give_the_whole(monkeypatch, whole):
     interval = with_empty_cells(make_interval(60, 45))
     kept = unbalanced(interval, epsilon=0.2, penalty=4.0)
-    monkeypatch.setattr(entropic_module, "WHOLE", whole)
-    tiled = unbalanced(interval, epsilon=0.2, penalty=4.0)
     assert kept.cumulative is not None
+    monkeypatch.setattr(kernel, "WHOLE", whole)
+    tiled = unbalanced(interval, epsilon=0.2, penalty=4.0)
     assert tiled.cumulative is None
     assert tiled.n_iterations == kept.n_iterations
     np.testing.assert_allclose(tiled.matrix(), kept.matrix(), rtol=1e-8, atol=1e-16)  # rounding of exponents
@@ -254,7 +251,7 @@ def test_tiles_give_the_whole(monkeypatch, whole):
 
 @pytest.mark.parametrize("whole", [2**24, 16])
 def test_draws_follow_the_mass_at_mid_interval(monkeypatch, whole):
-    monkeypatch.setattr(entropic_module, "WHOLE", whole)
+    monkeypatch.setattr(kernel, "WHOLE", whole)
     interval = with_empty_cells(make_interval(8, 6))
     plan = unbalanced(interval, epsilon=0.3, penalty=0.5)
     n = 40_000
@@ -271,7 +268,7 @@ def test_draws_follow_the_mass_at_mid_interval(monkeypatch, whole):
 
 @pytest.mark.parametrize("whole", [2**24, 16])
 def test_same_generator_same_draws_and_any_number_of_them(monkeypatch, whole):
-    monkeypatch.setattr(entropic_module, "WHOLE", whole)
+    monkeypatch.setattr(kernel, "WHOLE", whole)
     plan = unbalanced(make_interval(8, 6), epsilon=0.3, penalty=0.5)
     first, second, other = (torch.stack(plan.sample(200, torch.Generator().manual_seed(s))) for s in (5, 5, 6))
     assert torch.equal(first, second)
@@ -316,7 +313,7 @@ def test_records_move_between_devices_whole():
 
 @pytest.mark.parametrize("whole", [2**24, 100])
 def test_pairs_of_balanced_plans_do_not_grow_and_have_both_marginals(monkeypatch, whole):
-    monkeypatch.setattr(entropic_module, "WHOLE", whole)
+    monkeypatch.setattr(kernel, "WHOLE", whole)
     interval = with_empty_cells(make_interval())
     plans = {
         "entropic": (entropic(interval, epsilon=0.3, tolerance=1e-4), 1e-4),  # as nearly as the plan itself

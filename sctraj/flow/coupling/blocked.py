@@ -1,29 +1,42 @@
-"""Random blocks of two snapshots, for those whose whole plan does not fit, and exact transport within them."""
+"""Random cells of two snapshots, in random blocks, for those whose whole plan does not fit; exact transport within."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
+import joblib
 import torch
 from torch import Tensor
 
 from ..snapshots import Interval
 from .exact import SparsePlan, exact
 
+logger = logging.getLogger(__name__)
+
 BLOCK = 3000  # cells: above this the network simplex over the whole snapshot takes longer than a fit
+MOST_CELLS = 12_000  # of a snapshot that take part: pairs enough for the draws that a fit makes of an interval
+
+Plans = TypeVar("Plans")
 
 
-def blocked(interval: Interval, rng: torch.Generator, *, block: int = BLOCK) -> SparsePlan:
+def blocked(
+    interval: Interval, rng: torch.Generator, *, block: int = BLOCK, most_cells: int = MOST_CELLS, workers: int = -1
+) -> SparsePlan:
     """Couple exactly within random blocks of about ``block`` cells a side (more where weights are uneven).
 
-    Both marginals are kept exactly, whatever the weights. The cost is at least the optimal one (Fatras et al. 2021 on
-    mini-batch optimal transport). Snapshots of at most ``block`` cells get the exact plan.
+    Both marginals are kept exactly, whatever the weights: the snapshots', or of snapshots with more than ``most_cells``
+    cells those of the `sampled`. The cost is at least the optimal one (Fatras et al. 2021 on mini-batch optimal
+    transport). Snapshots of at most ``block`` cells get the exact plan. ``workers`` blocks are solved at once, -1: as
+    many as there are processors.
     """
+    parts = list(blocks(interval, rng, block=block, most_cells=most_cells))
+    plans = at_once(exact, [(part,) for _, _, part, _ in parts], workers)
     i, j, mass, cost = [], [], [], 0.0
-    for rows, columns, part, share in blocks(interval, rng, block=block):
-        plan = exact(part)
+    for (rows, columns, _, share), plan in zip(parts, plans):
         i.append(rows[plan.i])
         j.append(columns[plan.j])
         mass.append(plan.mass * share)
@@ -31,25 +44,59 @@ def blocked(interval: Interval, rng: torch.Generator, *, block: int = BLOCK) -> 
     return SparsePlan(torch.cat(i), torch.cat(j), torch.cat(mass), cost)
 
 
+def at_once(solve: Callable[..., Plans], parts: Sequence[tuple], workers: int) -> list[Plans]:
+    """Solve parts, by their arguments, on ``workers`` threads (-1: as many as processors), each part on one of them.
+
+    So the number of workers changes no bit. Neither torch nor the network simplex holds the interpreter while it
+    computes. A whole snapshot, which is one part, has all of torch's threads.
+    """
+    if len(parts) == 1:
+        return [solve(*parts[0])]
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # what new threads start with
+    try:
+        return joblib.Parallel(workers, backend="threading")(joblib.delayed(solve)(*part) for part in parts)
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def sampled(mass: Tensor, most: int) -> Tensor:
+    """Choose ``most`` cells with mass at random, all of a snapshot where it has no more cells; sorted indices.
+
+    The choice is the weights' ``(n,)`` alone: a snapshot has the same cells as the end of one interval and as the start
+    of the next, and more of them include fewer.
+    """
+    if len(mass) <= most:
+        return torch.arange(len(mass))
+    order = torch.randperm(len(mass), generator=torch.Generator().manual_seed(len(mass)))
+    return order[mass.cpu()[order] > 0][:most].sort().values
+
+
 def blocks(
-    interval: Interval, rng: torch.Generator, *, block: int = BLOCK
+    interval: Interval, rng: torch.Generator, *, block: int = BLOCK, most_cells: int = MOST_CELLS
 ) -> Iterator[tuple[Tensor, Tensor, Interval, float]]:
     """Yield parts of an interval, each a small one of its own; all of it where it has at most ``block`` cells a side.
 
-    Both snapshots are put in random order and cut at the same fractions of their mass, a cell at a cut being shared
-    between its two blocks.
+    Of larger snapshots at most ``most_cells`` cells each take part (see `sampled`). Both are put in random order and
+    cut at the same fractions of their mass, a cell at a cut being shared between its two blocks.
 
     Yields
     ------
     Indices of the part's cells at the start ``(m0,)`` and at the end ``(m1,)``, the part with masses that sum to one,
     and its share of all mass.
     """
-    largest = max(len(interval.x0), len(interval.x1))
+    ends = interval.mass0, interval.mass1
+    largest = max(len(m) for m in ends)
     if largest <= block:
         yield torch.arange(len(interval.x0)), torch.arange(len(interval.x1)), interval, 1.0
         return
-    n_blocks = math.ceil(largest / (block - 1))  # a block may hold one shared cell more
-    order0, order1 = (torch.randperm(len(m), generator=rng) for m in (interval.mass0, interval.mass1))
+    chosen = [sampled(m, most_cells) for m in ends]
+    n_blocks = math.ceil(max(len(cells) for cells in chosen) / (block - 1))  # a block may hold one shared cell more
+    logger.info(
+        "coupling from %g to %g: %d blocks of %d and %d cells, of %d and %d",
+        *(interval.t0, interval.t1, n_blocks, *(len(cells) for cells in chosen), *(len(m) for m in ends)),
+    )
+    order0, order1 = (cells[torch.randperm(len(cells), generator=rng)] for cells in chosen)
     parts = zip(_cut(interval.mass0[order0], n_blocks), _cut(interval.mass1[order1], n_blocks), strict=True)
     for (k0, m0), (k1, m1) in parts:
         rows, columns = order0[k0], order1[k1]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..snapshots import Interval
-from .blocked import BLOCK, blocks
-from .exact import exact
+from .blocked import BLOCK, MOST_CELLS, at_once, blocks
+from .exact import SparsePlan, exact
 from .independent import draw
 from .pairs import WeightedPairs, rescaled
-from .unbalanced import SHARPEST, unbalanced
+from .sinkhorn import SHARPEST
+from .unbalanced import unbalanced
 
 # in units of the exact plan's cost, so that neither units nor numbers of cells matter
 EPSILON = 0.05  # entropy of the plans that growth and kin are read from: each cell has some ten partners
@@ -20,6 +23,7 @@ EPSILON = 0.05  # entropy of the plans that growth and kin are read from: each c
 PENALTY = 2.0
 KIN_PENALTY = 4.0  # where kin are: a soft plan sends mass only to near cells, and so makes every move look short
 LEAST = 1e-6  # of a cell's mass takes part whatever it costs: the network simplex loses masses at its rounding
+SMALL_BLOCK = 1500  # cells a side of larger snapshots: some 2 s a block, four times as long at twice the size
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,10 @@ class GrowingPlan:
     pairs
         Of the plan; at most ``n0 + n1 - 1`` a block.
     descendants
-        Mean of the cells that a source cell's mass goes to, ``(n0, d)`` float64.
+        Mean of the cells that a source cell's mass goes to, ``(n0, d)`` float64; of one that takes no part, that a
+        cell's in its place would go to.
     ancestors
-        Mean of the cells that a target cell's mass comes from, ``(n1, d)`` float64.
+        Mean of the cells that a target cell's mass comes from, ``(n1, d)`` float64, likewise.
     """
 
     pairs: WeightedPairs
@@ -57,7 +62,9 @@ def growing(
     epsilon: float = EPSILON,
     penalty: float = PENALTY,
     kin_penalty: float = KIN_PENALTY,
-    block: int = BLOCK,
+    block: int | None = None,
+    most_cells: int = MOST_CELLS,
+    workers: int = -1,
 ) -> GrowingPlan:
     """Couple an interval's ends where parts of the population grow or shrink relative to each other.
 
@@ -65,7 +72,8 @@ def growing(
     plan ``P`` between these pairs the cells, and both ends are weighted back: a pair has the mass
     ``P_ij a_i / r_i`` at the start and ``P_ij b_j / c_j`` at the end, so that the population starts and ends as the
     snapshots are. A prior of growth (``interval.growth0``) makes ``a exp(growth length)`` the marginal that the plan
-    is held to, as in Schiebinger et al. 2019. Snapshots of more than ``block`` cells are met in random blocks.
+    is held to, as in Schiebinger et al. 2019. Snapshots of more than ``block`` cells are met in random blocks; of those
+    with more than ``most_cells``, that many are in pairs (see `sampled`), and marginals are theirs.
 
     Parameters
     ----------
@@ -78,41 +86,87 @@ def growing(
     kin_penalty
         Penalty of the stiffer plan that mean ancestors and descendants are taken from, in the same units.
     block
-        Cells a side.
+        Cells a side; by default snapshots of up to 3,000 cells are met whole, larger ones in blocks of 1,500.
+    most_cells
+        Cells of a snapshot that take part, where it is met in blocks.
+    workers
+        Blocks solved at once; -1: as many as there are processors.
     """
+    if block is None:
+        block = BLOCK if max(len(interval.x0), len(interval.x1)) <= BLOCK else SMALL_BLOCK
+    cut = list(blocks(interval, rng, block=block, most_cells=most_cells))
+    ends = [
+        [(rows, part.mass0) for rows, _, part, _ in cut],
+        [(columns, part.mass1) for _, columns, part, _ in cut],
+    ]
+    # kin go by where a cell is: those that take no part are shared out among the blocks
+    outside = [_without_mass(end, len(x)).tensor_split(len(cut)) for end, x in zip(ends, (interval.x0, interval.x1))]
+    tasks = [(part, interval.x0[o0], interval.x1[o1]) for (_, _, part, _), o0, o1 in zip(cut, *outside)]
+    solve = partial(_solved, epsilon=epsilon, penalty=penalty, kin_penalty=kin_penalty)
+    solved = at_once(solve, tasks, workers)
+
     i, j, mass0, mass1 = [], [], [], []
-    kin = [torch.zeros(x.shape, dtype=torch.float64) for x in (interval.x0, interval.x1)]
-    weight = [torch.zeros(len(x), dtype=torch.float64) for x in (interval.x0, interval.x1)]
-    for rows, columns, part, share in blocks(interval, rng, block=block):
-        a, b = part.mass0, part.mass1
-        held = part
-        if part.growth0 is not None:
-            exponent = part.growth0 * part.length
-            grown = a * (exponent - exponent.max()).exp()
-            held = replace(part, mass0=grown * (a.sum() / grown.sum()), growth0=None)  # equal rates change no bit
-        # of a snapshot and its copy the cost is zero: what rounding allows
-        cost = max(exact(held).cost, 2 * SHARPEST / epsilon * _spread(held)) or 1.0  # all in one place: any will do
-        plan = unbalanced(held, epsilon=epsilon * cost, penalty=penalty * cost)
-        r, c = held.mass0 * plan.log_ratio0.exp(), held.mass1 * plan.log_ratio1.exp()
-        r, c = torch.maximum(r / r.sum(), LEAST * a), torch.maximum(c / c.sum(), LEAST * b)
-        r, c = r / r.sum(), c / c.sum()
-        best = exact(replace(held, mass0=r, mass1=c))
+    for (rows, columns, part, share), (best, _, _) in zip(cut, solved):
         i.append(rows[best.i])
         j.append(columns[best.j])
-        mass0.append(rescaled(best.mass, best.i, a) * share)
-        mass1.append(rescaled(best.mass, best.j, b) * share)
-        # a cell that two blocks share has kin in both
-        stiff = unbalanced(held, epsilon=epsilon * cost, penalty=kin_penalty * cost)
-        means = stiff.descendants(part.x1.double()), stiff.ancestors(part.x0.double())
-        for side, (index, mean, m) in enumerate(zip((rows, columns), means, (a, b))):
-            kin[side].index_add_(0, index, m[:, None] * mean)
-            weight[side].index_add_(0, index, m)
-    descendants, ancestors = (
-        torch.where(w[:, None] > 0, total / w[:, None], x.double())
-        for total, w, x in zip(kin, weight, (interval.x0, interval.x1))
-    )
+        mass0.append(rescaled(best.mass, best.i, part.mass0) * share)
+        mass1.append(rescaled(best.mass, best.j, part.mass1) * share)
     pairs = WeightedPairs(torch.cat(i), torch.cat(j), torch.cat(mass0), torch.cat(mass1))
-    return GrowingPlan(pairs, descendants, ancestors)
+    return GrowingPlan(
+        pairs,
+        descendants=_averaged(ends[0], outside[0], [descendants for _, descendants, _ in solved], len(interval.x0)),
+        ancestors=_averaged(ends[1], outside[1], [ancestors for _, _, ancestors in solved], len(interval.x1)),
+    )
+
+
+def _solved(
+    part: Interval, outside0: Tensor, outside1: Tensor, *, epsilon: float, penalty: float, kin_penalty: float
+) -> tuple[SparsePlan, Tensor, Tensor]:
+    """Couple one block.
+
+    Returns
+    -------
+    The exact plan between what takes part of each cell; mean descendants of the block's cells at the start and of
+    ``outside0`` ``(k0, d)``, ``(m0 + k0, d)``; mean ancestors of those at the end and of ``outside1``.
+    """
+    a, b = part.mass0, part.mass1
+    held = part
+    if part.growth0 is not None:
+        exponent = part.growth0 * part.length
+        grown = a * (exponent - exponent.max()).exp()
+        held = replace(part, mass0=grown * (a.sum() / grown.sum()), growth0=None)  # equal rates change no bit
+    # of a snapshot and its copy the cost is zero: what rounding allows
+    cost = max(exact(held).cost, 2 * SHARPEST / epsilon * _spread(held)) or 1.0  # all in one place: any will do
+    plan = unbalanced(held, epsilon=epsilon * cost, penalty=penalty * cost)
+    r, c = held.mass0 * plan.log_ratio0.exp(), held.mass1 * plan.log_ratio1.exp()
+    r, c = torch.maximum(r / r.sum(), LEAST * a), torch.maximum(c / c.sum(), LEAST * b)
+    best = exact(replace(held, mass0=r / r.sum(), mass1=c / c.sum()))
+    stiff = unbalanced(held, epsilon=epsilon * cost, penalty=kin_penalty * cost)
+    x0, x1 = part.x0.double(), part.x1.double()
+    there0, there1 = (outside.double() - x0.mean(0) for outside in (outside0, outside1))  # centred as the plan's
+    descendants = torch.cat([stiff.descendants(x1), stiff.descendants(x1, there0)])
+    return best, descendants, torch.cat([stiff.ancestors(x0), stiff.ancestors(x0, there1)])
+
+
+def _without_mass(end: Sequence[tuple[Tensor, Tensor]], n: int) -> Tensor:
+    """Return which of ``n`` cells have no mass in any block; of each block its cells and their masses are given."""
+    mass = torch.zeros(n, dtype=torch.float64)
+    for cells, m in end:
+        mass.index_add_(0, cells, m)
+    return torch.nonzero(mass == 0).squeeze(1)
+
+
+def _averaged(
+    end: Sequence[tuple[Tensor, Tensor]], outside: Sequence[Tensor], means: Sequence[Tensor], n: int
+) -> Tensor:
+    """Return the mean kin of ``n`` cells ``(n, d)`` from those of each block's own cells and of others asked for."""
+    total, weight = torch.zeros(n, means[0].shape[1], dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    for (cells, mass), others, mean in zip(end, outside, means):
+        # a cell that two blocks share has kin in both
+        index, m = torch.cat([cells, others]), torch.cat([mass, torch.ones(len(others), dtype=torch.float64)])
+        total.index_add_(0, index, m[:, None] * mean)
+        weight.index_add_(0, index, m)
+    return total / weight[:, None]
 
 
 def _spread(interval: Interval) -> float:

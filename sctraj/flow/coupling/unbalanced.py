@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..snapshots import Interval
-from .entropic import (
-    ANNEALING,
-    SHARPEST,
-    Costs,
-    annealing,
-    conjugate_gradients,
-    fits,
-    prepare,
-    split,
-    squared_distances,
-    tiles,
-)
 from .independent import draw
+from .kernel import fits, split, squared_distances, tiles
 from .pairs import WeightedPairs, heaviest, rescaled
+from .sinkhorn import SHARPEST, prepare, sinkhorn
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +68,13 @@ class UnbalancedPlan:
     penalty: float
     residual: float
     n_iterations: int
-    cumulative: Tensor | None = dataclasses.field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        whole = fits(self.x0, self.x1)
-        middle = [self._middle(rows) for rows in tiles(self.x0, self.x1)] if whole else []
-        object.__setattr__(self, "cumulative", torch.cat(middle).flatten().cumsum(0) if whole else None)
+    @cached_property
+    def cumulative(self) -> Tensor | None:
+        """Masses at mid-interval, row by row, summed up ``(n0 n1,)``; None where they do not fit."""
+        if not fits(self.x0, self.x1):
+            return None
+        return torch.cat([self._middle(rows) for rows in tiles(self.x0, self.x1)]).flatten().cumsum(0)
 
     def matrix(self) -> Tensor:
         """Return the whole plan ``Q``, ``(n0, n1)`` float64."""
@@ -126,21 +117,21 @@ class UnbalancedPlan:
         i[~forwards] = _partners(self._log_columns, j[~forwards], len(self.x0), rng)
         return i, j
 
-    def descendants(self, values: Tensor) -> Tensor:
-        """Return the mean of target cells' values ``(n1, k)`` over where each source cell's mass goes, ``(n0, k)``."""
-        parts = []
-        for rows in tiles(self.x0, self.x1):
-            cost = squared_distances(self.x0[rows], self.x1)
-            parts.append(torch.softmax((self.g[None, :] - cost) / self.epsilon + self.log_mass1, 1) @ values)
-        return torch.cat(parts)
+    def descendants(self, values: Tensor, x0: Tensor | None = None) -> Tensor:
+        """Return the mean of target cells' values ``(n1, k)`` over where each source cell's mass goes, ``(n0, k)``.
 
-    def ancestors(self, values: Tensor) -> Tensor:
-        """Return the mean of source cells' values ``(n0, k)`` over where target cells' mass comes from, ``(n1, k)``."""
-        parts = []
-        for columns in tiles(self.x1, self.x0):
-            cost = squared_distances(self.x1[columns], self.x0)
-            parts.append(torch.softmax((self.f[None, :] - cost) / self.epsilon + self.log_mass0, 1) @ values)
-        return torch.cat(parts)
+        It goes by where a cell is; with ``x0`` ``(m, d)``, centred as the plan's own, those cells are asked for.
+        """
+        weight = self.g / self.epsilon + self.log_mass1
+        return _means(self.x0 if x0 is None else x0, self.x1, weight, self.epsilon, values)
+
+    def ancestors(self, values: Tensor, x1: Tensor | None = None) -> Tensor:
+        """Return the mean of source cells' values ``(n0, k)`` over where target cells' mass comes from, ``(n1, k)``.
+
+        It goes by where a cell is; with ``x1`` ``(m, d)``, centred as the plan's own, those cells are asked for.
+        """
+        weight = self.f / self.epsilon + self.log_mass0
+        return _means(self.x1 if x1 is None else x1, self.x0, weight, self.epsilon, values)
 
     def _middle(self, rows: Tensor) -> Tensor:
         """Return the rows' masses at mid-interval, ``(len(rows), n1)``."""
@@ -204,73 +195,57 @@ def unbalanced(
         raise ValueError(
             f"expected a positive, finite penalty, found {penalty}; the limit of infinity is the entropic coupling"
         )
-    x0, x1, log_a, log_b, scale = prepare(interval, device)
-    if epsilon < SHARPEST * scale:
+    ends = prepare(interval, device)
+    if epsilon < SHARPEST * ends.scale:
         raise ValueError(
-            f"expected an epsilon of at least {SHARPEST * scale:.3g} ({SHARPEST:g} of the mean squared distance), "
+            f"expected an epsilon of at least {SHARPEST * ends.scale:.3g} ({SHARPEST:g} of the mean squared distance), "
             f"found {epsilon:.3g}: rounding would rule; take a larger epsilon"
         )
-    costs = Costs(x0, x1)
-    g, iterations, residual = torch.zeros_like(log_b), 0, math.inf
-    for eps in annealing(scale, epsilon):
-        softness = penalty / (penalty + eps)  # one where the marginals are hard
-        for iterations in range(1, (max_iterations if eps == epsilon else ANNEALING) + 1):
-            # Chizat et al. 2018, scaling algorithms: the rows' marginal is now a exp(-f / penalty)
-            f = softness * costs.soft_minimum(g, log_b, eps, rows=True)
-            s = costs.soft_minimum(f, log_a, eps, rows=False)  # the columns' is b exp((g - s) / eps)
-            weight = torch.softmax(log_b - g / penalty, 0)
-            residual = float(weight @ torch.expm1((g - s) / eps + g / penalty).abs())
-            if residual < tolerance:
-                break
-            if iterations % NEWTON_EVERY:
-                g = softness * s
-                # the best of all (f + shift, g - shift), which share one plan (Sejourne et al. 2022)
-                log_masses = [torch.logsumexp(log_m - h / penalty, 0) for log_m, h in ((log_a, f), (log_b, g))]
-                g = g - penalty / 2 * (log_masses[0] - log_masses[1])
-            else:
-                g = _newton(costs, f, g, log_a, log_b, eps, penalty)
-    if not residual < tolerance:
+    found = sinkhorn(
+        ends,
+        epsilon=epsilon,
+        penalty=penalty,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        newton_every=NEWTON_EVERY,
+    )
+    if not found.error < tolerance:
         raise RuntimeError(
-            f"unbalanced Sinkhorn: expected marginals optimal to within {tolerance:g}, found {residual:.3g} after "
-            f"{iterations} iterations at epsilon = {epsilon:.3g}, penalty = {penalty:.3g}; take a larger epsilon, "
-            "more iterations or a larger tolerance"
+            f"unbalanced Sinkhorn: expected marginals optimal to within {tolerance:g}, found {found.error:.3g} after "
+            f"{found.n_iterations} iterations at epsilon = {epsilon:.3g}, penalty = {penalty:.3g}; take a larger "
+            "epsilon, more iterations or a larger tolerance"
         )
-    logger.debug("unbalanced Sinkhorn: residual %.2g after %d iterations", residual, iterations)
-    # m0 has the potentials (f / softness, g) and m1 (f, s): their other marginals are one soft minimum away
-    growth0 = (f - costs.soft_minimum(s, log_b, epsilon, rows=True)) / epsilon
-    growth1 = (costs.soft_minimum(f / softness, log_a, epsilon, rows=False) - g) / epsilon
-    ratios = -f / penalty, (g - s) / epsilon
-    return UnbalancedPlan(x0, x1, log_a, log_b, f, g, *ratios, growth0, growth1, epsilon, penalty, residual, iterations)
+    logger.debug("unbalanced Sinkhorn: residual %.2g after %d iterations", found.error, found.n_iterations)
+    f, g, best = found.f, found.g, found.best
+    # m0 has the potentials (f (penalty + epsilon) / penalty, g), m1 (f, best): their other marginals are one soft
+    # minimum away
+    growth0 = (f - found.kernel.soft_minimum(best, epsilon, rows=True)) / epsilon
+    growth1 = (found.kernel.soft_minimum(f * (penalty + epsilon) / penalty, epsilon, rows=False) - g) / epsilon
+    return UnbalancedPlan(
+        ends.x0,
+        ends.x1,
+        ends.log_a,
+        ends.log_b,
+        f,
+        g,
+        log_ratio0=-f / penalty,
+        log_ratio1=(g - best) / epsilon,
+        log_growth0=growth0,
+        log_growth1=growth1,
+        epsilon=epsilon,
+        penalty=penalty,
+        residual=found.error,
+        n_iterations=found.n_iterations,
+    )
 
 
-def _newton(costs: Costs, f: Tensor, g: Tensor, log_a: Tensor, log_b: Tensor, epsilon: float, penalty: float) -> Tensor:
-    """Take one Newton step on the semi-dual, which is concave; return the new ``g``.
-
-    Up to a constant it is ``F(g) = -(penalty + epsilon) <a, e^(-f(g) / penalty)> - penalty <b, e^(-g / penalty)>``.
-    Sinkhorn alone approaches the masses of well separated groups of cells by a factor of ``1 - 2 epsilon / penalty``
-    an iteration, and the best shift speeds only what all groups share (Brauer et al. 2017 for the balanced problem).
-    """
-    softness = penalty / (penalty + epsilon)
-    r, target = (log_a - f / penalty).exp(), (log_b - g / penalty).exp()  # marginals, the columns' as it should be
-    plan = costs.plan(f, g, log_a, log_b, epsilon)
-    c = plan.columns(torch.ones_like(r))
-    gradient = target - c
-    diagonal = (c + epsilon / penalty * target).clamp(min=1e-300)
-
-    def hessian(v: Tensor) -> Tensor:  # -epsilon F'', positive definite
-        return diagonal * v - softness * plan.columns(plan.rows(v) / r.clamp(min=1e-300))
-
-    step = epsilon * conjugate_gradients(hessian, gradient, diagonal)
-    slope = float(gradient @ step)
-    for halving in range(12):
-        change = step / 2**halving
-        f_trial = softness * costs.soft_minimum(g + change, log_b, epsilon, rows=True)
-        # F's difference, not F's values: those cancel where the penalty is large
-        loss0 = (penalty + epsilon) * float(r @ torch.expm1((f - f_trial) / penalty))
-        loss1 = penalty * float(target @ torch.expm1(-change / penalty))
-        if -(loss0 + loss1) >= 0.1 * slope / 2**halving:
-            return softness * costs.soft_minimum(f_trial, log_a, epsilon, rows=False)
-    return softness * costs.soft_minimum(f, log_a, epsilon, rows=False)
+def _means(here: Tensor, there: Tensor, weight: Tensor, epsilon: float, values: Tensor) -> Tensor:
+    """Return means of values ``(n, k)`` over softmax of ``weight - C / epsilon``, in tiles of rows; ``(m, k)``."""
+    parts = [here.new_zeros(0, values.shape[1])]
+    for rows in tiles(here, there):
+        exponent = torch.add(weight, squared_distances(here[rows], there), alpha=-1 / epsilon)
+        parts.append(torch.softmax(exponent, 1) @ values)
+    return torch.cat(parts)
 
 
 def _partners(log_plan: Callable[[Tensor], Tensor], cells: Tensor, n: int, rng: torch.Generator) -> Tensor:

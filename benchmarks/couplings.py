@@ -1,0 +1,299 @@
+"""Couplings at scale: seconds, memory, transport cost, marginal error, and the held-out W1 of the pairs, beside peers.
+
+python benchmarks/couplings.py --quick                                     # 10 s: whether it still works
+python benchmarks/couplings.py --sizes 1000 3000 10000
+python benchmarks/couplings.py --sizes 30000 100000 1000000 --device cuda  # blocks and dual potentials alone
+
+Each row is made in a process of its own, which is ended after --limit seconds. Of a simulated course of three
+snapshots the first and the last are coupled; a thousand pairs, put on their chords at the middle's time, are compared
+with a thousand cells of the middle. Entropies are 0.05 of the exact cost, penalties 2 (as in the default), and solvers
+stop at the same L1 error of the marginals, 1e-3. Cost is relative to the lowest of a coupling that keeps both
+marginals; unbalanced ones and those of sampled cells may lie below. Marginals are those of the cells in pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import math
+import multiprocessing
+import resource
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+
+import numpy as np
+import ot
+import torch
+from torch import Tensor
+
+from sctraj._adata import read_snapshots
+from sctraj.datasets import simulated_course
+from sctraj.flow.coupling import (
+    EntropicPlan,
+    GrowingPlan,
+    SparsePlan,
+    UnbalancedPlan,
+    blocked,
+    entropic,
+    exact,
+    growing,
+    optimal_plan,
+    unbalanced,
+)
+from sctraj.flow.snapshots import Interval, Snapshots
+
+FAMILIES = {5: "branching", 50: "high-dimensional"}
+TIMES = (1.0, 3.0, 4.5)
+EPSILON, PENALTY, TOLERANCE = 0.05, 2.0, 1e-3
+JUDGED = 1000  # pairs and cells of the middle
+DRAWN = 50_000  # pairs from which the cost of a plan without a matrix is taken
+DENSE = 10_000  # cells a side: above, no peer's matrix and no exact plan
+
+
+@dataclass(frozen=True)
+class Case:
+    """An interval to couple, the entropy in units of cost, and where to compute."""
+
+    interval: Interval
+    epsilon: float
+    penalty: float
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs with a mass at each end, as listed or drawn."""
+
+    i: Tensor
+    j: Tensor
+    mass0: Tensor
+    mass1: Tensor
+    drawn: bool = False
+
+
+# --- ours
+def whole(plan: EntropicPlan | UnbalancedPlan) -> Pairs:
+    """All pairs of a plan that fits, else draws; an unbalanced plan's as they are, not weighted anew."""
+    if len(plan.x0) * len(plan.x1) <= DENSE**2:
+        return dense(plan.matrix().cpu().numpy())
+    i, j = plan.sample(DRAWN, torch.Generator(plan.x0.device).manual_seed(0))
+    mass = torch.full((DRAWN,), 1 / DRAWN, dtype=torch.float64)
+    return Pairs(i.cpu(), j.cpu(), mass, mass, drawn=True)
+
+
+def sparse(plan: SparsePlan | GrowingPlan) -> Pairs:
+    pairs = plan.pairs if isinstance(plan, GrowingPlan) else plan.pairs()
+    return Pairs(pairs.i, pairs.j, pairs.mass0, pairs.mass1)
+
+
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def ours_entropic(case: Case) -> EntropicPlan:
+    return entropic(case.interval, epsilon=case.epsilon, tolerance=TOLERANCE, device=case.device)
+
+
+def ours_unbalanced(case: Case) -> UnbalancedPlan:
+    return unbalanced(
+        case.interval, epsilon=case.epsilon, penalty=case.penalty, tolerance=TOLERANCE, device=case.device
+    )
+
+
+# --- peers
+def dense(plan: np.ndarray) -> Pairs:
+    i, j = np.nonzero(plan)
+    mass = torch.from_numpy(plan[i, j])
+    return Pairs(torch.from_numpy(i), torch.from_numpy(j), mass, mass)
+
+
+def arrays(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    x0, x1 = (x.double().numpy() for x in (case.interval.x0, case.interval.x1))
+    return case.interval.mass0.numpy(), case.interval.mass1.numpy(), ot.dist(x0, x1)
+
+
+def pot_sinkhorn(case: Case, method: str) -> np.ndarray:
+    a, b, cost = arrays(case)
+    stop = TOLERANCE / math.sqrt(len(b))  # POT's is an L2 norm
+    return ot.sinkhorn(a, b, cost, case.epsilon, method=method, numItermax=100_000, stopThr=stop)
+
+
+def pot_unbalanced(case: Case) -> np.ndarray:
+    # its stabilised variant ends in overflow here, and this one stops by the change of its scalings
+    stop = {"method": "sinkhorn", "numItermax": 100_000, "stopThr": TOLERANCE * 1e-2}
+    return ot.unbalanced.sinkhorn_unbalanced(*arrays(case), case.epsilon, case.penalty, **stop)
+
+
+def pot_solve_sample(case: Case) -> np.ndarray:
+    a, b, _ = arrays(case)
+    x0, x1 = (x.double().numpy() for x in (case.interval.x0, case.interval.x1))
+    tolerance = TOLERANCE / math.sqrt(len(b))
+    return ot.solve_sample(x0, x1, a=a, b=b, reg=case.epsilon, reg_type="entropy", max_iter=100_000, tol=tolerance).plan
+
+
+def ott_sinkhorn(case: Case) -> np.ndarray:
+    from ott.geometry import pointcloud
+    from ott.solvers import linear
+
+    x0, x1 = (x.numpy() for x in (case.interval.x0, case.interval.x1))
+    geometry = pointcloud.PointCloud(x0, x1, epsilon=case.epsilon)
+    a, b = case.interval.mass0.numpy(), case.interval.mass1.numpy()
+    found = linear.solve(geometry, a=a, b=b, threshold=TOLERANCE, max_iterations=100_000)
+    return np.asarray(found.matrix, dtype=np.float64)
+
+
+METHODS: dict[str, tuple[int, Callable, Callable]] = {  # largest number of cells, solver, its pairs
+    "exact": (DENSE, lambda case: exact(case.interval), sparse),
+    "blocked": (10**9, lambda case: blocked(case.interval, rng()), sparse),
+    "growing": (10**9, lambda case: growing(case.interval, rng()), sparse),
+    "entropic": (10**9, ours_entropic, whole),
+    "unbalanced": (10**9, ours_unbalanced, whole),
+    "POT emd": (DENSE, lambda case: ot.emd(*arrays(case), numItermax=10_000_000), dense),
+    "POT sinkhorn_log": (DENSE, lambda case: pot_sinkhorn(case, "sinkhorn_log"), dense),
+    "POT sinkhorn_stabilized": (DENSE, lambda case: pot_sinkhorn(case, "sinkhorn_stabilized"), dense),
+    "POT solve_sample": (DENSE, pot_solve_sample, dense),
+    "POT sinkhorn_unbalanced": (DENSE, pot_unbalanced, dense),
+    "OTT sinkhorn": (DENSE, ott_sinkhorn, dense),
+}
+PEERS = {"OTT sinkhorn": "ott"}  # and its module, which may be missing
+SOFT = {"unbalanced", "POT sinkhorn_unbalanced"}  # marginals differ from the snapshots' by design
+
+
+# --- one row
+def megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
+
+
+def measured(name: str, case: Case, middle: Tensor, s: float, answer: Connection) -> None:
+    """Solve and judge, in a process of its own; sends what the table shows."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # of peers: what they did not reach is seen in the marginal error
+    before, start = megabytes(), time.perf_counter()
+    try:
+        plan = METHODS[name][1](case)
+    except (RuntimeError, MemoryError) as error:
+        answer.send({"failed": str(error).splitlines()[0]})
+        return
+    row = {"seconds": time.perf_counter() - start, "MB": megabytes() - before}
+    pairs = METHODS[name][2](plan)
+    answer.send(row | judged(pairs, case.interval, middle, s))
+
+
+def judged(pairs: Pairs, interval: Interval, middle: Tensor, s: float) -> dict[str, float]:
+    """Cost at mid-interval, the worse of both marginals' L1 errors, W1 of the pairs at fraction ``s`` to the middle."""
+    x0, x1 = interval.x0.double(), interval.x1.double()
+    masses = (pairs.mass0 + pairs.mass1) / 2
+    cost = sum(
+        float(masses[part] @ (x0[pairs.i[part]] - x1[pairs.j[part]]).square().sum(1))
+        for part in torch.arange(len(pairs.i)).split(1_000_000)
+    )
+    errors = [math.nan]
+    if not pairs.drawn:
+        errors = [
+            off(index, mass, whole)
+            for index, mass, whole in (
+                (pairs.i, pairs.mass0, interval.mass0),
+                (pairs.j, pairs.mass1, interval.mass1),
+            )
+        ]
+    mass = (1 - s) * pairs.mass0 + s * pairs.mass1
+    u = torch.rand(JUDGED, generator=rng(), dtype=torch.float64)
+    cumulative = mass.cumsum(0)
+    drawn = torch.searchsorted(cumulative, u * cumulative[-1]).clamp(max=len(mass) - 1)
+    there = (1 - s) * x0[pairs.i[drawn]] + s * x1[pairs.j[drawn]]
+    cells = middle[torch.randperm(len(middle), generator=rng())[:JUDGED]].double()
+    equal = [torch.full((len(x),), 1 / len(x), dtype=torch.float64) for x in (there, cells)]
+    w1 = optimal_plan(there, cells, *equal, p=1).cost
+    return {"cost": cost / float(masses.sum()), "error": max(errors), "w1": w1}
+
+
+def off(index: Tensor, mass: Tensor, weights: Tensor) -> float:
+    """L1 distance of the pairs' marginal from the weights of the cells in pairs."""
+    found = torch.zeros_like(weights).index_add_(0, index, mass)
+    paired = torch.zeros_like(weights, dtype=torch.bool).index_fill_(0, index, True)
+    due = torch.where(paired, weights, 0)
+    return float((found - due / due.sum()).abs().sum())
+
+
+def in_child(name: str, case: Case, middle: Tensor, s: float, limit: float) -> dict[str, float | str]:
+    context = multiprocessing.get_context("fork")  # memory is then what the solver adds
+    here, there = context.Pipe(duplex=False)
+    child = context.Process(target=measured, args=(name, case, middle, s, there))
+    child.start()
+    there.close()
+    try:
+        row = here.recv() if here.poll(limit) else {"failed": f"> {limit:g} s"}
+    except EOFError:
+        row = {"failed": "the process died"}
+    child.kill()
+    child.join()
+    return row
+
+
+# --- table
+def three(n: int, d: int) -> Snapshots:
+    adata = simulated_course(FAMILIES[d], 3 * n, times=TIMES)
+    return read_snapshots(adata, "time", "X_pca", least=3).snapshots
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)) + "\n"
+
+
+def compared(n: int, d: int, names: Sequence[str], limit: float, device: torch.device) -> str:
+    snapshots = three(n, d)
+    interval = snapshots.without(1).intervals()[0]
+    thin0, thin1 = (torch.arange(0, len(x), max(1, len(x) // JUDGED)) for x in (interval.x0, interval.x1))
+    thinned = replace(
+        interval, x0=interval.x0[thin0], x1=interval.x1[thin1],
+        mass0=interval.mass0[thin0], mass1=interval.mass1[thin1],
+    )  # fmt: skip
+    cost = exact(thinned).cost
+    case = Case(interval, EPSILON * cost, PENALTY * cost, device)
+    s = (TIMES[1] - TIMES[0]) / (TIMES[2] - TIMES[0])
+    found = {
+        name: in_child(name, case, snapshots.points[1], s, limit)
+        for name in names
+        if METHODS[name][0] >= max(len(interval.x0), len(interval.x1))
+    }
+    hard = [row["cost"] for name, row in found.items() if "cost" in row and name not in (SOFT | {"growing"})]
+    best = min(hard, default=math.nan)
+    rows = []
+    for name, row in found.items():
+        if "failed" in row:
+            rows.append([name, str(row["failed"]), *[""] * 4])
+            continue
+        error = "" if name in SOFT or math.isnan(row["error"]) else f"{row['error']:.1g}"
+        rows.append(
+            [name, f"{row['seconds']:.2f}", f"{row['MB']:.0f}", f"{row['cost'] / best:.3f}", error, f"{row['w1']:.3f}"]
+        )
+    return table([f"{n} cells a side, {d} dimensions", "s", "MB", "cost", "marginal error", "held-out W1"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="200 cells a side in 5 dimensions")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 3000, 10_000], help="cells a side")
+    parser.add_argument("--dimensions", type=int, nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="of entropic and unbalanced")
+    parser.add_argument("--limit", type=float, default=300, help="seconds a row")
+    args = parser.parse_args()
+    logging.getLogger("sctraj").setLevel(logging.WARNING)
+    torch.set_num_threads(1)
+    missing = [name for name, module in PEERS.items() if importlib.util.find_spec(module) is None]
+    for name in missing:
+        print(f"skipped {name}: no module {PEERS[name]}")
+    methods = [name for name in args.methods if name not in missing]
+    sizes, dimensions = ([200], [5]) if args.quick else (args.sizes, args.dimensions)
+    for n in sizes:
+        for d in dimensions:
+            print(f"\n{compared(n, d, methods, args.limit, args.device)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

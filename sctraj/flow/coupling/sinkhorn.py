@@ -1,0 +1,168 @@
+"""Sinkhorn's algorithm for hard and soft marginals alike: annealing, absorbed potentials, Newton steps."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..snapshots import Interval
+from .kernel import Kernel
+
+logger = logging.getLogger(__name__)
+
+ANNEALING = 10  # iterations at each epsilon on the way down
+CONJUGATE_GRADIENTS = 50  # iterations at most within a Newton step
+SHARPEST = 1e-6  # epsilon below this fraction of the mean cost is refused: rounding would rule
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Cells ``(n0, d)`` and ``(n1, d)``, centred, their log weights, float64, and the cost's scale (about its mean)."""
+
+    x0: Tensor
+    x1: Tensor
+    log_a: Tensor
+    log_b: Tensor
+    scale: float
+
+
+def prepare(interval: Interval, device: torch.device | None) -> Ends:
+    """Return an interval's ends as the solver takes them, on the device."""
+    device = device or interval.x0.device
+    if device.type == "mps":
+        logger.info("mps has no float64, so Sinkhorn runs on the CPU")
+        device = torch.device("cpu")
+    x0, x1 = (x.to(device, torch.float64) for x in (interval.x0, interval.x1))
+    log_a, log_b = (m.to(device).log() for m in (interval.mass0, interval.mass1))  # -inf where a cell has no mass
+    centre = x0.mean(0)
+    x0, x1 = x0 - centre, x1 - centre  # squares of small numbers: no cancellation far from the origin
+    scale = float((log_a.exp() @ x0.square().sum(1)) + (log_b.exp() @ x1.square().sum(1)))
+    return Ends(x0, x1, log_a, log_b, scale)
+
+
+@dataclass(frozen=True)
+class Potentials:
+    """What the solver found.
+
+    Attributes
+    ----------
+    kernel
+        Of the last epsilon.
+    f, g
+        Potentials ``(n0,)`` and ``(n1,)``; ``f`` is the best for ``g``.
+    best
+        ``(n1,)``: soft minimum of ``C - f`` over the columns; ``g`` at the optimum of hard marginals.
+    error
+        L1 distance of the column marginal from the best, ``b exp(-g / penalty)``, relative to that one's mass.
+    n_iterations
+        At the last epsilon.
+    """
+
+    kernel: Kernel
+    f: Tensor
+    g: Tensor
+    best: Tensor
+    error: float
+    n_iterations: int
+
+
+def sinkhorn(
+    ends: Ends, *, epsilon: float, penalty: float, tolerance: float, max_iterations: int, newton_every: int
+) -> Potentials:
+    """Find the potentials of the entropic plan, whose marginals hold at the strength ``penalty`` (infinity: are hard).
+
+    Epsilon is lowered by steps from the cost's own scale. The caller judges whether ``error`` is below ``tolerance``.
+    """
+    log_a, log_b = ends.log_a, ends.log_b
+    kernel = Kernel(ends.x0, ends.x1, log_a, log_b)
+    g, iterations, error = torch.zeros_like(log_b), 0, math.inf
+    for eps in annealing(ends.scale, epsilon):
+        softness = _softness(penalty, eps)
+        for iterations in range(1, (max_iterations if eps == epsilon else ANNEALING) + 1):
+            # Chizat et al. 2018, scaling algorithms: the rows' marginal is now a exp(-f / penalty)
+            f = softness * kernel.soft_minimum(g, eps, rows=True)
+            best = kernel.soft_minimum(f, eps, rows=False)  # the columns' is b exp((g - best) / eps)
+            weight = torch.softmax(log_b - g / penalty, 0)
+            error = float(weight @ torch.expm1((g - best) / eps + g / penalty).abs())
+            if error < tolerance:
+                break
+            if iterations % newton_every == 0:
+                g = _newton(kernel, f, g, eps, penalty)
+                continue
+            g = softness * best
+            if penalty < math.inf:
+                # the best of all (f + shift, g - shift), which share one plan (Sejourne et al. 2022)
+                log_masses = [torch.logsumexp(log_m - h / penalty, 0) for log_m, h in ((log_a, f), (log_b, g))]
+                g = g - penalty / 2 * (log_masses[0] - log_masses[1])
+    return Potentials(kernel, f, g, best, error, iterations)
+
+
+def annealing(start: float, end: float) -> list[float]:
+    """Return epsilons falling by factors of four from the cost's scale to the one asked for."""
+    n = max(0, math.ceil(math.log(start / end, 4))) if start > end else 0
+    return [end * 4**k for k in range(n, 0, -1)] + [end]
+
+
+def _softness(penalty: float, epsilon: float) -> float:
+    """Return what a soft minimum is multiplied by: one where the marginals are hard."""
+    return 1.0 if penalty == math.inf else penalty / (penalty + epsilon)
+
+
+def _newton(kernel: Kernel, f: Tensor, g: Tensor, epsilon: float, penalty: float) -> Tensor:
+    """Take one Newton step on the semi-dual, which is concave; return the new ``g``.
+
+    Up to a constant it is ``F(g) = -(penalty + epsilon) <a, e^(-f(g) / penalty)> - penalty <b, e^(-g / penalty)>``, or
+    ``<a, f(g)> + <b, g>`` where marginals are hard. Sinkhorn alone exchanges mass between well separated groups of
+    cells at a rate of ``exp(-gap / epsilon)``, and where marginals are soft it approaches their masses by a factor of
+    ``1 - 2 epsilon / penalty`` an iteration. These few slow modes are what conjugate gradients find first (Brauer et
+    al. 2017, the Sinkhorn-Newton method).
+    """
+    (log_a, log_b), softness = kernel.log_mass, _softness(penalty, epsilon)
+    r, target = (log_a - f / penalty).exp(), (log_b - g / penalty).exp()  # marginals, the columns' as it should be
+    plan = kernel.plan(f, g, epsilon)
+    c = plan.columns(torch.ones_like(r))
+    gradient = target - c
+    diagonal = (c + epsilon / penalty * target).clamp(min=1e-300)
+    weight = softness / r.clamp(min=1e-300)
+
+    def hessian(v: Tensor) -> Tensor:  # -epsilon F'', positive semi-definite
+        return diagonal * v - plan.there_and_back(v, weight)
+
+    step = epsilon * conjugate_gradients(hessian, gradient, diagonal)
+    slope = float(gradient @ step)
+    for halving in range(12):
+        change = step / 2**halving
+        f_trial = softness * kernel.soft_minimum(g + change, epsilon, rows=True)
+        # F's difference, not F's values: those cancel where the penalty is large
+        loss = _loss(r, f - f_trial, penalty, (penalty + epsilon)) + _loss(target, -change, penalty, penalty)
+        if -loss >= 0.1 * slope / 2**halving:
+            return softness * kernel.soft_minimum(f_trial, epsilon, rows=False)
+    return softness * kernel.soft_minimum(f, epsilon, rows=False)
+
+
+def _loss(marginal: Tensor, fall: Tensor, penalty: float, strength: float) -> float:
+    """Return ``strength <marginal, e^(fall / penalty) - 1>``, what a side of the semi-dual loses by a fall ``(n,)``."""
+    return float(marginal @ fall) if penalty == math.inf else strength * float(marginal @ torch.expm1(fall / penalty))
+
+
+def conjugate_gradients(matrix: Callable[[Tensor], Tensor], right: Tensor, diagonal: Tensor) -> Tensor:
+    """Solve ``matrix v = right`` for a positive semi-definite matrix, roughly, preconditioned by its diagonal."""
+    v, r = torch.zeros_like(right), right.clone()
+    z = r / diagonal
+    direction, rz = z.clone(), r @ z
+    smallest = 1e-4 * float(rz)
+    for _ in range(CONJUGATE_GRADIENTS):
+        image = matrix(direction)
+        alpha = rz / (direction @ image).clamp(min=1e-300)
+        v, r = v + alpha * direction, r - alpha * image
+        z = r / diagonal
+        rz, last = r @ z, rz
+        if float(rz) <= smallest:
+            break
+        direction = z + rz / last * direction
+    return v
