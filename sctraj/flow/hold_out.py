@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from .coupling import blocked
-from .distance import energy_distance, median_distance, mmd, restoration_plan, variance_ratio, wasserstein
+from .distance import (
+    estimated_energy_distance,
+    estimated_mmd,
+    estimated_wasserstein,
+    median_distance,
+    restoration_plan,
+    variance_ratio,
+)
 from .integrate import Field, Solver, transport
 from .problem import Problem, make_problems
 from .snapshots import Interval, Snapshots
@@ -164,33 +171,39 @@ def halves(cells: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 class Judgement:
     """A restoration's distances by the names of ``METRICS``, and each observed cell's share and barycentre.
 
-    ``unweighted`` has those of ``UNWEIGHTED`` with all points of the restoration weighing the same.
+    ``unweighted`` has those of ``UNWEIGHTED`` with all points of the restoration weighing the same, ``errors`` the
+    standard errors of distances that were estimated, because there are too many points to meet at once.
     """
 
     values: dict[str, float]
     unweighted: dict[str, float]
     share: Tensor
     barycentre: Tensor
+    errors: dict[str, float]
 
 
-def judge(restoration: Restoration, observed: Tensor, *, mass: Tensor | None = None) -> Judgement:
-    """Measure the distances between a restoration and the observed cells ``(m, d)`` of the held-out snapshot."""
+def judge(restoration: Restoration, observed: Tensor, *, mass: Tensor | None = None, rng: int = 0) -> Judgement:
+    """Measure the distances between a restoration and the observed cells ``(m, d)`` of the held-out snapshot.
+
+    Where there are many points some are estimates (see `distance.Estimate`), from blocks that ``rng`` draws.
+    """
     points, weights = restoration.points, {"weights_x": restoration.mass, "weights_y": mass}
-    plan = restoration_plan(points, observed, **weights)
-    values = {
-        "w1": plan.distance,
-        "w2": wasserstein(points, observed, p=2, **weights),
-        "mmd": mmd(points, observed, bandwidth=median_distance(observed), **weights),
-        "energy": energy_distance(points, observed, **weights),
-        "variance_ratio": variance_ratio(points, observed, **weights),
+    plan = restoration_plan(points, observed, **weights, rng=rng)
+    found = {
+        "w2": estimated_wasserstein(points, observed, p=2, rng=rng, **weights),
+        "mmd": estimated_mmd(points, observed, bandwidth=median_distance(observed), rng=rng, **weights),
+        "energy": estimated_energy_distance(points, observed, rng=rng, **weights),
     }
+    values = {"w1": plan.distance, **{name: estimate.value for name, estimate in found.items()}}
+    values["variance_ratio"] = variance_ratio(points, observed, **weights)
+    errors = {"w1": plan.error, **{name: estimate.error for name, estimate in found.items()}}
     unweighted = {name: values[name] for name in UNWEIGHTED}
     if restoration.mass is not None:
         unweighted = {
-            "w1": wasserstein(points, observed, weights_y=mass),
-            "energy": energy_distance(points, observed, weights_y=mass),
+            "w1": estimated_wasserstein(points, observed, weights_y=mass, rng=rng).value,
+            "energy": estimated_energy_distance(points, observed, weights_y=mass, rng=rng).value,
         }
-    return Judgement(values, unweighted, plan.share, plan.barycentre)
+    return Judgement(values, unweighted, plan.share, plan.barycentre, {k: e for k, e in errors.items() if e > 0})
 
 
 # Controls: an interpolation with variance taken away, each in its own way. None restores anything better, so a distance

@@ -114,7 +114,8 @@ def leave_one_out(
     ``uns["leave_one_out"]`` : DataFrame
         Tidy: ``method`` (methods; baselines ``previous``, ``next``, ``ot-interpolation``; ``noise-reference``, two
         random halves of the held-out snapshot), ``time``, ``seed``, ``metric`` (``w1``, ``w2``, ``mmd`` (squared),
-        ``energy``, ``variance_ratio``, ``w1_unweighted``, ``energy_unweighted``), ``value``. Under
+        ``energy``, ``variance_ratio``, ``w1_unweighted``, ``energy_unweighted``), ``value``. Distances between many
+        thousand cells are estimated; their standard errors then stand beside them (``w1_error``, ...). Under
         ``{key_added}_leave_one_out`` if `key_added` is not "flow".
     ``uns["leave_one_out_protocol"]`` : dict
         How the table came about, with the sizes of the halves.
@@ -135,6 +136,7 @@ def leave_one_out(
         Sinkhorn or the training did not converge.
     """
     _adata.check_key(key_added)
+    _adata.check_own(adata, copy=copy)
     methods = [methods] if isinstance(methods, str) else list(methods)
     unknown = [m for m in methods if m not in METHODS]
     if unknown or not methods or len(set(methods)) < len(methods):
@@ -250,6 +252,7 @@ def _judge(
 def _rows(judged: Judgement, method: str, time: float, seed: int) -> list[dict[str, object]]:
     """Return one judgement's rows of the table."""
     values = judged.values | {f"{name}_unweighted": value for name, value in judged.unweighted.items()}
+    values |= {f"{name}_error": error for name, error in judged.errors.items()}
     same = {"method": method, "time": time, "seed": seed}
     return [same | {"metric": metric, "value": value} for metric, value in values.items()]
 
