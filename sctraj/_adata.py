@@ -1,11 +1,16 @@
-"""The AnnData boundary: every slot name, and all that is read from or written to an AnnData."""
+"""The AnnData boundary: every slot name, and all that is read from or written to an AnnData.
+
+The AnnData may be in memory, backed by a file, or lazy (dask arrays, and columns that are read when asked for): of it
+only the representation, the names and the columns needed are read.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +31,7 @@ VELOCITY = "{key}_velocity"  # obsm: n_obs x d float32, per unit time, in use_re
 GROWTH = "{key}_growth"  # obs: float32, log mass change per unit time relative to the population's; where it grows
 VELOCITY_SD = "{key}_velocity_sd"  # obs: float32, spread of the members' velocities; with more than one member
 TRAJECTORIES = "{key}_trajectories"  # obsm: n_obs x n_times x d float32; the times in uns[key]["trajectory_times"]
+STORE = "trajectory_store"  # uns[key]: folder of the zarr group that holds trajectories and weights instead of obsm
 W1 = "{key}_w1"  # obsm: DataFrame n_obs x methods; NaN at the first and last snapshot
 RESTORED = "{key}_restored"  # obsm: n_obs x d float32; NaN at the first and last snapshot
 WEIGHTS = "{key}_trajectory_weights"  # obsm: n_obs x n_times float32, mass relative to the cell's own; where it grows
@@ -37,6 +43,7 @@ _TIME_NAME = re.compile(
 )
 
 SMALLEST_SNAPSHOT = 3  # cells: fewer have no spread to speak of
+SLAB = 2**24  # numbers read, checked or hashed at once
 
 
 def table_name(key: str) -> str:
@@ -52,8 +59,23 @@ def check_key(key: str) -> None:
         )
 
 
+def check_own(adata: AnnData, *, copy: bool) -> None:
+    """Raise a ValueError, before any work, where `own` could not return anything to write to.
+
+    A backed AnnData itself can be written to (new slots stay in memory until it is saved); a copy of it, or of a view
+    of it, would need a file of its own.
+    """
+    if adata.isbacked and (copy or adata.is_view):
+        found = "a view of a backed one" if adata.is_view else "a backed one and copy=True"
+        raise ValueError(
+            f"Expected an AnnData that can be written to or copied, found {found}: its copy would need a file of its "
+            f"own. {'Call' if adata.is_view else 'Pass copy=False, or call'} adata.to_memory() first."
+        )
+
+
 def own(adata: AnnData, *, copy: bool) -> AnnData:
     """Return what may be written to: the copy asked for, or the AnnData itself, a view made actual with a warning."""
+    check_own(adata, copy=copy)
     if copy:
         return adata.copy()
     if adata.is_view:
@@ -87,21 +109,67 @@ class Cells:
         return sum(len(rows) for rows in self.index)
 
 
+def drop_column(adata: AnnData, column: str) -> None:
+    """Take a column out of ``obs``, where it is there."""
+    if column not in adata.obs:
+        return
+    if isinstance(adata.obs, pd.DataFrame):
+        del adata.obs[column]
+    else:  # lazy: a dataset, which has no deletion of its own
+        adata.obs = adata.obs.ds.drop_vars(column)
+
+
+def _column(adata: AnnData, name: str) -> pd.Series:
+    """Read one column of ``obs``."""
+    if isinstance(adata.obs, pd.DataFrame):
+        return adata.obs[name]
+    return adata.obs[[name]].to_memory()[name]
+
+
+def _slabs(shape: Sequence[int]) -> Iterator[slice]:
+    """Yield slices of rows that hold about ``SLAB`` numbers each."""
+    rows = max(1, SLAB // max(1, int(np.prod(shape[1:]))))
+    for start in range(0, shape[0], rows):
+        yield slice(start, min(start + rows, shape[0]))
+
+
+def _in_memory(values: Any, use_rep: str) -> np.ndarray:
+    """Return an array, sparse matrix, DataFrame or what can be read as one, dense; lazy ones slab by slab."""
+    if not hasattr(values, "dask"):
+        if hasattr(values, "to_memory"):  # backed sparse, lazy DataFrame
+            values = values.to_memory()
+        return values.toarray() if sparse.issparse(values) else np.asarray(values)
+    if np.isnan(values.shape).any():
+        raise ValueError(
+            f'Expected a dask array of known size in "{use_rep}", found shape {values.shape}. Call '
+            f"compute_chunk_sizes() on it first."
+        )
+    out = np.empty(values.shape, values.dtype)
+    for rows in _slabs(values.shape):
+        part = values[rows].compute()
+        out[rows] = part.toarray() if sparse.issparse(part) else part
+    return out
+
+
 def read_rep(adata: AnnData, use_rep: str) -> np.ndarray:
-    """Return a representation as a dense, finite n_obs x d array; ``"X"`` is the matrix itself."""
+    """Return a representation as a dense, finite n_obs x d array; ``"X"`` is the matrix itself.
+
+    No copy of what is dense and in memory; of what is not, one.
+    """
     if use_rep != "X" and use_rep not in adata.obsm:
         there = ", ".join(f'"{name}"' for name in adata.obsm) or "none but X"
         raise KeyError(f'No representation "{use_rep}" in adata.obsm; there are: {there}. Pass one of them as use_rep.')
     values: Any = adata.X if use_rep == "X" else adata.obsm[use_rep]
-    if hasattr(values, "to_memory"):  # backed sparse
-        values = values.to_memory()
-    values = values.toarray() if sparse.issparse(values) else np.asarray(values)
+    values = _in_memory(values, use_rep)
     if values.ndim != 2 or values.dtype.kind not in "fiub" or len(values) == 0:
         raise ValueError(
             f'Expected "{use_rep}" to be numbers, cells x dimensions; found {values.dtype}, shape {values.shape}. '
             f"Pass another use_rep."
         )
-    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    finite = np.empty(len(values), bool)
+    for rows in _slabs(values.shape):
+        finite[rows] = np.isfinite(values[rows]).all(axis=1)
+    bad = np.flatnonzero(~finite)
     if bad.size:
         raise ValueError(
             f'Expected finite values in "{use_rep}"; {bad.size} of {adata.n_obs} cells have NaN or inf '
@@ -129,7 +197,7 @@ def read_times(adata: AnnData, time_key: str) -> np.ndarray:
     """Return the cells' real times, float64."""
     if time_key not in adata.obs:
         raise missing_time(adata, time_key)
-    column = adata.obs[time_key]
+    column = _column(adata, time_key)
     kind = column.cat.categories.dtype if isinstance(column.dtype, pd.CategoricalDtype) else column.dtype
     if not pd.api.types.is_numeric_dtype(kind) or pd.api.types.is_bool_dtype(kind):
         raise ValueError(
@@ -157,7 +225,7 @@ def read_rates(adata: AnnData, growth_key: str) -> np.ndarray:
     if growth_key not in adata.obs:
         there = _some(adata.obs, 20) or "none"
         raise KeyError(f'No column "{growth_key}" in adata.obs; there are: {there}. Pass one of them as growth_key.')
-    column = adata.obs[growth_key]
+    column = _column(adata, growth_key)
     if not pd.api.types.is_numeric_dtype(column.dtype) or pd.api.types.is_bool_dtype(column.dtype):
         raise ValueError(f'Expected growth rates, numbers, in obs["{growth_key}"]; found {column.dtype}.')
     rates = column.to_numpy(dtype=np.float64)
@@ -204,27 +272,28 @@ def read_snapshots(adata: AnnData, time_key: str, use_rep: str, *, least: int, g
             f'and float16 keeps three digits. Use a representation such as "X_pca", or convert with '
             f'.astype("float32").'
         )
-    spread = np.ptp(values, axis=0)
-    constant = np.flatnonzero(spread <= 4 * np.finfo(values.dtype).eps * np.abs(values).max(axis=0))
+    low, high = values.min(axis=0), values.max(axis=0)
+    constant = np.flatnonzero(high - low <= 4 * np.finfo(values.dtype).eps * np.maximum(-low, high))
     if constant.size:
         raise ValueError(
             f'Expected dimensions of "{use_rep}" that vary between cells; {constant.size} of {values.shape[1]} have '
             f"one value for all ({_some(constant)}; the first is 0). Leave them out of the representation."
         )
-    unique = np.unique(times)
+    unique, which = np.unique(times, return_inverse=True)
     if len(unique) < least:
         raise ValueError(
             f'Expected at least {least} snapshots in obs["{time_key}"], found {len(unique)} '
             f"({_some(unique)}). Check that this is the column of sampling times."
         )
-    index = tuple(np.flatnonzero(times == t) for t in unique)
+    # rows by snapshot, and within one in their own order
+    index = tuple(np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1]))
     small = [f"{t:g} ({len(rows)})" for t, rows in zip(unique, index) if len(rows) < SMALLEST_SNAPSHOT]
     if small:
         raise ValueError(
             f"Expected at least {SMALLEST_SNAPSHOT} cells in every snapshot; found at time (cells): {_some(small)}. "
             f"Merge or leave out these times{'; is the column continuous?' if len(small) > 10 else ''}."
         )
-    points = tuple(torch.from_numpy(np.ascontiguousarray(values[rows])) for rows in index)
+    points = tuple(torch.from_numpy(values[rows]) for rows in index)  # copies: the AnnData's own stay its own
     growth: tuple[torch.Tensor, ...] = ()
     if growth_key is not None:
         rates = read_rates(adata, growth_key)
@@ -233,9 +302,13 @@ def read_snapshots(adata: AnnData, time_key: str, use_rep: str, *, least: int, g
 
 
 def _fingerprint(adata: AnnData, times: np.ndarray, values: np.ndarray) -> str:
-    digest = hashlib.sha256("\n".join(map(str, adata.obs_names)).encode())
+    digest = hashlib.sha256()
+    names = adata.obs_names
+    for rows in _slabs((len(names), 256)):  # a name is longer than a number
+        digest.update(("\n" if rows.start else "").encode() + "\n".join(map(str, names[rows])).encode())
     digest.update(times.tobytes())
-    digest.update(np.ascontiguousarray(values).tobytes())
+    for rows in _slabs(values.shape):
+        digest.update(np.ascontiguousarray(values[rows]).data)  # a copy only of slabs out of order
     return digest.hexdigest()[:32]
 
 
@@ -288,6 +361,53 @@ def write_by_cell(cells: Cells, values: Sequence[np.ndarray | None], dtype: type
         if value is not None:
             out[rows] = value
     return out
+
+
+def available_memory() -> int | None:
+    """Return the bytes of memory that can be had without swapping, where the system says so.
+
+    From psutil where it is installed, else from the system: on some only the memory's whole size can be had.
+    """
+    try:
+        import psutil
+    except ImportError:
+        for pages in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):
+            if pages in getattr(os, "sysconf_names", {}):
+                return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+        return None
+    return int(psutil.virtual_memory().available)
+
+
+def read_trajectories(adata: AnnData, key: str, rows: Any = slice(None)) -> np.ndarray:
+    """Return trajectories ``(n, n_times, d)``, of all or some rows, from ``obsm`` or the store that ``uns`` names.
+
+    Raises
+    ------
+    KeyError
+        If there are none.
+    ValueError
+        If the store is not there, or holds other cells.
+    """
+    name, where = TRAJECTORIES.format(key=key), stored(adata, key).get(STORE)
+    if name in adata.obsm:
+        return np.asarray(adata.obsm[name][rows])
+    if where is None:
+        raise KeyError(f'No adata.obsm["{name}"]. Call sctraj.tl.trajectories(adata) first, or pass its key.')
+    import zarr
+
+    try:
+        points: Any = zarr.open_group(str(where), mode="r")["points"]
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(
+            f'Expected trajectories in {where}, which uns["{key}"]["{STORE}"] names, found none. Move the folder back, '
+            f"or call sctraj.tl.trajectories(adata) again."
+        ) from error
+    if points.shape[0] != adata.n_obs:
+        raise ValueError(
+            f"Expected the trajectories of {adata.n_obs} cells in {where}, found {points.shape[0]}: those of the "
+            f"AnnData that this one is a part of. Take the rows from that one."
+        )
+    return np.asarray(points[rows] if isinstance(rows, slice) else points.oindex[np.asarray(rows)])
 
 
 def stored(adata: AnnData, key: str) -> dict[str, Any]:

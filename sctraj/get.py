@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -106,13 +106,15 @@ def velocity(adata: AnnData, *, key: str = _adata.FLOW) -> pd.DataFrame:
     return pd.DataFrame(np.asarray(values), index=adata.obs_names)
 
 
-def trajectories(adata: AnnData, *, key: str = _adata.FLOW) -> pd.DataFrame:
-    """Return every cell's trajectory.
+def trajectories(adata: AnnData, *, rows: Sequence[int] | None = None, key: str = _adata.FLOW) -> pd.DataFrame:
+    """Return every cell's trajectory, also out of a store on disk.
 
     Parameters
     ----------
     adata
         Annotated data with trajectories by `sctraj.tl.trajectories`.
+    rows
+        Numbers of the cells to return; all if None.
     key
         Name of the flow.
 
@@ -120,9 +122,10 @@ def trajectories(adata: AnnData, *, key: str = _adata.FLOW) -> pd.DataFrame:
     -------
     One row per cell and time (index ``cell``, ``time``), d columns in units of the representation.
     """
-    values = np.asarray(_slot(adata, _adata.TRAJECTORIES.format(key=key), "tl.trajectories"))
+    chosen = slice(None) if rows is None else np.asarray(rows)
+    values = _adata.read_trajectories(adata, key, chosen)
     times = np.asarray(_adata.stored(adata, key)["trajectory_times"])
-    index = pd.MultiIndex.from_product([adata.obs_names, times], names=["cell", "time"])
+    index = pd.MultiIndex.from_product([adata.obs_names[chosen], times], names=["cell", "time"])
     return pd.DataFrame(values.reshape(len(index), values.shape[-1]), index=index)
 
 

@@ -61,8 +61,7 @@ def trajectories(
     time_key = params["time_key"]
     plane = find_basis(adata, basis, dims=dims, use_rep=params["use_rep"])
     chosen = np.sort(np.random.default_rng(rng).choice(adata.n_obs, size=min(n_cells, adata.n_obs), replace=False))
-    # the rows first, so that a million cells' trajectories are not all copied for fifty of them
-    table = get.trajectories(adata[chosen], key=key)
+    table = get.trajectories(adata, rows=chosen.tolist(), key=key)
     times = table.index.get_level_values("time").to_numpy(dtype=float)[: len(table) // max(chosen.size, 1)]
     project = projection(plane, get.representation(adata, key=key), dims=dims)
     paths = project(table.to_numpy()).reshape(chosen.size, times.size, 2)

@@ -137,6 +137,7 @@ def fit_flow(
         Sinkhorn or the training did not converge.
     """
     _adata.check_key(key_added)
+    _adata.check_own(adata, copy=copy)
     where = pick_device(device)
     check_field(field, module)
     training = Training(module, width, depth, n_steps, batch_size, learning_rate, weight_decay, ema_decay, patience)
@@ -204,8 +205,8 @@ def _write_cells(
         if values is not None:
             adata.obs[column] = _adata.write_by_cell(cells, values)
             written.append(f'obs["{column}"]')
-        elif column in adata.obs:
-            del adata.obs[column]
+        else:
+            _adata.drop_column(adata, column)
     for slot in (_adata.TRAJECTORIES, _adata.WEIGHTS):
         adata.obsm.pop(slot.format(key=key), None)
     return written

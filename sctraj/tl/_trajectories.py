@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,6 +22,12 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from torch import nn
 
+DType = Literal["float32", "float16"]
+SLAB = 2**28  # bytes of trajectories held at once on their way to a store
+CHUNK = 2**20  # bytes of a chunk of the store
+LARGEST_HALF = 2**14  # a coordinate that float16 takes, with room for where its cell may go
+OURS = {"sctraj": "trajectories"}  # attribute of a store, without which it is not overwritten
+
 
 def trajectories(
     adata: AnnData,
@@ -31,6 +40,8 @@ def trajectories(
     module: nn.Module | None = None,
     device: str = "auto",
     rng: int | np.random.Generator = 0,
+    dtype: DType = "float32",
+    store: str | None = None,
     key: str = "flow",
     copy: bool = False,
 ) -> AnnData | None:
@@ -57,6 +68,13 @@ def trajectories(
         ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
     rng
         Seed or Generator of the stochastic flow.
+    dtype
+        ``"float32"``, or ``"float16"``: half the size, three digits.
+    store
+        Folder for the trajectories where they are too large for memory: a zarr group, written some cells at a time,
+        with ``points``, ``times`` and, where the flow grows, ``weights``; ``obsm`` then stays without them. Earlier
+        trajectories in it are replaced. The stochastic flow's noise is drawn for some cells at a time, so that the
+        sample is another one than without a store.
     key
         Name of the flow.
     copy
@@ -71,14 +89,22 @@ def trajectories(
     ``obsm[key + "_trajectory_weights"]`` : float32, n_obs x n_times
         What has become of the cell's mass, relative to the mean over the cells of its snapshot; where the flow grows.
     ``uns[key]["trajectory_times"]`` : float64, n_times
+    ``uns[key]["trajectory_store"]`` : str
+        The store's full path, if there is one; neither of the two in ``obsm`` is then set.
 
     Raises
     ------
     KeyError
         No such flow.
     ValueError
-        Times outside the range; other cells than those fitted; no score where one is needed.
+        Times outside the range; other cells than those fitted; no score where one is needed; trajectories larger than
+        the memory, or the disk, that is free; a store that holds something else.
+    ImportError
+        A store, without zarr.
     """
+    if dtype not in get_args(DType):
+        raise ValueError(f"expected a dtype of {' or '.join(get_args(DType))}, found {dtype!r}")
+    _adata.check_own(adata, copy=copy)
     where = pick_device(device)
     seed = seed_of(rng)
     if solver not in ("euler", "rk4", "dopri5") or n_steps != int(n_steps) or n_steps < 1 or not tolerance > 0:
@@ -95,6 +121,15 @@ def trajectories(
             f"expected a flow with a score for stochastic=True, found one by {flow.params['method']}; fit with "
             f"method='sb-cfm'"
         )
+    shape = (flow.cells.n_obs, len(grid), snapshots.dimension)
+    _check_size(shape, dtype, store)
+    largest = max(float(end.abs()) for x in snapshots.points for end in x.aminmax())
+    if dtype == "float16" and largest > LARGEST_HALF:
+        raise ValueError(
+            f"expected coordinates of at most {LARGEST_HALF} for dtype='float16', which ends at 65504, found "
+            f"{largest:.3g}; pass 'float32'"
+        )
+    group = None if store is None else _open(Path(store))
     stream = torch.Generator().manual_seed(seed)
 
     def move(x: torch.Tensor, t0: float, t1: float) -> Moved:
@@ -104,23 +139,97 @@ def trajectories(
             return Moved(there, torch.zeros_like(there[..., 0]))
         return transport(field, x, t0, t1, solver=solver, n_steps=steps, tolerance=tolerance)
 
-    paths = [_path(field, points, t, grid, move) for t, points in zip(snapshots.times, snapshots.points)]
+    n_at_once = max(1, SLAB // _size(shape[1:], "float32"))
+    points: Any = np.empty(shape, dtype) if group is None else _array(group, "points", shape, dtype)
+    log_mass = np.empty(shape[:2], np.float32)
+    for start in range(0, shape[0], shape[0] if group is None else n_at_once):
+        stop = shape[0] if group is None else min(shape[0], start + n_at_once)
+        part = points if group is None else np.empty((stop - start, *shape[1:]), dtype)
+        for t, cells, index in zip(snapshots.times, snapshots.points, flow.cells.index):
+            inside = slice(*np.searchsorted(index, (start, stop)))
+            if inside.start < inside.stop:
+                path, rows = _path(field, cells[inside], t, grid, move), index[inside]
+                part[rows - start], log_mass[rows] = path.points.cpu().numpy(), path.log_mass.cpu().numpy()
+        if group is not None:
+            points[start:stop] = part
+
     adata = _adata.own(adata, copy=copy)
-    name, weights = _adata.TRAJECTORIES.format(key=key), _adata.WEIGHTS.format(key=key)
-    adata.obsm[name] = _adata.write_by_cell(flow.cells, [path.points.cpu().numpy() for path in paths])
-    written = f'obsm["{name}"]'
-    adata.obsm.pop(weights, None)
+    slots = {_adata.TRAJECTORIES.format(key=key): points}
     if flow.vector_field.grows and not stochastic:
         # relative to the mean of the snapshot's cells: growth is known up to the population's total alone
-        shares = [path.log_mass.softmax(0).cpu().numpy() * len(path.log_mass) for path in paths]
-        adata.obsm[weights] = _adata.write_by_cell(flow.cells, shares)
-        written += f', obsm["{weights}"]'
+        for rows in flow.cells.index:
+            log_mass[rows] = torch.from_numpy(log_mass[rows]).softmax(0).numpy() * len(rows)
+        slots[_adata.WEIGHTS.format(key=key)] = log_mass
+    for slot in (_adata.TRAJECTORIES, _adata.WEIGHTS):
+        adata.obsm.pop(slot.format(key=key), None)
+    adata.uns[key].pop(_adata.STORE, None)
+    if group is None:
+        for slot, values in slots.items():
+            adata.obsm[slot] = values
+        written = ", ".join(f'obsm["{slot}"]' for slot in slots)
+    else:
+        if len(slots) > 1:
+            _array(group, "weights", shape[:2], "float32")[:] = log_mass
+        _array(group, "times", (len(grid),), "float64")[:] = grid
+        adata.uns[key][_adata.STORE] = written = os.path.abspath(str(store))
     adata.uns[key]["trajectory_times"] = grid
     logger.info(
         f"trajectories of {flow.cells.n_obs} cells at {len(grid)} times from {grid[0]:g} to {grid[-1]:g}"
         f'{", stochastic" if stochastic else ""}; wrote {written}, uns["{key}"]["trajectory_times"]'
     )
     return adata if copy else None
+
+
+def _size(shape: Sequence[int], dtype: str) -> int:
+    """Bytes of an array."""
+    return math.prod(shape) * np.dtype(dtype).itemsize
+
+
+def _check_size(shape: tuple[int, int, int], dtype: str, store: str | None) -> None:
+    """Raise a ValueError where the trajectories would fill the memory, or the store the disk."""
+    needed = _size(shape, dtype) + _size(shape[:2], "float32")  # with the weights
+    if store is None:
+        there, what = _adata.available_memory(), "memory"
+    else:
+        beside = next(folder for folder in Path(store).absolute().parents if folder.exists())
+        there, what = shutil.disk_usage(beside).free, "disk"
+    if there is not None and needed > there:
+        cells, times, d = shape
+        half = "" if dtype == "float16" else "dtype='float16' (half the size), "
+        elsewhere = "store=FOLDER (on disk)" if store is None else "a store on a larger disk"
+        raise ValueError(
+            f"expected trajectories that fit into the {there / 2**30:.1f} GiB of {what} that are free, found "
+            f"{cells} cells x {times} times x {d} dimensions in {dtype}, {needed / 2**30:.1f} GiB; pass fewer times, a "
+            f"part of the cells, {half}or {elsewhere}"
+        )
+
+
+def _open(path: Path) -> Any:
+    """Return a new zarr group in a folder that is not there yet, or holds earlier trajectories."""
+    try:
+        import zarr
+    except ImportError as error:
+        raise ImportError("expected zarr for store=..., found none; pip install zarr") from error
+    if path.exists():
+        try:
+            ours = dict(zarr.open_group(str(path), mode="r").attrs).items() >= OURS.items()
+        except (OSError, KeyError, ValueError):  # zarr's own errors are ValueErrors or OSErrors, by its version
+            ours = False
+        if not ours:
+            raise ValueError(
+                f"expected a store that is not there yet or holds trajectories, found something else at {path}; pass "
+                f"another, or remove it"
+            )
+    group = zarr.open_group(str(path), mode="w")
+    group.attrs.update(OURS)
+    return group
+
+
+def _array(group: Any, name: str, shape: tuple[int, ...], dtype: str) -> Any:
+    """Make an array in a group, in chunks of whole rows."""
+    create = getattr(group, "create_array", None) or group.create_dataset  # zarr 3, zarr 2
+    rows = min(shape[0], max(1, CHUNK // _size(shape[1:], dtype)))
+    return create(name, shape=shape, chunks=(rows, *shape[1:]), dtype=dtype)
 
 
 def _time_grid(times: int | Sequence[float], snapshots: Sequence[float]) -> np.ndarray:
