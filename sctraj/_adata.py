@@ -388,9 +388,10 @@ def read_trajectories(adata: AnnData, key: str, rows: Any = slice(None)) -> np.n
     ValueError
         If the store is not there, or holds other cells.
     """
-    name, where = TRAJECTORIES.format(key=key), stored(adata, key).get(STORE)
+    name, flow = TRAJECTORIES.format(key=key), adata.uns.get(key)
     if name in adata.obsm:
         return np.asarray(adata.obsm[name][rows])
+    where = flow.get(STORE) if isinstance(flow, Mapping) else None
     if where is None:
         raise KeyError(f'No adata.obsm["{name}"]. Call sctraj.tl.trajectories(adata) first, or pass its key.')
     import zarr

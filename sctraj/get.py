@@ -122,7 +122,7 @@ def trajectories(adata: AnnData, *, rows: Sequence[int] | None = None, key: str 
     -------
     One row per cell and time (index ``cell``, ``time``), d columns in units of the representation.
     """
-    chosen = slice(None) if rows is None else np.asarray(rows)
+    chosen = slice(None) if rows is None else np.asarray(rows, dtype=np.intp)
     values = _adata.read_trajectories(adata, key, chosen)
     times = np.asarray(_adata.stored(adata, key)["trajectory_times"])
     index = pd.MultiIndex.from_product([adata.obs_names[chosen], times], names=["cell", "time"])
