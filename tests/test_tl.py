@@ -490,3 +490,25 @@ def test_learned_paths_survive_a_file(cells: AnnData, tmp_path, path: str) -> No
     # the neural field is trained on the same paths
     sctraj.tl.fit_flow(cells, method="ot-cfm", path=path, **QUICK)
     assert np.isfinite(cells.obsm["flow_velocity"]).all()
+
+
+@pytest.mark.parametrize(
+    ("method", "width", "warned"), [("sb-cfm", 3, True), ("sb-cfm", 8, False), ("ot-cfm", 3, False)]
+)
+def test_a_network_too_narrow_for_a_score_is_said(cells: AnnData, caplog, method, width, warned) -> None:
+    caplog.set_level(logging.WARNING, logger="sctraj")
+    sctraj.tl.fit_flow(cells, method=method, width=width, n_steps=5)
+    assert ("pass width=" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("method", ["uot-cfm", "sb-cfm"])
+def test_default_steps_are_fine_enough(cells: AnnData, method) -> None:
+    """Whoever gives no steps gets paths that finer steps do not change."""
+    sctraj.tl.fit_flow(cells, method=method)
+    spread = cells.obsm["X_pca"].std()
+    found = {}
+    for n_steps in (None, 50):
+        sctraj.tl.trajectories(cells, times=4, n_steps=n_steps)
+        found[n_steps] = cells.obsm["flow_trajectories"]
+    off = (found[None] - found[50]) / spread
+    assert 0 < np.sqrt((off**2).mean()) < 1e-3  # float32 and rk4 at ten steps a gap; a field is off by some percent

@@ -13,6 +13,7 @@ from .._log import logger
 from ..flow.flow_matching import pick_device
 from ..flow.hold_out import Restoration, Start, mixed
 from ..flow.integrate import Solver, transport
+from ._steps import steps_per_gap
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -25,7 +26,7 @@ def interpolate(
     *,
     start: Start = "both",
     solver: Solver = "rk4",
-    n_steps: int = 50,
+    n_steps: int | None = None,
     tolerance: float = 1e-4,
     decode: bool = True,
     module: nn.Module | None = None,
@@ -48,7 +49,7 @@ def interpolate(
     solver
         ``"rk4"`` or ``"euler"`` on a fixed grid, or ``"dopri5"``.
     n_steps
-        Steps of a fixed grid per mean gap between snapshots.
+        Steps of a fixed grid per mean gap between snapshots; None: 10 of rk4, 50 of euler.
     tolerance
         Of ``"dopri5"``, relative.
     decode
@@ -88,6 +89,7 @@ def interpolate(
         raise ValueError(f"expected a start of {get_args(Start)}, found {start!r}")
     decoder = _decoder(adata, use_rep) if decode else None
     field = flow.vector_field.to(where).ensemble()
+    per_gap = steps_per_gap(solver) if n_steps is None else n_steps
     k = max(i for i, t in enumerate(snapshots.times) if t <= time)
 
     def moved(k: int) -> Restoration:
@@ -95,7 +97,7 @@ def interpolate(
         x = snapshots.points[k].to(field.scale)[None]
         if gap == 0:
             return Restoration(x[0].cpu(), snapshots.mass[k])
-        steps = max(1, math.ceil(n_steps * gap / snapshots.mean_gap))
+        steps = max(1, math.ceil(per_gap * gap / snapshots.mean_gap))
         there = transport(field, x, snapshots.times[k], float(time), solver=solver, n_steps=steps, tolerance=tolerance)
         return Restoration(there.points[0].cpu(), snapshots.mass[k] * there.log_mass[0].cpu().double().exp())
 

@@ -17,6 +17,7 @@ from .._log import logger
 from ..flow.flow_matching import pick_device
 from ..flow.integrate import Field, Moved, Solver, simulate, transport
 from ._seeds import seed_of
+from ._steps import steps_per_gap
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -35,7 +36,7 @@ def trajectories(
     *,
     stochastic: bool = False,
     solver: Solver = "rk4",
-    n_steps: int = 50,
+    n_steps: int | None = None,
     tolerance: float = 1e-4,
     module: nn.Module | None = None,
     device: str = "auto",
@@ -59,7 +60,8 @@ def trajectories(
     solver
         ``"rk4"`` or ``"euler"`` on a fixed grid, or ``"dopri5"``.
     n_steps
-        Steps of a fixed grid, and of the simulation, per mean gap between snapshots.
+        Steps of a fixed grid, and of the simulation, per mean gap between snapshots. None: 10 of rk4 (within 0.02 % of
+        the data's spread of 50 steps' places), 50 of the others.
     tolerance
         Of ``"dopri5"``, relative.
     module
@@ -107,6 +109,7 @@ def trajectories(
     _adata.check_own(adata, copy=copy)
     where = pick_device(device)
     seed = seed_of(rng)
+    n_steps = steps_per_gap(solver, stochastic=stochastic) if n_steps is None else n_steps
     if solver not in ("euler", "rk4", "dopri5") or n_steps != int(n_steps) or n_steps < 1 or not tolerance > 0:
         raise ValueError(
             f"expected a solver of euler, rk4, dopri5, n_steps of at least 1 and a positive tolerance, found "
