@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
@@ -225,29 +225,87 @@ def _benchmark_options() -> list[click.Option]:
     asked = {*inspect.signature(tl.leave_one_out).parameters, *inspect.signature(benchmark.run).parameters}
     dims = options(pp.standardize, only=("n_dims",))
     dims[0].help = "Judge in the first N dimensions, standardised over all cells; 0: in the representation as it is."
+    labels = click.Option(["--labels"], metavar="COLUMN", help="Of cell types, whose shares are then judged as well.")
     return [
         *(option for option in judged if option.name in asked),
         *dims,
         *options(pp.parse_time, only=("unit", "window")),
+        *options(benchmark.grid_of, skip={"others"}),
+        labels,
+        *options(benchmark.run_grid, only=("jobs", "dask", "plan")),
     ]
+
+
+PUBLISHED = (
+    "Run the published protocol on embryoid bodies, Cite and Multiome, as far as they can be had, and put the "
+    "published values beside ours."
+)
+# options of the one run that units of a grid have no use for
+ONE_RUN = ("growth_key", "progress")
+GRID_ALONE = ("tasks", "strict", "bootstraps", "threads", "labels")  # and these are a grid's
 
 
 @main.command("benchmark", cls=Verb, reads=_benchmark_options)
 @click.argument("source", metavar="[IN]", type=A_FILE, required=False)
 @click.option("-o", "--output", metavar="FOLDER", type=A_FILE, help="Where the table, the plot and the cells go.")
+@click.option("--grid", metavar="TOML", type=A_FILE, help="Compute the grid of this file, instead of IN.")
+@click.option("--published", is_flag=True, help=PUBLISHED)
 @preparing
+@click.pass_context
 def benchmark_command(
-    source: Path | None, output: Path | None, column: str | None, pca: int | None, unit: str | None, window: str,
-    n_dims: int, **arguments: Any,
+    ctx: click.Context, /, source: Path | None, output: Path | None, grid: Path | None, published: bool,
+    column: str | None, pca: int | None, unit: str | None, window: str, n_dims: int, **arguments: Any,
 ) -> None:  # fmt: skip
-    """Leave every interior snapshot of IN (h5ad; the simulated example if not given) out in turn, and restore it."""
+    """Leave every interior snapshot of IN (h5ad; the simulated example if not given) out in turn, and restore it.
+
+    With --grid, --published, --tasks, --strict, --bootstraps, --labels, --threads, --jobs, --dask or --plan the work
+    goes in units through worker processes and can be resumed: FOLDER then gets benchmark.csv, wide.csv, summary.csv,
+    paired.csv and report.html.
+    """
+    where: dict[str, Any] = {} if output is None else {"folder": output}
+    given = {
+        name for name in ctx.params if ctx.get_parameter_source(name) not in (click.core.ParameterSource.DEFAULT, None)
+    }
+    how = {name: arguments.pop(name) for name in ("jobs", "dask", "plan")}
+    described = {name: arguments.pop(name) for name in GRID_ALONE}
+    units = sorted(given & {"grid", "published", *how, *described})
+    if grid is not None:
+        _refuse(given - {"grid", "output", *how}, "--grid, whose file says everything")
+        benchmark.run_grid(benchmark.read_grid(grid), **where, **how)
+        return
+    settings = {name: arguments[name] for name in given & {*benchmark.known_settings()}} if units else {}
+    if units:
+        _refuse(given & {*ONE_RUN}, f"--{' and --'.join(units)}")
+        described |= {"device": benchmark.device_of(arguments["device"]), "settings": settings}
+    if published:
+        taken = {"n_seeds", "device", "threads", "bootstraps", *settings}
+        _refuse(given - taken - {"published", "output", *how}, "--published, whose protocol is fixed")
+        chosen = {name: (arguments | described)[name] for name in given & taken - {*settings}}
+        benchmark.run_published(**where, **how, **{"device": described["device"], "settings": settings} | chosen)
+        return
     adata = datasets.simulated_differentiation() if source is None else read(source)
     prepare(adata, time_key=arguments["time_key"], column=column, pca=pca, unit=unit, window=window)
-    if n_dims != 0:
-        pp.standardize(adata, arguments["use_rep"], n_dims=n_dims)
-        arguments["use_rep"] = inspect.signature(pp.standardize).parameters["key_added"].default
-    where: Mapping[str, Any] = {} if output is None else {"folder": output}
-    benchmark.run(adata, **where, **arguments)
+    if not units:
+        if n_dims != 0:
+            pp.standardize(adata, arguments["use_rep"], n_dims=n_dims)
+            arguments["use_rep"] = inspect.signature(pp.standardize).parameters["key_added"].default
+        benchmark.run(adata, **where, **arguments)
+        return
+    name = "simulated" if source is None else source.stem
+    data = benchmark.Data(
+        name, "simulated" if source is None else str(source), time_key=arguments["time_key"],
+        use_rep=arguments["use_rep"], labels=described.pop("labels"), n_dims=n_dims,
+    )  # fmt: skip
+    seeds = tuple(range(arguments["rng"], arguments["rng"] + arguments["n_seeds"]))
+    made = benchmark.grid_of(data, methods=arguments["methods"], starts=(arguments["start"],), seeds=seeds, **described)
+    benchmark.run_grid(made, cells={name: adata}, **where, **how)
+
+
+def _refuse(names: Iterable[str], beside: str) -> None:
+    """Raise a usage error for options that would be without effect."""
+    for name in sorted(names):
+        shown = "IN" if name == "source" else f"--{name.replace('_', '-')}"
+        raise click.UsageError(f"{shown} has no meaning with {beside}.")
 
 
 def _plot_options() -> list[click.Option]:

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
 
-from sctraj import __version__, benchmark, cli, get, pl, pp, tl
+from sctraj import __version__, benchmark, cli, datasets, get, pl, pp, tl
 
 QUICK = ("--n-steps", "20", "--batch-size", "32", "--device", "cpu")
 
@@ -63,6 +63,8 @@ def benchmarked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]
         ("fit", tl.fit_flow, {"module", "copy"}),
         ("benchmark", tl.leave_one_out, {"module", "copy", "key_added", "methods"}),
         ("benchmark", benchmark.run, {"folder", "options"}),
+        ("benchmark", benchmark.grid_of, {"others"}),
+        ("benchmark", benchmark.run_grid, {"folder", "cells", "compute", "beside", "notes"}),
     ],
 )
 def test_every_parameter_is_an_option_with_the_default_of_the_signature(command, function, elsewhere):
@@ -243,6 +245,107 @@ def test_benchmark_replaces_the_results_of_an_earlier_run(source, here):
     for n_seeds in (1, 2):
         well(sctraj("benchmark", source, "--n-seeds", n_seeds, "--methods", "i-cfm", *QUICK))
     assert pd.read_csv(here / "sctraj_benchmark" / "leave_one_out.csv")["seed"].max() == 1
+
+
+# --- benchmark in units --------------------------------------------------------------------------------------------
+GRID_FILES = ["benchmark.csv", "paired.csv", "report.html", "summary.csv", "wide.csv"]
+TINY = ("--n-seeds", 1, "--n-steps", 3, "--width", 8, "--device", "cpu", "--jobs", 1, "--bootstraps", 2)
+
+
+def written(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
+def test_tasks_and_the_strict_form_go_in_units_and_are_resumed(source, here):
+    run = ("benchmark", source, "--methods", "i-cfm", "--tasks", "extrapolation", "--strict", *TINY)
+    first = well(sctraj(*run))
+    folder = here / "sctraj_benchmark"
+    assert written(folder) == GRID_FILES
+    assert "cells, extrapolation, strict, from before, common space: Wasserstein-1 distance" in first.stdout
+    table = pd.read_csv(folder / "benchmark.csv")
+    assert set(table["strict"]) == {False, True}
+    assert {"i-cfm (n_steps=3, width=8)", "previous", "ot-interpolation", "noise-reference"} == set(table["method"])
+    before = (folder / "benchmark.csv").read_bytes()
+    again = well(sctraj(*run, "--plan"))
+    assert "8 units, 8 of them there" in again.stdout
+    assert "nothing left to do" in again.stdout
+    assert "8 of 8 units were there" in well(sctraj(*run)).stderr
+    assert (folder / "benchmark.csv").read_bytes() == before
+
+
+def test_a_plan_writes_and_computes_nothing(here):
+    (here / "grid.toml").write_text('data = ["branching"]\nmethods = ["ot-cfm"]\nseeds = 2\n')
+    shown = well(sctraj("benchmark", "--grid", "grid.toml", "--plan", "-o", "out")).stdout
+    assert "5 units, 0 of them there" in shown
+    assert "GiB" in shown
+    assert not (here / "out").exists()
+
+
+def test_options_that_would_do_nothing_are_usage_errors(source, here):
+    (here / "grid.toml").write_text('data = ["branching"]\nmethods = ["ot-cfm"]\n')
+    wrong = {
+        "--rng has no meaning with --grid": ("--grid", "grid.toml", "--rng", 1),
+        "IN has no meaning with --grid": (source, "--grid", "grid.toml"),
+        "--tasks has no meaning with --published": ("--published", "--tasks", "cells"),
+        "--growth-key has no meaning with --jobs": (source, "--growth-key", "growth", "--jobs", 1),
+    }
+    for message, arguments in wrong.items():
+        result = sctraj("benchmark", *arguments)
+        assert result.exit_code == 2, result.output
+        assert message in result.stderr
+
+
+def test_errors_of_a_grid_are_one_line_and_code_1(source, here, monkeypatch):
+    (here / "grid.toml").write_text('data = ["branching"]\nmethods = ["ot-cfm"]\nseed = 3\n')
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    wrong = {
+        'no key "seed"': ("--grid", "grid.toml"),
+        "Expected a TOML file, found nothing": ("--grid", "no.toml"),
+        'no task "guess"': (source, "--tasks", "guess"),
+        'pip install "sctraj[dask]"': (source, "--dask", "local", "--methods", "i-cfm", *TINY),
+    }
+    for message, arguments in wrong.items():
+        result = sctraj("benchmark", *arguments)
+        assert result.exit_code == 1, result.output
+        assert message in result.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch) -> dict[str, anndata.AnnData | None]:
+    """What the published data sets are taken to be; None where one cannot be had."""
+    there: dict[str, anndata.AnnData | None] = dict.fromkeys(("embryoid_body", "cite", "multiome"))
+
+    def of(name: str) -> anndata.AnnData:
+        adata = there[name]
+        if adata is None:
+            raise ConnectionError(f"expected to download {name}, found no way to")
+        return adata.copy()
+
+    for name in there:
+        monkeypatch.setattr(datasets, name, lambda name=name, **_: of(name))
+    return there
+
+
+def test_the_published_protocol_on_what_can_be_had(published, here):
+    published["embryoid_body"] = datasets.simulated_course("branching", 60)
+    published["cite"] = datasets.simulated_course("crossing", 48, times=(2, 3, 4, 7))
+    tiny = ("--n-seeds", 1, "--n-steps", 2, "--width", 4, "--device", "cpu", "--jobs", 1)
+    result = well(sctraj("benchmark", "--published", *tiny))
+    assert "skipped multiome: expected to download multiome" in result.stderr
+    assert written(here / "sctraj_benchmark") == sorted([*GRID_FILES, "published.csv"])
+    table = pd.read_csv(here / "sctraj_benchmark" / "published.csv").set_index("method")
+    assert table.loc["OT-CFM", "embryoid-body, published"] == 0.790
+    assert table.loc["OT-CFM", ["cite, here, index clock", "cite, here, real clock"]].notna().all()
+    assert "skipped: multiome" in (here / "sctraj_benchmark" / "report.html").read_text()
+
+
+def test_the_published_protocol_without_any_data_says_so(published, here):
+    result = sctraj("benchmark", "--published")
+    assert result.exit_code == 1
+    *reasons, last = result.stderr.splitlines()
+    assert [line.split(":")[0] for line in reasons] == ["skipped embryoid-body", "skipped cite", "skipped multiome"]
+    assert last.startswith("Error: none of the published data sets can be had (embryoid-body, cite, multiome)")
+    assert not (here / "sctraj_benchmark").exists()
 
 
 # --- plot ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "__init__": set(),
     "__main__": {"cli"},
     "cli": {"benchmark", "pl", "tl", "pp", "get", "datasets"},
-    "benchmark": {"tl", "get", "pl", "flow", "_adata"},
+    "benchmark": {"datasets", "tl", "get", "pl", "flow", "_adata"},
     "pl": {"get", "_adata"},
     "tl": {"_adata", "flow"},
     "pp": {"_adata", "flow"},

@@ -1,5 +1,5 @@
-"""Methods x folds x seeds on one data set, with table, files and plot."""
+"""Methods x tasks x data sets x seeds: computed in units that can be resumed, with tables and a report."""
 
-from ._run import run, written_whole
+import lazy_loader as _lazy
 
-__all__ = ["run", "written_whole"]
+__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)

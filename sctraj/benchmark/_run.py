@@ -1,10 +1,10 @@
-"""Leave one timepoint out with several methods: printed, and written to a folder."""
+"""A benchmark from its description to its files: one data set at once, or a grid in units that can be resumed."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import pl, tl
+from ..flow.flow_matching import pick_device
+from ..tl._leave_one_out import EULER_STEPS
+from . import _plan, _report
+from ._evaluate import evaluate
+from ._execute import Evaluate, Job, described, execute
+from ._grid import Data, Grid, make_grid
+from ._published import beside_published, published_data, published_grid
+from ._store import Store, code_hash, to_text, versions, write_durably
+from ._uncertainty import paired, summary
 
 if TYPE_CHECKING:
+    import pandas as pd
     from anndata import AnnData
     from matplotlib.figure import Figure
+
+FOLDER = "sctraj_benchmark"
 
 PRINTED = {
     "w1": "Wasserstein-1 distance",
@@ -26,7 +38,7 @@ PRINTED = {
 
 def run(
     adata: AnnData,
-    folder: str | Path = "sctraj_benchmark",
+    folder: str | Path = FOLDER,
     *,
     methods: Sequence[str] = ("uot-cfm", "ot-cfm", "i-cfm", "sb-cfm"),
     **options: Any,
@@ -75,6 +87,259 @@ def run(
     click.echo(f"{seconds:.1f} s; wrote leave_one_out.csv, leave_one_out.png and benchmark.h5ad to {folder}")
 
 
+# --- grids ---------------------------------------------------------------------------------------------------------
+def grid_of(
+    data: Data,
+    *,
+    tasks: Sequence[str] = ("leave-one-out",),
+    strict: bool = False,
+    bootstraps: int = 20,
+    threads: int = 1,
+    **others: Any,
+) -> Grid:
+    """Return the grid of one data set.
+
+    Parameters
+    ----------
+    data
+        Where the cells come from.
+    tasks
+        What is held out: leave-one-out, leave-two-out, extrapolation, every-2nd, every-4th, cells.
+    strict
+        Judge in the strict form too, beside the published one: the representation is fitted anew in every fold, without
+        the held-out cells. With use_rep "recipe" the two differ by nothing else, so that the leak can be read off.
+    bootstraps
+        Half-samples of the cells behind each interval; 0 for none.
+    threads
+        Of one unit. Other numbers give other last bits, so units with other numbers of threads are computed anew.
+    others
+        The other arguments of `make_grid`.
+    """
+    forms = (False, True) if strict else (False,)
+    return make_grid([data], tasks=tasks, strict=forms, bootstraps=bootstraps, threads=threads, **others)
+
+
+def device_of(name: str) -> str:
+    """Return the device that "auto" is on this machine; any other name as it is."""
+    return str(pick_device(name))
+
+
+def run_grid(
+    grid: Grid,
+    folder: str | Path = FOLDER,
+    *,
+    jobs: int | None = None,
+    dask: str | None = None,
+    plan: bool = False,
+    cells: Mapping[str, AnnData] | None = None,
+    compute: Evaluate = evaluate,
+    beside: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Compute a grid's units that are not in the folder, in worker processes, and write tables and a report.
+
+    Each unit is stored when it is done. A run that was killed goes on where it stopped when it is called again, with
+    the same table in the end, bit for bit; two runs into one folder share the work. Writes ``benchmark.csv`` (tidy;
+    also ``benchmark.parquet`` where pyarrow is there), ``wide.csv`` (methods x held-out times, mean ± sd over seeds),
+    ``summary.csv``, ``paired.csv`` and ``report.html``; ``failures.csv`` where units failed.
+
+    Parameters
+    ----------
+    grid
+        What to compute.
+    folder
+        Where finished units are looked for and everything goes.
+    jobs
+        Units at a time; as many as there are cores, as far as memory goes, or GPUs if not given.
+    dask
+        Address of a Dask scheduler (tcp://...) whose workers compute, or local for a cluster started for this run.
+    plan
+        Print the units with their time and memory, and compute nothing.
+    cells
+        Data sets that have been read already, by name.
+    compute
+        Computes a unit's rows; for tests.
+    beside
+        Puts published values beside the table.
+    notes
+        More lines of the protocol in the report.
+
+    Raises
+    ------
+    OSError, KeyError, ValueError
+        If data cannot be read or used; before anything is computed.
+    RuntimeError
+        If units have failed; after everything else was computed and written.
+    """
+    begun = time.perf_counter()
+    folder, there = Path(folder), dict(cells or {})
+    there |= {one.name: one.load() for one in grid.data if one.name not in there}
+    there |= {one.name: one.ready(there[one.name]) for one in grid.data}
+    work = _plan.jobs_of(grid, there)
+    workers = _plan.workers_that_fit(work, jobs, grid.device)
+    if plan:
+        known = Store(folder) if (folder / "units").is_dir() else None
+        click.echo(_plan.as_text(work, known, workers))
+        return
+    store = Store(folder)
+    execute(
+        work, store, there, evaluate=compute, workers=workers, dask=dask, say=lambda line: click.echo(line, err=True)
+    )
+    failures = [
+        {"unit": described(job.unit), "error": str((store.failure(job.key) or {}).get("error", "unknown"))}
+        for job in work
+        if not store.has(job.key)
+    ]
+    written = _write(grid, there, work, store, failures, beside, notes or {})
+    click.echo(f"{time.perf_counter() - begun:.1f} s; wrote {', '.join(written)} to {folder}")
+    if failures:
+        raise RuntimeError(
+            f"{len(failures)} of {len(work)} units failed, the first with {failures[0]['error']}; see failures.csv in "
+            f"{folder}. Run the same again to try these once more."
+        )
+
+
+def run_published(
+    folder: str | Path = FOLDER,
+    *,
+    n_seeds: int = 5,
+    device: str = "cpu",
+    threads: int = 1,
+    bootstraps: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    **how: Any,
+) -> None:
+    """Run the published protocol on the published data sets, and put the published values beside ours.
+
+    Five principal components, standardised over all cells; every interior snapshot restored from the one before it; on
+    the index clock, as published, and on real days where these are uneven.
+
+    Parameters
+    ----------
+    folder
+        As in `run_grid`.
+    n_seeds, device, threads, bootstraps, settings
+        Of the grid.
+    how
+        The other arguments of `run_grid`.
+
+    Raises
+    ------
+    ConnectionError
+        If none of the data sets can be had.
+    """
+    data, cells, reasons = published_data()
+    for name, reason in reasons.items():
+        click.echo(f"skipped {name}: {reason}", err=True)
+    if not data:
+        raise ConnectionError(
+            f"none of the published data sets can be had ({', '.join(reasons)}), so that nothing was computed; the "
+            f"lines above say why, and where to put the files if you get them by other means"
+        )
+    grid = published_grid(
+        data, n_seeds=n_seeds, device=device, threads=threads, bootstraps=bootstraps, settings=settings
+    )
+    notes = {f"skipped: {name}": reason for name, reason in reasons.items()}
+    run_grid(grid, folder, cells=cells, beside=beside_published, notes=notes, **how)
+
+
+def _write(
+    grid: Grid, cells: Mapping[str, AnnData], work: Sequence[Job], store: Store, failures: list[dict[str, str]],
+    beside: Callable[[pd.DataFrame], pd.DataFrame] | None, notes: Mapping[str, str],
+) -> list[str]:  # fmt: skip
+    """Write everything that comes of the stored units, in the grid's order; return the files' names."""
+    import pandas as pd
+
+    files: dict[str, pd.DataFrame] = {}
+    done = [store.read(job.key) for job in work if store.has(job.key)]
+    page = None
+    if done:
+        table = pd.concat(done, ignore_index=True)
+        for metric in _report.PRINTED:
+            click.echo(f"{_report.as_text(table, metric=metric)}\n")
+        wide = pd.concat([_report.wide(table, metric=metric).assign(metric=metric) for metric in _report.PRINTED])
+        files = {"benchmark": table, "wide": wide, "summary": summary(table)}
+        pairs = _paired(table)
+        if pairs is not None:
+            files["paired"] = pairs
+        side = beside(table) if beside is not None else None
+        if side is not None:
+            click.echo(f"{side.to_string(index=False)}\n")
+            files["published"] = side
+        page = _report.html_report(
+            table, title="sctraj benchmark", summary=files["summary"], paired=pairs,
+            protocol=_protocol(grid, notes), data=_described(grid, cells, work),
+            versions=versions() | {"sources": code_hash()}, failures=failures, published=side,
+        )  # fmt: skip
+    if failures:
+        files["failures"] = pd.DataFrame(failures)
+    else:
+        (store.folder / "failures.csv").unlink(missing_ok=True)
+    for name, rows in files.items():
+        write_durably(store.folder / f"{name}.csv", to_text(rows, typed=False))
+    written = [f"{name}.csv" for name in files]
+    if done and _has_pyarrow():
+        with written_whole(store.folder / "benchmark.parquet") as path:
+            files["benchmark"].to_parquet(path, index=False)
+        written.append("benchmark.parquet")
+    if page is not None:
+        write_durably(store.folder / "report.html", page)
+        written.append("report.html")
+    return written
+
+
+def _has_pyarrow() -> bool:
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _paired(table: pd.DataFrame) -> pd.DataFrame | None:
+    """Return methods in pairs, or None where there is nothing to pair."""
+    rows = _report.points(table, _report.METRIC)
+    return paired(table, metric=_report.METRIC) if rows["method"].nunique() > 1 else None
+
+
+def _protocol(grid: Grid, notes: Mapping[str, str]) -> dict[str, Any]:
+    tasks = list(dict.fromkeys(unit.task for unit in grid.units))
+    return {
+        "tasks": ", ".join(tasks),
+        "start": ", ".join(dict.fromkeys(unit.start for unit in grid.units)),
+        "forms": ", ".join(_report.FORMS[form] for form in sorted({unit.strict for unit in grid.units})),
+        "seeds": ", ".join(map(str, dict.fromkeys(seed for unit in grid.units for seed in unit.seeds))),
+        "integration": f"Euler, {EULER_STEPS} steps an interval, from all kept cells of the start, in real time",
+        "distances": "to all held-out cells, exact up to several thousand cells and estimated beyond",
+        "half-samples behind each interval": grid.bootstraps,
+        "device": grid.device,
+        "threads of a unit": grid.threads,
+        **notes,
+    }
+
+
+def _described(grid: Grid, cells: Mapping[str, AnnData], work: Sequence[Job]) -> pd.DataFrame:
+    import pandas as pd
+
+    prints = {job.unit.data: job.fingerprint for job in work}
+    return pd.DataFrame(
+        [
+            {
+                "data": one.name,
+                "source": Path(one.source).name,
+                "cells": cells[one.name].n_obs,
+                "genes": cells[one.name].n_vars,
+                "times": ", ".join(f"{t:g}" for t in sorted(set(map(float, cells[one.name].obs[one.time_key])))),
+                "representation": one.use_rep,
+                "dimensions": str(one.n_dims or "all"),
+                "fingerprint": prints[one.name],
+            }
+            for one in grid.data
+        ]
+    )
+
+
+# --- one data set at once ------------------------------------------------------------------------------------------
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write to, and put that file in its place once it is complete: never half a file."""

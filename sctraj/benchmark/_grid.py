@@ -1,0 +1,338 @@
+"""What a benchmark computes: data sets x tasks x methods x settings x seeds, from a TOML file or from arguments."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import itertools
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+import numpy as np
+
+from .. import datasets
+from ..flow.problem import METHODS as OWN
+from ._evaluate import Unit
+from ._methods import REFERENCES, find_method, known, own_settings
+from ._representation import fit_recipe, read_expression
+from ._tasks import STARTS, TASKS
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+Setting = str | int | float | bool
+FAMILIES = ("branching", "cycle", "fast-phase", "crossing", "high-dimensional", "switch")
+SIMULATED = "simulated"
+RECIPE = "recipe"
+PUBLISHED = {"embryoid-body": "embryoid_body", "cite": "cite", "multiome": "multiome"}
+NAMES = (*FAMILIES, SIMULATED, *PUBLISHED)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where cells come from, and how they are read.
+
+    Attributes
+    ----------
+    name
+        What tables call them.
+    source
+        A data set's name, or a path.
+    arguments
+        Of the simulation, such as the number of cells.
+    time_key, use_rep, labels
+        Columns and representation: real times; coordinates; cell types, where there are any.
+        As `use_rep`, "recipe" stands for the strict form's own recipe, fitted on all cells: the published form then
+        differs from the strict one by nothing but what it has seen.
+    n_dims
+        Dimensions to judge in, standardised; 0 is the representation as it is.
+    times
+        From the labels at `time_key` to real times, where these are text.
+    index_clock
+        Replace the times by 0, 1, 2, ..., as the published protocol does.
+    """
+
+    name: str
+    source: str
+    arguments: tuple[tuple[str, Any], ...] = ()
+    time_key: str = "time"
+    use_rep: str = "X_pca"
+    labels: str | None = None
+    n_dims: int = 5
+    times: tuple[tuple[str, float], ...] = ()
+    index_clock: bool = False
+
+    def load(self) -> AnnData:
+        """Read or simulate the cells.
+
+        Raises
+        ------
+        ConnectionError, FileNotFoundError, KeyError, ValueError
+            If they cannot be had, or are not as described.
+        """
+        adata = self._read()
+        if self.times and Path(self.source).suffix == ".h5ad":
+            labels = adata.obs[self.time_key].astype(str)
+            mapping = dict(self.times)
+            if missing := sorted(set(labels) - set(mapping)):
+                raise ValueError(f"expected a time for every label of {self.name}, found none for {', '.join(missing)}")
+            adata.obs[self.time_key] = labels.map(mapping).to_numpy(dtype=np.float64)
+        if self.index_clock:
+            times = adata.obs[self.time_key].to_numpy(dtype=np.float64)
+            adata.obs[self.time_key] = np.unique(times, return_inverse=True)[1].astype(np.float64)
+        return adata
+
+    def ready(self, adata: AnnData) -> AnnData:
+        """Return cells that have the representation: themselves, or where it is the recipe a copy with it."""
+        if self.use_rep != RECIPE or RECIPE in adata.obsm:
+            return adata
+        if self.n_dims < 1:
+            raise ValueError(f'expected n_dims of at least 1 for use_rep="{RECIPE}", found {self.n_dims}')
+        raw = read_expression(adata)
+        adata = adata.copy()
+        adata.obsm[RECIPE] = fit_recipe(raw, self.n_dims).project(raw)
+        return adata
+
+    def _read(self) -> AnnData:
+        if self.source in FAMILIES:
+            return datasets.simulated_course(cast(Any, self.source), **dict(self.arguments))
+        if self.source == SIMULATED:
+            return datasets.simulated_differentiation(**dict(self.arguments))
+        if self.source in PUBLISHED:
+            return getattr(datasets, PUBLISHED[self.source])()
+        path = Path(self.source)
+        if path.suffix != ".h5ad":
+            named = None if self.use_rep == "X_pca" else self.use_rep
+            adata = datasets.load(path, time_key=self.time_key, use_rep=named, mapping=dict(self.times) or None)
+            adata.obs[self.time_key], adata.obsm[self.use_rep] = adata.obs["time"], adata.obsm["X_pca"]
+            return adata
+        import anndata
+
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"Expected an h5ad file, found {'a folder' if path.is_dir() else 'nothing'}: {path}"
+            )
+        try:
+            adata = anndata.read_h5ad(path)
+        except Exception as error:
+            raise OSError(f"Expected an h5ad file, found one that anndata cannot read: {path} ({error}).") from error
+        if self.time_key not in adata.obs:
+            raise KeyError(
+                f'No column "{self.time_key}" in obs of {path}; there are: {", ".join(map(str, adata.obs)) or "none"}.'
+            )
+        return adata
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Units to compute, in order, and how.
+
+    Attributes
+    ----------
+    data
+        The data sets that the units speak of.
+    units
+        Each of its own kind.
+    bootstraps
+        Half-samples of the cells behind each interval; 0 is none.
+    device
+        Where to compute: "cpu", "cuda", ...
+    threads
+        Of one unit. Sums come out differently in their last bits with other numbers, so this is part of what a
+        stored unit is known by.
+    """
+
+    data: tuple[Data, ...]
+    units: tuple[Unit, ...]
+    bootstraps: int = 0
+    device: str = "cpu"
+    threads: int = 1
+    names: Mapping[str, Data] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        names = {one.name: one for one in self.data}
+        if len(names) < len(self.data):
+            twice = next(one.name for one in self.data if [other.name for other in self.data].count(one.name) > 1)
+            raise ValueError(f'expected distinct names of data sets, found "{twice}" twice; give one a name of its own')
+        object.__setattr__(self, "names", names)
+
+
+def known_settings() -> tuple[str, ...]:
+    """Return the settings of sctraj's own methods: those of a fit."""
+    return tuple(own_settings(OWN[0], {}))
+
+
+def make_grid(
+    data: Sequence[Data],
+    *,
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    settings: Mapping[str, Any] | None = None,
+    seeds: int | Sequence[int] = 5,
+    strict: bool | Sequence[bool] = False,
+    starts: Sequence[str] = ("both",),
+    references: bool = True,
+    bootstraps: int = 20,
+    device: str = "cpu",
+    threads: int = 1,
+) -> Grid:
+    """Multiply everything out, data first and settings last.
+
+    Parameters
+    ----------
+    data, tasks, methods
+        What is combined.
+    settings
+        For all methods, or under a method's name for it alone; of several values each is tried.
+    seeds
+        Their number, or themselves. All seeds of a unit are trained together.
+    strict
+        Whether the representation is refitted without the held-out snapshot; both in turn if both are given.
+    starts
+        What is moved to the held-out time: "both" neighbours, the snapshot "before", or the "first". A task that can
+        start from none of these starts from the first that it can.
+    references
+        Add the baselines and the noise reference, which skill is measured against.
+    bootstraps, device, threads
+        As in `Grid`.
+
+    Raises
+    ------
+    ValueError
+        If there is no such task, method, setting or start, or nothing to compute.
+    """
+    _check("task", tasks, tuple(TASKS))
+    _check("method", [name for name in methods if ":" not in name], known(), least=0)
+    _distinct("methods", methods)
+    for name in methods:
+        find_method(name)  # "package.module:function" must be there before anything is computed
+    _check("start", starts, STARTS)
+    own, shared = {}, {}
+    for name, value in (settings or {}).items():
+        if isinstance(value, Mapping):
+            _check("method", [name], tuple(methods))
+            own[name] = value
+        else:
+            shared[name] = value
+    for told in (shared, *(chosen for name, chosen in own.items() if name in OWN)):
+        _check("setting", list(told), known_settings(), least=0)
+    which = _distinct("strict", [strict] if isinstance(strict, bool) else list(strict))
+    numbers = tuple(range(seeds)) if isinstance(seeds, int) else tuple(_distinct("seeds", seeds))
+    if not data or not numbers or min(numbers) < 0:
+        raise ValueError(f"expected at least one data set and one seed of at least 0, found {len(data)} and {numbers}")
+    units = []
+    for one, task, leak_free in itertools.product(data, tasks, which):
+        for start, method in itertools.product(_possible(task, starts), _with_references(task, methods, references)):
+            chosen = {**(shared if method in OWN else {}), **own.get(method, {})}
+            units += [
+                Unit(one.name, task, method, settings, leak_free, start, numbers) for settings in _combinations(chosen)
+            ]
+    return Grid(tuple(data), tuple(units), bootstraps, device, threads)
+
+
+def read_grid(path: str | Path) -> Grid:
+    """Read a grid from a TOML file.
+
+    ``data`` and ``methods`` are lists; ``tasks``, ``seeds``, ``strict``, ``starts``, ``references``, ``bootstraps``,
+    ``device`` and ``threads`` are as in `make_grid` and may be left out. A data set is a name, a path as seen from the
+    file's folder, or a table (``[[data]]``) with that as ``source`` and any of ``name``, ``time_key``, ``use_rep``,
+    ``labels``, ``n_dims``, ``times`` and, of a simulated one, the simulation's arguments. ``[settings]`` holds settings
+    for sctraj's own methods, ``[settings.METHOD]`` for one method; a list of values means each in turn.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is no TOML, or says what cannot be understood; the message names what could be said.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a TOML file, found {'a folder' if path.is_dir() else 'nothing'}: {path}")
+    try:
+        with path.open("rb") as file:
+            said = tomllib.load(file)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected TOML in {path}, found something else: {error}") from error
+    kinds = {
+        "data": list, "tasks": list, "methods": list, "settings": dict, "seeds": (int, list), "strict": (bool, list),
+        "starts": list, "references": bool, "bootstraps": int, "device": str, "threads": int,
+    }  # fmt: skip
+    _check("key", list(said), tuple(kinds), where=f" in {path}")
+    for name, value in said.items():
+        if not isinstance(value, kinds[name]) or (isinstance(value, bool) and name not in ("strict", "references")):  # type: ignore[arg-type]
+            raise ValueError(f"expected another type of value for {name} in {path}, found {value!r}")
+    if missing := [name for name in ("data", "methods") if not said.get(name)]:
+        raise ValueError(f"expected {' and '.join(missing)} in {path}, found none")
+    data = [data_of(one, path.parent) for one in said.pop("data")]
+    said.setdefault("tasks", ["leave-one-out"])
+    return make_grid(data, **said)
+
+
+def data_of(said: str | Mapping[str, Any], folder: Path = Path()) -> Data:
+    """Return a data set from its name, its path, or a table that describes it.
+
+    Raises
+    ------
+    ValueError
+        If the description has an unknown key or there is no such data set.
+    """
+    told: dict[str, Any] = {"source": said} if isinstance(said, str) else dict(said)
+    if not isinstance(told.get("source"), str):
+        raise ValueError(f"expected a data set with a source, a name or a path, found {said!r}")
+    source = told["source"]
+    simulate: Any = {SIMULATED: datasets.simulated_differentiation}.get(source)
+    if source in FAMILIES:
+        simulate = datasets.simulated_course
+    takes = [] if simulate is None else [name for name in inspect.signature(simulate).parameters if name != "family"]
+    described = ("source", "name", "time_key", "use_rep", "labels", "n_dims", "times", "index_clock")
+    _check("key of a data set", list(told), (*described, *takes), where=f" for {source}")
+    given = {name: told.pop(name) for name in sorted(takes) if name in told}
+    arguments = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in given.items())
+    if source not in NAMES:
+        if not Path(source).suffix:
+            _check("data set", [source], NAMES, where=" (a path ends in .h5ad, .npz, .csv or .tsv)")
+        told["source"] = str(folder / source)
+    told["times"] = tuple(sorted((str(label), float(time)) for label, time in told.get("times", {}).items()))
+    told.setdefault("name", source if source in NAMES else Path(source).stem)
+    return Data(arguments=arguments, **told)
+
+
+def _possible(task: str, starts: Sequence[str]) -> Sequence[str]:
+    return [start for start in starts if start in TASKS[task].starts] or TASKS[task].starts[:1]
+
+
+def _with_references(task: str, methods: Sequence[str], references: bool) -> Sequence[str]:
+    # beyond the last snapshot there is no next one to copy
+    added = [name for name in REFERENCES if not (name == "next" and task == "extrapolation")]
+    return list(dict.fromkeys([*methods, *(added if references else [])]))
+
+
+def _combinations(settings: Mapping[str, Any]) -> Iterable[tuple[tuple[str, Setting], ...]]:
+    names = sorted(settings)
+    values = [list(v) if isinstance(v, Sequence) and not isinstance(v, str) else [v] for v in map(settings.get, names)]
+    for name, options in zip(names, values):
+        if not options or not all(isinstance(v, get_args(Setting)) for v in options):
+            raise ValueError(f"expected a number, text or truth value, or a list of these, for {name}, found {options}")
+    return (tuple(zip(names, chosen)) for chosen in itertools.product(*values))
+
+
+def _distinct(what: str, values: Sequence[Any]) -> Sequence[Any]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"expected distinct {what}, found {list(values)}")
+    return values
+
+
+def _check(what: str, found: Sequence[str], known: Sequence[str], *, least: int = 1, where: str = "") -> None:
+    """Raise a ValueError for names that there are not, saying which there are."""
+    for name in found:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            guess = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f'no {what} "{name}"{where}; there are: {", ".join(known)}{guess}')
+    if len(found) < least:
+        raise ValueError(f"expected at least one {what}{where}, found none; there are: {', '.join(known)}")
+    _distinct(f"{what}s", found)

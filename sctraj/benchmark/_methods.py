@@ -1,0 +1,305 @@
+"""The methods that a benchmark compares: sctraj's own, baselines, and any callable, by name.
+
+A method is a callable ``(snapshots, time, rng, **settings) -> points`` or ``-> (points, weights)``: kept `Snapshots`,
+the real time to restore, a numpy Generator; points ``(n, d)``, weights ``(n,)``. It sees nothing of the held-out cells.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .. import tl
+from ..flow.coupling import blocked
+from ..flow.flow_matching import Training, pick_device
+from ..flow.hold_out import BASELINES, NOISE_REFERENCE
+from ..flow.integrate import transport
+from ..flow.problem import METHODS, Problem, make_problems
+from ..flow.snapshots import Snapshots
+from ..flow.vector_field import VectorField
+from ..tl._field import check_field, make_field
+from ..tl._leave_one_out import EULER_STEPS
+from ..tl._seeds import member_seeds
+
+Method = Callable[..., Any]
+Setting = str | int | float | bool
+REFERENCES = (*BASELINES, NOISE_REFERENCE)  # what every table holds beside the methods
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Restored cells, float64: points ``(n, d)`` and masses ``(n,)`` that sum to one.
+
+    Attributes
+    ----------
+    parts
+        How many of the points come from each snapshot that was moved, in order.
+    """
+
+    points: NDArray[np.float64]
+    mass: NDArray[np.float64]
+    parts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one member of a batch is asked for: snapshots to learn from, times to restore, and a seed."""
+
+    snapshots: Snapshots
+    times: tuple[float, ...]
+    seed: int
+
+
+# --- the registry
+_REGISTERED: dict[str, Method] = {}
+
+
+def register(name: str, method: Method) -> None:
+    """Make a callable known to the benchmark under a name, in this process.
+
+    Processes that are started anew do not know it: for them give the method as "package.module:function" instead.
+
+    Parameters
+    ----------
+    name
+        Of no built-in method, and without ":".
+    method
+        See the module.
+
+    Raises
+    ------
+    ValueError
+        If the name is taken.
+    TypeError
+        If the method is not callable.
+    """
+    if name in (*METHODS, *REFERENCES) or ":" in name or not name:
+        raise ValueError(f'expected a name of your own without ":", found {name!r}; there are {", ".join(known())}')
+    if not callable(method):
+        raise TypeError(f"expected a callable (snapshots, time, rng), found {type(method).__name__}")
+    _REGISTERED[name] = method
+
+
+def known() -> tuple[str, ...]:
+    """Return the names of all methods: sctraj's own, baselines and noise reference, and registered ones."""
+    return (*METHODS, *REFERENCES, *_REGISTERED)
+
+
+def find_method(name: str) -> Method | None:
+    """Return a method's callable by its name or as "package.module:function"; None for sctraj's own and the noise's."""
+    if name in METHODS or name == NOISE_REFERENCE:
+        return None
+    if name in _BASELINES:
+        return _BASELINES[name]
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    if ":" not in name:
+        raise ValueError(f'expected a method of {", ".join(known())}, or "package.module:function", found {name!r}')
+    try:
+        method = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as reason:
+        raise ValueError(
+            f'expected a method "package.module:function" that can be imported, found {name!r}: {reason}'
+        ) from reason
+    if not callable(method):
+        raise TypeError(f"expected {name!r} to be callable (snapshots, time, rng), found {type(method).__name__}")
+    return method
+
+
+def call(
+    method: Method,
+    job: Job,
+    rng: np.random.Generator,
+    settings: Mapping[str, Setting],
+    *,
+    name: str,
+) -> list[Cloud]:
+    """Ask a callable for each of a job's times, and check what comes back."""
+    clouds = []
+    for time in job.times:
+        answer = method(job.snapshots, time, rng, **settings)
+        points, weights = answer if isinstance(answer, tuple) else (answer, None)
+        clouds.append(_checked(points, weights, job.snapshots.dimension, name))
+    return clouds
+
+
+def _checked(points: Any, weights: Any, d: int, name: str) -> Cloud:
+    x = np.array(_plain(points), dtype=np.float64)
+    if x.ndim != 2 or x.shape[1] != d or len(x) < 2 or not np.isfinite(x).all():
+        raise ValueError(f"expected at least two finite points (n, {d}) from {name}, found shape {x.shape}")
+    mass = np.full(len(x), 1.0) if weights is None else np.array(_plain(weights), dtype=np.float64)
+    if mass.shape != (len(x),) or not (mass >= 0).all() or not 0 < mass.sum() < math.inf:
+        raise ValueError(f"expected {len(x)} weights, not below zero, from {name}, found shape {mass.shape}")
+    return Cloud(x, mass / mass.sum(), (len(x),))
+
+
+def _plain(values: Any) -> Any:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+
+
+# --- baselines
+def neighbours(snapshots: Snapshots, time: float) -> tuple[int | None, int | None]:
+    """Return the kept snapshots next to a time, before and after it, and never one at the time itself."""
+    before = [k for k, t in enumerate(snapshots.times) if t < time]
+    after = [k for k, t in enumerate(snapshots.times) if t > time]
+    return (before[-1] if before else None), (after[0] if after else None)
+
+
+def previous(snapshots: Snapshots, time: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Copy the snapshot before."""
+    return _copied(snapshots, neighbours(snapshots, time)[0], time, "before")
+
+
+def following(snapshots: Snapshots, time: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Copy the snapshot after."""
+    return _copied(snapshots, neighbours(snapshots, time)[1], time, "after")
+
+
+def _copied(snapshots: Snapshots, k: int | None, time: float, side: str) -> tuple[Tensor, Tensor]:
+    if k is None:
+        raise ValueError(f"expected a kept snapshot {side} time {time:g} to copy, found none; leave this baseline out")
+    return snapshots.points[k], snapshots.mass[k]
+
+
+def interpolation(snapshots: Snapshots, time: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Move every pair of the exact plan along its chord to the real fraction of the gap (McCann 1997).
+
+    Beyond the last snapshot the chords of the last interval are drawn out.
+    """
+    before, after = neighbours(snapshots, time)
+    if before is None:
+        raise ValueError(f"expected a kept snapshot before time {time:g}, found none; leave this baseline out")
+    kept = [before, after] if after is not None else [before - 1, before]
+    fields = snapshots.times, snapshots.points, snapshots.mass
+    interval = Snapshots(*(tuple(field[k] for k in kept) for field in fields)).intervals()[0]  # type: ignore[arg-type]
+    plan = blocked(interval, torch.Generator().manual_seed(0))
+    s = (time - interval.t0) / interval.length
+    return (1 - s) * interval.x0[plan.i] + s * interval.x1[plan.j], plan.mass
+
+
+_BASELINES: dict[str, Method] = dict(zip(BASELINES, (previous, following, interpolation), strict=True))
+
+
+# --- sctraj's own
+def own_settings(method: str, settings: Mapping[str, Setting]) -> dict[str, Any]:
+    """Return all settings of one of sctraj's own methods, those not given as `sctraj.tl.leave_one_out` has them."""
+    names = ("field", "path", "sigma", *(f.name for f in fields(Training) if f.name != "module"))
+    unknown = [name for name in settings if name not in names]
+    if unknown:
+        raise TypeError(f"expected settings of {', '.join(names)} for {method}, found {', '.join(unknown)}")
+    defaults = inspect.signature(tl.leave_one_out).parameters
+    complete = {name: settings.get(name, defaults[name].default) for name in names}
+    check_field(complete["field"], None)
+    return complete
+
+
+def restore_own(
+    method: str, jobs: Sequence[Job], settings: Mapping[str, Setting], *, start: str, device: str
+) -> list[list[Cloud]]:
+    """Restore all times of all jobs by one of sctraj's own methods, trained as ONE batch.
+
+    Jobs with the same snapshots must follow each other: their couplings are computed once. A closed-form field does not
+    depend on a seed and is put together once for them.
+    """
+    chosen = own_settings(method, settings)
+    field, path, sigma = (chosen.pop(name) for name in ("field", "path", "sigma"))
+    training = Training(module=None, **chosen)
+    validate = training.patience is not None and field == "neural"
+    problems: list[Problem] = []
+    validation: list[Problem] = []
+    member, members = [], []  # which member serves a job; one job of each member
+    for group in _by_snapshots(jobs):
+        seeds = [member_seeds(job.seed, 1)[0] for job in group]
+        some = seeds if field == "neural" else seeds[:1]
+        made = make_problems(
+            group[0].snapshots, method=method, path=path, sigma=sigma, seeds=some, validate=validate
+        )  # fmt: skip
+        member += [len(problems) + n % len(some) for n in range(len(group))]
+        problems += made[0]
+        validation += made[1]
+        members += group[: len(some)]
+    fitted = make_field(field, problems, validation, training, pick_device(device), progress=False).vector_field
+    restored = restore_members(fitted, members, start=start)
+    return [restored[m] for m in member]
+
+
+def _by_snapshots(jobs: Sequence[Job]) -> list[list[Job]]:
+    groups: list[list[Job]] = []
+    for job in jobs:
+        if groups and groups[-1][0].snapshots is job.snapshots:
+            groups[-1].append(job)
+        else:
+            groups.append([job])
+    return groups
+
+
+def restore_members(field: VectorField, jobs: Sequence[Job], *, start: str) -> list[list[Cloud]]:
+    """Move kept cells to each member's times, all members at once.
+
+    From the snapshot before (``"before"``) or the first one (``"first"``); or from both neighbours (``"both"``), at the
+    fraction ``s`` of the gap weighing ``1 - s`` and ``s`` in all. Euler, ``EULER_STEPS`` steps an interval crossed.
+    """
+    clouds: list[list[Cloud]] = [[] for _ in jobs]
+    for n in range(max(len(job.times) for job in jobs)):
+        times = [job.times[min(n, len(job.times) - 1)] for job in jobs]  # members with fewer go along once more
+        sides = [neighbours(job.snapshots, time) for job, time in zip(jobs, times)]
+        firsts = [0 if start == "first" else _there(side[0]) for side in sides]
+        crossed = max(_there(side[0]) - first + 1 for side, first in zip(sides, firsts))
+        moved = [_moved(field, jobs, firsts, times, crossed * EULER_STEPS)]
+        if start == "both":
+            moved.append(_moved(field, jobs, [_there(side[1]) for side in sides], times, EULER_STEPS))
+        for m, job in enumerate(jobs):
+            if n < len(job.times):
+                clouds[m].append(_joined([side[m] for side in moved], _fraction(job, times[m], sides[m])))
+    return clouds
+
+
+def _there(k: int | None) -> int:
+    assert k is not None  # by Task.starts
+    return k
+
+
+def _fraction(job: Job, time: float, side: tuple[int | None, int | None]) -> float:
+    """Return how far through the gap between its neighbours a time is; beyond the last snapshot 0, and not used."""
+    if side[0] is None or side[1] is None:
+        return 0.0
+    t0, t1 = job.snapshots.times[side[0]], job.snapshots.times[side[1]]
+    return (time - t0) / (t1 - t0)
+
+
+def _joined(sides: Sequence[Cloud], s: float) -> Cloud:
+    if len(sides) == 1:
+        return sides[0]
+    first, last = sides
+    mass = np.concatenate([(1 - s) * first.mass, s * last.mass])
+    return Cloud(np.concatenate([first.points, last.points]), mass / mass.sum(), first.parts + last.parts)
+
+
+def _moved(
+    field: VectorField, jobs: Sequence[Job], start: Sequence[int], times: Sequence[float], n_steps: int
+) -> list[Cloud]:
+    """Move one kept snapshot of every member to its time, with the mass that its cells gain or lose."""
+    dtype, device = field.scale.dtype, field.scale.device
+    cells = [job.snapshots.points[k].to(device, dtype) for job, k in zip(jobs, start)]
+    largest = max(len(x) for x in cells)
+    # shorter snapshots are filled up with their first cell: no cell's path depends on another's
+    padded = torch.stack([torch.cat([x, x[:1].expand(largest - len(x), -1)]) for x in cells])
+    t0 = torch.tensor([job.snapshots.times[k] for job, k in zip(jobs, start)]).double()
+    t1 = torch.tensor(times).double()
+    moved = transport(field, padded, t0, t1, solver="euler", n_steps=n_steps, tolerance=1e-4)
+    clouds = []
+    for job, k, points, log_mass in zip(jobs, start, moved.points.cpu(), moved.log_mass.cpu().double()):
+        kept = job.snapshots.mass[k]
+        n = len(kept)
+        mass = (kept * log_mass[:n].exp()).numpy()
+        clouds.append(Cloud(points[:n].double().numpy(), mass / mass.sum(), (n,)))
+    return clouds

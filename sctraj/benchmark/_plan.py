@@ -1,0 +1,149 @@
+"""What a grid will take, before anything runs: units, seconds and memory."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from .. import _adata, tl
+from ..flow.problem import METHODS as OWN
+from ._execute import Job, duration, n_gpus
+from ._methods import find_method
+from ._store import Store, fingerprint, key_of
+from ._tasks import find_task
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from ._evaluate import Unit
+    from ._grid import Grid
+
+# Seconds on one core of a small machine; the units that a folder holds correct them by one factor.
+FIT = 8e-4  # per member and step, of a batch of 128 pairs and 3 x 64
+MOVE = 3e-4  # per cell moved, in 100 steps
+PAIR = 4.5e-7  # per pair of cells that a plan or the distances of one restoration look at, exact
+HALF = 0.1  # what a half-sample adds to the distances
+RECIPE = 4e-9  # per cell and squared gene that components are refitted on
+WARM = 5.0  # until a worker has loaded everything
+IDLE = 500 * 2**20  # bytes of a worker that has loaded everything and holds no cells
+ARRAYS = 6  # of float64, largest snapshot x largest snapshot, that are alive at once
+
+
+def jobs_of(grid: Grid, cells: Mapping[str, AnnData]) -> list[Job]:
+    """Return the grid's units with their keys and estimates, in order.
+
+    Raises
+    ------
+    KeyError, ValueError
+        If data cannot be used for what is asked; before anything is computed.
+    """
+    prints = {
+        one.name: fingerprint(cells[one.name], time_key=one.time_key, use_rep=one.use_rep, labels=one.labels)
+        for one in grid.data
+    }
+    jobs = []
+    for unit in grid.units:
+        data = grid.names[unit.data]
+        reading = {"time_key": data.time_key, "use_rep": data.use_rep, "n_dims": data.n_dims, "labels": data.labels}
+        how: dict[str, Any] = {"fingerprint": prints[unit.data], "device": grid.device, "threads": grid.threads}
+        how["bootstraps"] = grid.bootstraps
+        key = key_of(unit, reading | how | {"source": _source(unit.method)})
+        work, size = estimate(unit, cells[unit.data], data.time_key, n_dims=data.n_dims, bootstraps=grid.bootstraps)
+        jobs.append(Job(key, unit, reading, work, size, **how))
+    return jobs
+
+
+def _source(method: str) -> str:
+    """Return a hash of the file that a method from elsewhere is in: as changed code, it makes other numbers."""
+    if ":" not in method:
+        return ""
+    path = inspect.getsourcefile(inspect.unwrap(find_method(method)))  # type: ignore[arg-type]
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:32] if path else ""
+
+
+def _pace(store: Store | None) -> float:
+    """Return how many times longer than planned the units of a folder took."""
+    records = store.records() if store is not None else []
+    return median(one["seconds"] / one["planned"] for one in records) if records else 1.0
+
+
+def estimate(unit: Unit, adata: AnnData, time_key: str, *, n_dims: int, bootstraps: int = 0) -> tuple[float, int]:
+    """Return the seconds and the bytes of memory that a unit is expected to take.
+
+    Of a method from elsewhere only the judging is known.
+    """
+    times, which = np.unique(_adata.read_times(adata, time_key), return_inverse=True)
+    index = np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1])
+    task = find_task(unit.task)
+    task.check(len(times), unit.start)
+    settings = dict(unit.settings)
+    steps = settings.get("n_steps", inspect.signature(tl.leave_one_out).parameters["n_steps"].default)
+    n_seeds, seconds, largest = len(unit.seeds), 0.2, 0
+    sides = 2 if unit.start == "both" else 1
+    genes = adata.n_vars if adata.X is not None else 0
+    for fold in task.folds(times.tolist(), index, unit.seeds[0]):
+        sizes, held_out = [len(rows) for rows in fold.kept], [len(rows) for rows in fold.held_out]
+        largest = max(largest, *sizes, *held_out)
+        if unit.method in OWN:
+            plans = PAIR * sum(a * b for a, b in pairwise(sizes)) * (n_seeds if task.by_seed else 1)
+            trained = n_seeds * FIT * int(steps) if settings.get("field", "neural") == "neural" else 0.0
+            seconds += plans + trained + n_seeds * MOVE * sides * max(sizes) * len(held_out)
+        seconds += n_seeds * PAIR * sides * max(sizes) * sum(held_out) * (1 + HALF * bootstraps)
+        if unit.strict:
+            seconds += adata.n_obs * min(genes, 2000) ** 2 * RECIPE
+    held = adata.n_obs * (n_dims or 50) * 8 + (adata.n_obs * genes * 8 * 2 if unit.strict else 0)
+    return seconds, IDLE + _size(adata) + held + ARRAYS * 8 * largest**2
+
+
+def _size(adata: AnnData) -> int:
+    parts: list[Any] = [adata.X, *adata.obsm.values(), *adata.layers.values()]
+    return int(sum(getattr(getattr(one, "data", one), "nbytes", 0) for one in parts if one is not None))
+
+
+def workers_that_fit(jobs: Sequence[Job], asked: int | None, device: str) -> int:
+    """Return how many processes to start: as asked, or one per GPU, or one per core as far as memory goes."""
+    if asked is not None:
+        if asked < 1:
+            raise ValueError(f"expected at least one job at a time, found {asked}")
+        return asked
+    if device.startswith("cuda"):
+        return max(1, n_gpus())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory, largest = _adata.available_memory(), max((job.bytes for job in jobs), default=1)
+    return max(1, min(cores // (jobs[0].threads if jobs else 1), cores if memory is None else memory // largest))
+
+
+def as_text(jobs: Sequence[Job], store: Store | None, workers: int) -> str:
+    """Return the plan as text: a line per unit and what it comes to."""
+    pace = _pace(store)
+    there = [store is not None and store.has(job.key) for job in jobs]
+    table = pd.DataFrame(
+        {
+            "data": [job.unit.data for job in jobs],
+            "task": [job.unit.task for job in jobs],
+            "method": [job.unit.method for job in jobs],
+            "settings": [", ".join(f"{k}={v}" for k, v in job.unit.settings) or "-" for job in jobs],
+            "form": ["strict" if job.unit.strict else "published" for job in jobs],
+            "start": [job.unit.start for job in jobs],
+            "seeds": [len(job.unit.seeds) for job in jobs],
+            "time": ["there" if done else duration(pace * job.work) for job, done in zip(jobs, there)],
+            "memory": [f"{job.bytes / 2**30:.1f} GiB" for job in jobs],
+        }
+    )
+    left = [pace * job.work for job, done in zip(jobs, there) if not done]
+    most = max((job.bytes for job in jobs), default=0) * workers / 2**30
+    known = "measured units of this folder" if store is not None and store.records() else "another machine's pace"
+    total = duration(WARM + max(sum(left) / workers, max(left))) if left else "nothing left to do"
+    return (
+        f"{table.to_string(index=False)}\n\n{len(jobs)} units, {sum(there)} of them there; with {workers} at a time "
+        f"about {total} (from {known}) and up to {most:.1f} GiB"
+    )

@@ -1,0 +1,219 @@
+"""Finished units on disk: one file each, whole or not there, that reads back as the same bits."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import numpy as np
+import pandas as pd
+from filelock import FileLock, Timeout
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+PACKAGE = Path(__file__).resolve().parents[1]
+NO_NUMBER_DEPENDS_ON = ("cli.py", "__main__.py", "pl", "benchmark/_report.py")
+
+
+# --- what a unit's numbers depend on -------------------------------------------------------------------------------
+@lru_cache(maxsize=1)
+def code_hash() -> str:
+    """Return a hash of the package's sources, but for those that only draw and print."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        inside = path.relative_to(PACKAGE).as_posix()
+        if not inside.startswith(NO_NUMBER_DEPENDS_ON):
+            digest.update(f"{inside}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:32]
+
+
+@lru_cache(maxsize=1)
+def versions() -> dict[str, str]:
+    """Return the versions of sctraj and of the libraries that its numbers come from."""
+    import ot
+    import sklearn
+    import torch
+
+    from .. import __version__
+
+    used = {"torch": torch, "numpy": np, "POT": ot, "scikit-learn": sklearn}
+    return {"sctraj": __version__} | {name: str(module.__version__) for name, module in used.items()}
+
+
+def fingerprint(adata: AnnData, *, time_key: str, use_rep: str, labels: str | None = None) -> str:
+    """Return a hash of all that is read from cells: names, times, representation, expression, labels.
+
+    Raises
+    ------
+    KeyError, ValueError
+        As `_adata.read_snapshots`, so that data that cannot be used are refused before anything is computed.
+    """
+    from .. import _adata
+
+    digest = hashlib.sha256(_adata.read_snapshots(adata, time_key, use_rep, least=3).fingerprint.encode())
+    if labels is not None:
+        if labels not in adata.obs:
+            there = ", ".join(map(str, adata.obs)) or "none"
+            raise KeyError(f'No column "{labels}" in adata.obs; there are: {there}. Pass one of them as labels.')
+        digest.update("\n".join(adata.obs[labels].astype(str)).encode())
+    if adata.X is not None and use_rep != "X":  # the strict form refits its components on it
+        values: Any = adata.X
+        parts = (values.indptr, values.indices, values.data) if hasattr(values, "indptr") else (np.asarray(values),)
+        for part in parts:
+            digest.update(np.ascontiguousarray(part).data)
+    return digest.hexdigest()[:32]
+
+
+def key_of(unit: Any, context: Mapping[str, Any]) -> str:
+    """Return the name under which a unit is stored: a hash of it and of everything that its numbers depend on.
+
+    Parameters
+    ----------
+    unit
+        A dataclass of numbers, text and tuples.
+    context
+        The data's fingerprint and all else that is not the unit's own: how it is judged, on what, with how many
+        threads.
+    """
+    described = {"unit": vars(unit), "context": dict(context), "versions": versions(), "code": code_hash()}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:24]
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+def write_durably(path: Path, text: str) -> None:
+    """Put a file in its place that is complete and on the disk: a kill at any moment leaves the old one or the new."""
+    part = path.with_name(f".{path.stem}.{uuid4().hex}.part")
+    try:
+        with part.open("x", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def to_text(table: pd.DataFrame, *, typed: bool = True) -> str:
+    """Write a table as csv whose header names each column's type, if asked, and whose numbers read back bit for bit."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    kinds = [_kind(table[name]) for name in table]
+    writer.writerow([f"{name}:{kind}" if typed else name for name, kind in zip(table, kinds)])
+    columns = [_written(table[name], kind) for name, kind in zip(table, kinds)]
+    writer.writerows(zip(*columns))
+    return out.getvalue()
+
+
+def from_text(text: str) -> pd.DataFrame:
+    """Read what `to_text` has written."""
+    header, *rows = csv.reader(io.StringIO(text, newline=""))
+    names, kinds = zip(*(column.rsplit(":", 1) for column in header)) if header else ((), ())
+    columns = list(zip(*rows)) if rows else [()] * len(names)
+    # by position first: two columns may have one name
+    table = pd.DataFrame({k: _read(column, kind) for k, (column, kind) in enumerate(zip(columns, kinds))})
+    table.columns = pd.Index(names, dtype=object)
+    return table
+
+
+def _kind(column: pd.Series) -> str:
+    if pd.api.types.is_bool_dtype(column.dtype):
+        return "bool"
+    if isinstance(column.dtype, np.dtype) and column.dtype.kind in "iuf":
+        return column.dtype.name
+    return "str" if all(isinstance(value, str) for value in column) else "json"
+
+
+def _written(column: pd.Series, kind: str) -> list[str]:
+    if kind == "json":
+        return [json.dumps(value, default=lambda one: one.item()) for value in column]  # numpy's own numbers
+    if kind == "str":
+        return list(column)
+    return [repr(value) for value in column.tolist()]  # Python's own numbers, whose repr reads back exactly
+
+
+def _read(values: Iterable[str], kind: str) -> Any:
+    if kind == "json":
+        return pd.Series([json.loads(value) for value in values], dtype=object)
+    if kind == "str":
+        return pd.Series(list(values), dtype=object)
+    if kind == "bool":
+        return np.array([value == "True" for value in values], dtype=bool)
+    number = float if kind.startswith("float") else int
+    return np.array([number(value) for value in values], dtype=kind)
+
+
+class Store:
+    """A folder of finished units.
+
+    ``units/KEY.csv`` holds a unit's rows, ``units/KEY.json`` what it was and what it took, ``failed/KEY.json`` the
+    error of one that failed, which the next run tries again, and ``claims/KEY.lock`` is locked by the run that has it
+    in hand.
+
+    Parameters
+    ----------
+    folder
+        Where; made where it is not there.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        for name in ("units", "failed", "claims"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+
+    def _at(self, kind: str, key: str, suffix: str) -> Path:
+        return self.folder / kind / f"{key}{suffix}"
+
+    def has(self, key: str) -> bool:
+        """Whether a unit is finished."""
+        return self._at("units", key, ".csv").is_file()
+
+    def claim(self, key: str) -> FileLock | None:
+        """Return the lock of a unit, to be released once it is stored, or None if another run has it in hand.
+
+        The system lets go of it when the process ends, however it ends.
+        """
+        lock = FileLock(self._at("claims", key, ".lock"), thread_local=False)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return None
+        return lock
+
+    def write(self, key: str, table: pd.DataFrame, record: Mapping[str, Any]) -> None:
+        """Store a unit whose claim the caller holds."""
+        write_durably(self._at("units", key, ".json"), json.dumps(dict(record), indent=1))
+        write_durably(self._at("units", key, ".csv"), to_text(table))  # the last: it says that the unit is finished
+        self._at("failed", key, ".json").unlink(missing_ok=True)
+
+    def read(self, key: str) -> pd.DataFrame:
+        """Return a finished unit's rows."""
+        return from_text(self._at("units", key, ".csv").read_text(encoding="utf-8"))
+
+    def fail(self, key: str, record: Mapping[str, Any]) -> None:
+        """Record the error of a unit whose claim the caller holds."""
+        write_durably(self._at("failed", key, ".json"), json.dumps(dict(record), indent=1))
+
+    def failure(self, key: str) -> dict[str, Any] | None:
+        """Return what was recorded of a unit that failed, or None."""
+        path = self._at("failed", key, ".json")
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return what is recorded of every finished unit, of earlier code and data too."""
+        found = sorted((self.folder / "units").glob("*.json"))
+        return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+
+    def sweep(self, key: str) -> None:
+        """Remove what a killed run left half-written of a unit whose claim the caller holds."""
+        for kind in ("units", "failed"):
+            for path in (self.folder / kind).glob(f".{key}.*.part"):
+                path.unlink(missing_ok=True)

@@ -1,0 +1,298 @@
+"""How sure a benchmark's numbers are: intervals of means, of differences between methods, and of skill.
+
+Two things vary: the seed of a fit, and which cells were sampled. Held-out times are those of the data; an interval
+speaks of them, not of other times.
+
+Seeds
+    The variance between the seeds' means, over their number.
+Cells
+    The variance over half-samples: half of the held-out and half of the restored cells, drawn without replacement, the
+    same ones for all methods and seeds. For a mean over n cells, the variance of such halves about the whole is that of
+    the mean itself, ``s^2/m (1 - m/n) = s^2/n`` at ``m = n/2``, so that nothing needs rescaling (Shao & Wu 1989).
+    Drawing n with replacement, the naive bootstrap, fails here: cells drawn twice are pairs at distance zero, which
+    pulls the U-statistics (energy, mmd) below their expectation, and it takes W1 from the empirical measure, not from
+    the law, which in many dimensions is a bias larger than the spread that is looked for. A half-sample has no cell
+    twice: U-statistics stay unbiased; W1 is larger between fewer cells, by a bias that is the same for all half-samples
+    and cancels, since only their spread about their own mean counts, which by the central limit theorem of W1 about its
+    expectation falls as n^(-1/2) in any dimension (del Barrio & Loubes 2019). Where two laws are all but the same, the
+    U-statistics are degenerate and halves vary too much (by up to the root of 3): the interval is then too wide, never
+    too narrow. What it covers is the distance expected between as many cells as there are; of W1 that is larger than
+    the distance of the laws.
+
+What half-samples leave out is the fit itself: methods are not trained anew on fewer cells.
+
+Both parts are added up, and the interval is Student's, with degrees of freedom after Welch & Satterthwaite: with two
+seeds it is wide. Without half-samples there is no interval; the baselines', which have no seeds, would have no width.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import stats
+
+from ..flow.hold_out import BASELINES, NOISE_REFERENCE
+
+LEVEL = 0.95
+POINT = -1
+GROUP = ["data", "task", "strict", "start", "space", "metric"]
+SUMMARY = [
+    *GROUP, "method", "mean", "sd", "low", "high", "skill", "skill_low", "skill_high", "rank", "n_held_out", "n_seeds",
+    "n_bootstraps",
+]  # fmt: skip
+PAIRED = [*GROUP, "method", "other", "difference", "low", "high", "n_held_out", "n_seeds", "n_bootstraps"]
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Average a benchmark's table, with intervals, skill and, where there are intervals, ranks.
+
+    Parameters
+    ----------
+    table
+        Rows of `evaluate`, of any number of units.
+
+    Returns
+    -------
+    One row per data set, task, ``strict``, start, space, metric and method: ``mean`` over held-out snapshots, then
+    seeds; ``sd`` between seeds; ``low`` and ``high``, the 95 % interval of the mean; ``skill``, (best baseline -
+    method) / (best baseline - noise reference), 1 where nothing but noise is left and 0 where no better than the
+    baseline that is best on average, with ``skill_low`` and ``skill_high``; nan where there is no best baseline
+    clearly above the noise reference. ``rank`` is one more than the number of methods that are better beyond chance,
+    the intervals of all paired differences of a row's group holding at once (Bonferroni): methods that cannot be told
+    apart share a rank. The noise reference has none. Without half-samples intervals, skill's intervals and ranks are
+    nan.
+
+    Skill and ranks of ``variance_ratio`` are those of the absolute value of its logarithm, 0 being right.
+    """
+    rows = []
+    for group, values in _groups(table):
+        base = _best_baseline(values)
+        noise = values[NOISE_REFERENCE].loss if NOISE_REFERENCE in values else None
+        ranks = _ranks(values)
+        for name, one in values.items():
+            mean, low, high = one.raw.interval()
+            found = {"mean": mean, "sd": one.raw.sd, "low": low, "high": high, "rank": ranks.get(name, np.nan)}
+            found |= dict(zip(("skill", "skill_low", "skill_high"), _skill(one.loss, base, noise)))
+            rows.append(group | {"method": name} | found | one.raw.sizes)
+    return pd.DataFrame(rows, columns=SUMMARY)
+
+
+def paired(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
+    """Compare methods two by two on the same folds, seeds and half-samples.
+
+    Parameters
+    ----------
+    table
+        Rows of `evaluate`, of any number of units.
+    metric
+        Of ``table["metric"]``.
+
+    Returns
+    -------
+    One row per data set, task, ``strict``, start, space and pair of methods: ``difference``, ``method`` less
+    ``other``, below zero where ``method`` is better, with its 95 % interval ``low`` to ``high``. Of
+    ``variance_ratio`` it is the difference between absolute logarithms. Each interval holds for itself; of twenty one
+    fails to cover.
+
+    Raises
+    ------
+    ValueError
+        If the table has no such metric.
+    """
+    there = list(table["metric"].unique())
+    if metric not in there:
+        raise ValueError(f"expected a metric of {', '.join(there)}, found {metric!r}")
+    rows = []
+    for group, values in _groups(table[table["metric"] == metric]):
+        for (name, one), (other, two) in itertools.combinations(values.items(), 2):
+            difference = one.loss.less(two.loss)
+            if difference is None:  # no fold and seed in common
+                continue
+            mean, low, high = difference.interval()
+            found = {"method": name, "other": other, "difference": mean, "low": low, "high": high}
+            rows.append(group | found | difference.sizes)
+    return pd.DataFrame(rows, columns=PAIRED)
+
+
+# --- one method's numbers in one group
+@dataclass(frozen=True)
+class _Values:
+    """Held-out snapshots x seeds x half-samples, the first of which is the estimate from all cells.
+
+    Attributes
+    ----------
+    values
+        ``(F, S, 1 + B)``.
+    folds, seeds, halves
+        What the axes stand for; ``halves`` without the first.
+    """
+
+    values: NDArray[np.float64]
+    folds: tuple[Hashable, ...]
+    seeds: tuple[Hashable, ...]
+    halves: tuple[Hashable, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over held-out snapshots, then seeds."""
+        return float(self.by_seed.mean())
+
+    @property
+    def by_seed(self) -> NDArray[np.float64]:
+        """Mean over held-out snapshots, ``(S,)``."""
+        return self.values[:, :, 0].mean(axis=0)
+
+    @property
+    def by_half(self) -> NDArray[np.float64]:
+        """Deviation of each half-sample from the mean half-sample, ``(B,)``; the bias of fewer cells is gone."""
+        halves = self.values[:, :, 1:].mean(axis=(0, 1))
+        return halves - halves.mean() if len(halves) else halves
+
+    @property
+    def sd(self) -> float:
+        """Between seeds; nan of one."""
+        return float(self.by_seed.std(ddof=1)) if len(self.seeds) > 1 else float("nan")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Numbers of held-out snapshots, seeds and half-samples."""
+        return {"n_held_out": len(self.folds), "n_seeds": len(self.seeds), "n_bootstraps": len(self.halves)}
+
+    def interval(self, level: float = LEVEL) -> tuple[float, float, float]:
+        """Return the mean and its interval."""
+        return _interval(self.mean, self.by_seed, self.by_half, level)
+
+    def less(self, other: _Values) -> _Values | None:
+        """Return the difference to another method where both have numbers; None where they have nowhere."""
+        two = self.matched(other)
+        return None if two is None else _Values(two[0].values - two[1].values, *two[0].axes)
+
+    def matched(self, *others: _Values) -> tuple[_Values, ...] | None:
+        """Return the methods where all have numbers; None where they have nowhere."""
+        every = (self, *others)
+        axes = [
+            tuple(sorted(set(one).intersection(*rest), key=list(one).index))
+            for one, *rest in zip(*(v.axes for v in every))
+        ]
+        if not axes[0] or not axes[1]:
+            return None
+        cut = []
+        for v in every:
+            folds, seeds, halves = ([one.index(a) for a in axis] for one, axis in zip(v.axes, axes))
+            values = v.values[np.ix_(folds, seeds, [0, *(1 + h for h in halves)])]
+            cut.append(_Values(values, *axes))
+        return tuple(cut)
+
+    @property
+    def axes(self) -> tuple[tuple[Hashable, ...], ...]:
+        """Folds, seeds and half-samples."""
+        return self.folds, self.seeds, self.halves
+
+
+@dataclass(frozen=True)
+class _Method:
+    """As measured, and as a loss: the less the better."""
+
+    raw: _Values
+    loss: _Values
+
+
+def _interval(
+    mean: float, by_seed: NDArray[np.float64], by_half: NDArray[np.float64], level: float = LEVEL
+) -> tuple[float, float, float]:
+    """Return the mean with Student's interval of what varies between seeds and between half-samples."""
+    if len(by_half) < 2:
+        return mean, float("nan"), float("nan")
+    parts = [(float(by_half.var(ddof=1)), len(by_half) - 1)]
+    if len(by_seed) > 1:
+        parts.append((float(by_seed.var(ddof=1)) / len(by_seed), len(by_seed) - 1))
+    variance = sum(v for v, _ in parts)
+    if variance == 0:
+        return mean, mean, mean
+    freedom = variance**2 / sum(v**2 / df for v, df in parts)  # Welch & Satterthwaite
+    margin = float(stats.t.ppf((1 + level) / 2, freedom)) * variance**0.5
+    return mean, mean - margin, mean + margin
+
+
+def _groups(table: pd.DataFrame) -> Iterator[tuple[dict[str, object], dict[str, _Method]]]:
+    """Yield each group's columns and its methods' numbers; baselines, which know no start, stand in every one."""
+    where = [c for c in GROUP if c != "start"]
+    for key, rows in table.groupby(where, sort=False):
+        references = rows[rows["method"].isin([*BASELINES, NOISE_REFERENCE])]
+        for start, own in rows.groupby("start", sort=False):
+            elsewhere = references[~references["method"].isin(own["method"].unique())]
+            first = elsewhere.groupby("method")["start"].transform("first")
+            every = pd.concat([own, elsewhere[elsewhere["start"] == first]])
+            group = dict(zip(where, key)) | {"start": start}
+            metric = str(group["metric"])
+            found = {str(name): _read(part, metric) for name, part in every.groupby("method", sort=False)}
+            yield {c: group[c] for c in GROUP}, found
+
+
+def _read(rows: pd.DataFrame, metric: str) -> _Method:
+    """Arrange one method's rows; a time that is held out in several folds counts once for each."""
+    same = ["held_out", "seed", "bootstrap"]
+    rows = rows.assign(fold=list(zip(rows["held_out"], rows.groupby(same).cumcount())))
+    wide = rows.pivot(index=["fold", "seed"], columns="bootstrap", values="value").sort_index()
+    folds, seeds = (tuple(wide.index.get_level_values(n).unique()) for n in range(2))
+    complete = pd.MultiIndex.from_product([folds, seeds])
+    if POINT not in wide.columns or len(wide) < len(complete):
+        raise ValueError(
+            f"expected every held-out snapshot with every seed, found {len(wide)} of {len(complete)} of "
+            f"{rows['method'].iloc[0]}; evaluate the whole unit"
+        )
+    halves = tuple(int(b) for b in wide.columns if b != POINT and not wide[b].isna().any())
+    values = wide.loc[complete, [POINT, *halves]].to_numpy().reshape(len(folds), len(seeds), -1)
+    raw = _Values(values, folds, seeds, halves)
+    loss = np.abs(np.log(values)) if metric == "variance_ratio" else values
+    return _Method(raw, _Values(loss, *raw.axes))
+
+
+# --- skill and ranks
+def _best_baseline(values: dict[str, _Method]) -> _Values | None:
+    there = [values[name].loss for name in BASELINES if name in values]
+    return min(there, key=lambda v: v.mean, default=None)
+
+
+def _skill(method: _Values, base: _Values | None, noise: _Values | None) -> tuple[float, float, float]:
+    """Return (base - method) / (base - noise), and its interval by the delta method."""
+    nan = float("nan")
+    matched = None if base is None or noise is None else method.matched(base, noise)
+    if matched is None:
+        return nan, nan, nan
+    method, base, noise = matched
+    possible = base.less(noise)
+    assert possible is not None  # matched
+    room, low, _ = possible.interval()
+    if not room > 0 or low <= 0:  # nan, without half-samples, is no objection
+        return nan, nan, nan
+    skill = (base.mean - method.mean) / room
+
+    def influence(part: str) -> NDArray[np.float64]:
+        b, m, n = (getattr(v, part) for v in (base, method, noise))
+        return ((1 - skill) * b - m + skill * n) / room  # d skill = (db - dm - skill (db - dn)) / room
+
+    return _interval(skill, influence("by_seed"), influence("by_half"))
+
+
+def _ranks(values: dict[str, _Method]) -> dict[str, float]:
+    """Return one more than the number of methods that are better beyond chance, all comparisons holding at once."""
+    names = [name for name in values if name != NOISE_REFERENCE]
+    n_pairs = max(1, len(names) * (len(names) - 1) // 2)
+    better = dict.fromkeys(names, 0)
+    unknown: set[str] = set()
+    for one, two in itertools.combinations(names, 2):
+        difference = values[one].loss.less(values[two].loss)
+        low, high = (np.nan, np.nan) if difference is None else difference.interval(1 - (1 - LEVEL) / n_pairs)[1:]
+        if np.isnan(low):
+            unknown |= {one, two}
+        better[one] += low > 0
+        better[two] += high < 0
+    if len(names) == 1 and np.isnan(values[names[0]].loss.interval()[1]):
+        unknown |= set(names)
+    return {name: np.nan if name in unknown else 1.0 + better[name] for name in names}

@@ -1,0 +1,270 @@
+"""Grids: from a file or from arguments to the same units, with errors that name what there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+
+from sctraj import datasets
+from sctraj.benchmark import Data, grid_of, make_grid, read_grid
+from sctraj.benchmark._execute import Progress, duration
+from sctraj.benchmark._grid import FAMILIES, NAMES, data_of
+from sctraj.benchmark._plan import as_text, estimate, jobs_of, workers_that_fit
+from sctraj.benchmark._store import Store
+from sctraj.datasets._courses import Family
+
+TOML = """
+data = ["cycle"]
+methods = ["ot-cfm", "sb-cfm"]
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "grid.toml"
+    path.write_text(text)
+    return path
+
+
+def test_everything_is_multiplied_out_in_one_order(tmp_path):
+    path = written(
+        tmp_path,
+        """
+        tasks = ["leave-one-out", "extrapolation"]
+        methods = ["ot-cfm", "sb-cfm"]
+        seeds = [3, 1]
+        strict = [false, true]
+        starts = ["both", "before"]
+        references = false
+        bootstraps = 3
+        threads = 2
+        [settings]
+        n_steps = [10, 20]
+        [settings.sb-cfm]
+        sigma = 1.0
+        n_steps = 5
+        [[data]]
+        source = "branching"
+        n_cells = 100
+        times = [0, 1, 2]
+        [[data]]
+        source = "cells.h5ad"
+        name = "mine"
+        time_key = "day"
+        use_rep = "X_umap"
+        labels = "kind"
+        n_dims = 0
+        times = { D0 = 0, "D1.5" = 1.5 }
+        """,
+    )
+    grid = read_grid(path)
+    assert grid == read_grid(path)
+    first, second = grid.data
+    assert first == Data("branching", "branching", (("n_cells", 100), ("times", (0, 1, 2))))
+    assert second == Data(
+        "mine", str(tmp_path / "cells.h5ad"), (), "day", "X_umap", "kind", 0, (("D0", 0.0), ("D1.5", 1.5))
+    )
+    assert (grid.bootstraps, grid.threads) == (3, 2)
+    # per data set and form: two starts of leave-one-out, and of these the one that extrapolation can have
+    assert len(grid.units) == len(set(grid.units)) == 2 * 2 * (2 + 1) * (2 + 1)
+    assert {unit.start for unit in grid.units if unit.task == "extrapolation"} == {"before"}
+    assert {unit.seeds for unit in grid.units} == {(3, 1)}
+    assert {unit.settings for unit in grid.units if unit.method == "ot-cfm"} == {(("n_steps", 10),), (("n_steps", 20),)}
+    assert {unit.settings for unit in grid.units if unit.method == "sb-cfm"} == {(("n_steps", 5), ("sigma", 1.0))}
+    assert [unit.data for unit in grid.units] == sorted(unit.data for unit in grid.units)
+
+
+def test_arguments_and_a_file_make_the_same_grid(tmp_path):
+    made = make_grid([Data("cycle", "cycle")], tasks=["leave-one-out"], methods=["ot-cfm", "sb-cfm"])
+    assert read_grid(written(tmp_path, TOML)) == made
+    assert grid_of(Data("cycle", "cycle"), methods=["ot-cfm", "sb-cfm"]) == made
+    both = grid_of(Data("cycle", "cycle"), methods=["ot-cfm"], strict=True)
+    assert {unit.strict for unit in both.units} == {False, True}
+
+
+def test_references_come_along_where_they_exist():
+    made = make_grid([Data("cycle", "cycle")], tasks=["leave-one-out", "extrapolation"], methods=["ot-cfm", "previous"])
+    found = {
+        task: [unit.method for unit in made.units if unit.task == task] for task in ("leave-one-out", "extrapolation")
+    }
+    assert found["leave-one-out"] == ["ot-cfm", "previous", "next", "ot-interpolation", "noise-reference"]
+    assert found["extrapolation"] == ["ot-cfm", "previous", "ot-interpolation", "noise-reference"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("method = ['ot-cfm']\n", r'no key "method" in .*grid\.toml; there are: data, tasks, methods.*mean methods'),
+        ("tasks = ['leave-one-in']\n", r'no task "leave-one-in"; there are: leave-one-out, .*mean leave-one-out'),
+        ("starts = ['after']\n", 'no start "after"; there are: both, before, first'),
+        ("starts = []\n", "at least one start"),
+        ("seeds = 0\n", "at least one data set and one seed"),
+        ("seeds = [1, 1]\n", "distinct seeds"),
+        ("seeds = true\n", "another type of value for seeds"),
+        ("strict = 'yes'\n", "another type of value for strict"),
+        ("[settings]\nn_step = 3\n", r'no setting "n_step"; there are: .*mean n_steps'),
+        ("[settings]\nn_steps = []\n", "for n_steps, found"),
+        ("[settings.uot-cfm]\nn_steps = 3\n", 'no method "uot-cfm"; there are: ot-cfm, sb-cfm'),
+        ("seeds = \n", "expected TOML"),
+    ],
+)
+def test_what_cannot_be_understood_is_an_error_that_names_what_can(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_grid(written(tmp_path, f"{TOML}{text}"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data = ['cycle']\n", "expected methods in"),
+        ("methods = ['ot-cfm']\n", "expected data in"),
+        ("data = ['cycle']\nmethods = ['ot-cfn']\n", r'no method "ot-cfn"; there are: uot-cfm, .*mean ot-cfm'),
+        ("data = ['cycle']\nmethods = ['no_such.module:f']\n", "that can be imported"),
+        ("data = ['cycle', 'cycle']\nmethods = ['ot-cfm']\n", "distinct names of data sets"),
+        ("data = ['cite-seq']\nmethods = ['ot-cfm']\n", 'no data set "cite-seq".*there are: branching, .*multiome'),
+        ("methods = ['ot-cfm']\n[[data]]\nname = 'x'\n", "with a source"),
+        ("methods = ['ot-cfm']\n[[data]]\nsource = 'cycle'\nn_cell = 5\n", 'no key of a data set "n_cell".*n_cells'),
+        ("methods = ['ot-cfm']\n[[data]]\nsource = 'cite'\nn_cells = 5\n", 'no key of a data set "n_cells" for cite'),
+    ],
+)
+def test_so_are_data_and_methods(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_grid(written(tmp_path, text))
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="found nothing"):
+        read_grid(tmp_path / "no.toml")
+    with pytest.raises(FileNotFoundError, match="found nothing"):
+        data_of("no.h5ad", tmp_path).load()
+
+
+def test_names_of_data_sets_are_those_of_the_package():
+    assert get_args(Family) == FAMILIES
+    for name in NAMES:
+        assert data_of(name).name == name
+    published = [name.replace("-", "_") for name in NAMES if name not in (*FAMILIES, "simulated")]
+    assert set(published) <= set(datasets.__all__)
+
+
+def test_cells_are_read_as_described(tmp_path):
+    adata = datasets.simulated_course("cycle", 60, times=(0, 1, 3))
+    adata.obs["day"] = [f"D{t:g}" for t in adata.obs["time"]]
+    adata.obsm["X_other"] = adata.obsm["X_pca"]
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    told = {"source": "cells.h5ad", "time_key": "day", "times": {"D0": 0, "D1": 1, "D3": 3}}
+    np.testing.assert_array_equal(data_of(told, tmp_path).load().obs["day"], adata.obs["time"])
+    np.testing.assert_array_equal(
+        np.unique(data_of(told | {"index_clock": True}, tmp_path).load().obs["day"]), [0, 1, 2]
+    )
+    with pytest.raises(ValueError, match="found none for D3"):
+        data_of(told | {"times": {"D0": 0, "D1": 1}}, tmp_path).load()
+    with pytest.raises(KeyError, match="there are: time"):
+        data_of(told | {"time_key": "when"}, tmp_path).load()
+    table = pd.DataFrame(adata.obsm["X_pca"], columns=[f"PC{k}" for k in range(5)]).assign(
+        hour=adata.obs["time"].to_numpy()
+    )
+    table.to_csv(tmp_path / "cells.csv", index=False)
+    read = data_of({"source": "cells.csv", "time_key": "hour", "use_rep": "PC"}, tmp_path).load()
+    np.testing.assert_allclose(read.obsm["PC"], adata.obsm["X_pca"], rtol=1e-6)
+    np.testing.assert_array_equal(read.obs["hour"], adata.obs["time"])
+
+
+def test_the_recipe_as_representation_is_the_strict_forms_common_space(cells):
+    from sctraj.benchmark._evaluate import read_course
+
+    data = Data("x", "simulated", use_rep="recipe", n_dims=4)
+    ready = data.ready(cells)
+    assert "recipe" not in cells.obsm
+    published = read_course(ready, "time", "recipe", 4, None, strict=False)
+    strict = read_course(cells, "time", "X_pca", 4, None, strict=True)
+    np.testing.assert_allclose(published.points, strict.points, atol=1e-5)
+    assert Data("x", "simulated").ready(cells) is cells
+    with pytest.raises(ValueError, match="n_dims"):
+        Data("x", "simulated", use_rep="recipe", n_dims=0).ready(cells)
+
+
+# --- the plan ------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def planned() -> tuple[list, dict[str, ad.AnnData]]:
+    data = Data("cycle", "cycle", (("n_cells", 90),))
+    cells = {"cycle": data.load()}
+    return jobs_of(make_grid([data], tasks=["leave-one-out"], methods=["ot-cfm"], seeds=2), cells), cells
+
+
+def test_keys_do_not_depend_on_the_run_and_change_with_the_data(planned):
+    jobs, cells = planned
+    assert len({job.key for job in jobs}) == len(jobs) == 5
+    data = Data("cycle", "cycle", (("n_cells", 90),))
+    grid = make_grid([data], tasks=["leave-one-out"], methods=["ot-cfm"], seeds=2)
+    assert [job.key for job in jobs_of(grid, cells)] == [job.key for job in jobs]
+    cells["cycle"].obsm["X_pca"][0, 0] += 1
+    assert {job.key for job in jobs_of(grid, cells)}.isdisjoint(job.key for job in jobs)
+    threads = make_grid([data], tasks=["leave-one-out"], methods=["ot-cfm"], seeds=2, threads=2)
+    assert {job.key for job in jobs_of(threads, cells)}.isdisjoint(job.key for job in jobs_of(grid, cells))
+
+
+def test_a_task_that_a_course_is_too_short_for_is_refused_before_anything_runs(planned):
+    data = Data("cycle", "cycle", (("n_cells", 30), ("times", (0, 1, 2))))
+    grid = make_grid([data], tasks=["leave-two-out"], methods=["ot-cfm"])
+    with pytest.raises(ValueError, match="at least 4 snapshots"):
+        jobs_of(grid, {"cycle": data.load()})
+
+
+def test_estimates_grow_with_what_is_asked_for(planned):
+    jobs, cells = planned
+    unit = jobs[0].unit
+    few, small = estimate(unit, cells["cycle"], "time", n_dims=5)
+    many, _ = estimate(type(unit)(**{**vars(unit), "seeds": tuple(range(20))}), cells["cycle"], "time", n_dims=5)
+    _, large = estimate(unit, datasets.simulated_course("cycle", 9000), "time", n_dims=5)
+    assert many > 3 * few
+    assert large > small + 8 * 1500**2
+
+
+def test_the_plan_learns_from_what_the_folder_holds(planned, tmp_path):
+    jobs, _ = planned
+    store = Store(tmp_path)
+    assert "another machine's pace" in as_text(jobs, None, 2)
+    store.write(jobs[0].key, pd.DataFrame({"value": [1.0]}), {"seconds": 1000 * jobs[0].work, "planned": jobs[0].work})
+    text = as_text(jobs, store, 1)
+    assert "measured units of this folder" in text
+    assert "5 units, 1 of them there" in text
+    lines = text.splitlines()
+    assert "there" in lines[1]
+    assert "min" in lines[2]
+
+
+def test_as_many_workers_as_asked_or_as_fit(planned, monkeypatch):
+    jobs, _ = planned
+    assert workers_that_fit(jobs, 7, "cpu") == 7
+    monkeypatch.setattr("sctraj._adata.available_memory", lambda: 1)
+    assert workers_that_fit(jobs, None, "cpu") == 1
+    with pytest.raises(ValueError, match="at least one"):
+        workers_that_fit(jobs, 0, "cpu")
+
+
+def test_time_left_is_unknown_until_a_unit_has_shown_its_pace(planned):
+    jobs, _ = planned
+    lines: list[str] = []
+    progress = Progress(jobs, lines.append)
+    progress.finished(jobs[1], None, {}, 2)  # was there, or failed: says nothing about the pace
+    assert "time left: unknown" in lines[-1]
+    progress.finished(jobs[0], 10 * jobs[0].work, {}, 1)
+    left = 10 * sum(job.work for job in jobs[2:])
+    assert progress.left({}, 1) == pytest.approx(left)
+    assert f"time left: about {duration(left)}" in lines[-1]
+    assert progress.left({}, 100) == pytest.approx(
+        10 * max(job.work for job in jobs[2:])
+    )  # the longest is still to come
+    assert progress.left({jobs[2].key: 10 * jobs[2].work}, 1) == pytest.approx(left - 10 * jobs[2].work)
+    for job in jobs[2:]:
+        progress.finished(job, 1.0, {}, 1)
+    assert lines[-1] == "5 of 5 units, 100% of the planned work"
+
+
+def test_lengths_of_time_are_for_people():
+    assert [duration(s) for s in (0.1, 59, 90, 5400, 200000)] == ["1 s", "59 s", "1.5 min", "1.5 h", "2.3 d"]
