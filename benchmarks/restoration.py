@@ -2,6 +2,7 @@
 
 python benchmarks/restoration.py --quick                     # 20 s: one small data set, from which nothing follows
 python benchmarks/restoration.py --jobs 2 --output all.csv   # the tables of docs/benchmarks.md
+python benchmarks/restoration.py --read all.csv              # these tables once more
 
 Beside the default stand baselines, two halves of the truth, an interpolation that was shrunk (a measure by which that
 gains cannot be trusted), the default's ingredients one by one, and neural fields. Simulated data sets are drawn anew
@@ -189,10 +190,11 @@ def averages(frame: pd.DataFrame) -> str:
     return table(["", "energy", "energy, unweighted", "MMD^2", "W1", "V"], rows)
 
 
-def energies(frame: pd.DataFrame) -> pd.DataFrame:
-    """Mean energy distance, data sets x methods."""
+def energies(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Mean energy distance, data sets x methods, and its sd over seeds."""
     by_seed = frame.groupby(["data", "method", "seed"], sort=False)["energy"].mean()
-    return by_seed.groupby(["data", "method"], sort=False).mean().unstack()[list(frame["method"].unique())]
+    grouped, methods = by_seed.groupby(["data", "method"], sort=False), list(frame["method"].unique())
+    return grouped.mean().unstack()[methods], grouped.std().unstack()[methods]
 
 
 def differences(frame: pd.DataFrame, name: str, other: str) -> np.ndarray:
@@ -224,12 +226,14 @@ def paired(frame: pd.DataFrame) -> str:
 def report(frame: pd.DataFrame) -> None:
     for name, own in frame.groupby("data", sort=False):
         print(f"### {name}\n\n{averages(own)}")
-    mean = energies(frame)
-    ablation = mean[[NOISE_REFERENCE, INTERPOLATION, PUBLISHED, *STEPS, NETWORK, DEFAULT]].rename(
-        columns={DEFAULT: f"+ slow clock = {DEFAULT}"}
-    )
+    mean, sd = energies(frame)
+    columns = [NOISE_REFERENCE, INTERPOLATION, PUBLISHED, *STEPS, NETWORK, DEFAULT]
+    rows = []
+    for name in mean.index:
+        spread = ["" if np.isnan(s) else f" ({shown(s, 3)})" for s in sd.loc[name, columns]]
+        rows.append([name, *(shown(v, 3) + s for v, s in zip(mean.loc[name, columns], spread))])
     print("### One ingredient at a time: energy distance\n")
-    print(table(["", *ablation.columns], [[n, *(shown(v, 3) for v in row)] for n, *row in ablation.itertuples()]))
+    print(table(["", *columns[:-1], f"+ slow clock = {DEFAULT}"], rows))
     print("### The default against interpolation and OT-CFM as published\n")
     print(
         "Mean difference of the energy distance, below zero where the default is nearer to the truth, with a 95 % "
@@ -270,8 +274,13 @@ def main() -> None:
     parser.add_argument("--real", type=Path, default=beside, help="folder of the real data")
     parser.add_argument("--jobs", type=int, default=1, help="data sets at once, a thread each")
     parser.add_argument("--output", type=Path, help="csv of all held-out snapshots")
+    parser.add_argument("--read", type=Path, help="csv of an earlier run, to print its tables alone")
     args = parser.parse_args()
     logging.getLogger("sctraj").setLevel(logging.WARNING)
+    if args.read:
+        frame = pd.read_csv(args.read)
+        report(frame[frame["data"].isin(args.data)])
+        return
 
     defaults = {name: p.default for name, p in inspect.signature(tl.leave_one_out).parameters.items()}
     training = Training(**{f.name: defaults[f.name] for f in fields(Training)})
