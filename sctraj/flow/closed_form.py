@@ -25,6 +25,7 @@ from .vector_field import FieldSample, VectorField, scaling
 NEIGHBOURS = 5  # the bandwidth is the distance to the path point that is so near
 FLOOR = 0.05  # least bandwidth, as a fraction of the interval's rms displacement
 TILE = 2**22  # queries times pairs met at once
+BLOCK = 64  # pairs among which the least distance is found first
 _Record = TypeVar("_Record")
 KINDS = {kind.__name__: kind for kind in (Straight, Hermite, BrownianBridge, Trigonometric, MetricPath)}
 
@@ -198,25 +199,41 @@ def _evaluate(part: _Member, t: float, x: Tensor) -> tuple[Tensor, Tensor, Tenso
     mean, mean_rate, log_mass = at.mean, at.mean_rate, mass.clamp(min=1e-30).log()
     squares = mean.square().sum(1)
     values = torch.cat([mean, mean_rate, rate[:, None]], 1).to(x)  # (n_pairs, 2 d + 1)
-    d = mean.shape[1]
+    # by a multiple of 16 columns a CPU multiplies up to five times faster
+    d, values = mean.shape[1], torch.nn.functional.pad(values, (0, -values.shape[1] % 16))
     results = []
     for points in (x - part.origin).split(max(1, TILE // len(mass))):
-        distance2 = (points.square().sum(1)[:, None] + squares - 2 * points @ mean.T).clamp_(min=0)  # (tile, n_pairs)
+        distance2 = torch.addmm(squares, points, mean.T, alpha=-2)  # (tile, n_pairs)
+        distance2.add_(points.square().sum(1, keepdim=True)).clamp_(min=0)
         if _local(path):
-            nearest = distance2.topk(min(NEIGHBOURS, len(mass)), largest=False).values[:, -1:]
-            width2 = nearest.clamp(min=max(strand.floor, path.sigma / 10) ** 2)
+            width2 = _nearest(distance2, NEIGHBOURS).clamp(min=max(strand.floor, path.sigma / 10) ** 2)
         else:
             width2 = at.std.square().expand(len(points), 1)
-        weight = torch.softmax(log_mass - distance2 / (2 * width2), 1)
+        weight = torch.softmax(distance2.div_(-2 * width2).add_(log_mass), 1)
         average = weight @ values
         pull = average[:, :d] - points
         velocity = average[:, d : 2 * d]
         if not _local(path):
             # u_p(t, x) = mean_p' + std' / std (x - mean_p) (Tong et al. 2023, theorem 2.1)
             velocity = velocity - at.std_rate / at.std * pull
-        results.append((velocity, pull / width2, average[:, 2 * d :]))
+        results.append((velocity, pull / width2, average[:, 2 * d : 2 * d + 1]))
     velocity, score, growth = (torch.cat(column) for column in zip(*results))
     return velocity, score, growth
+
+
+def _nearest(distance2: Tensor, k: int) -> Tensor:
+    """Return the ``k``-th smallest entry of every row, the last one's where there are fewer: ``(n, 1)``.
+
+    The ``k`` smallest are in the ``k`` blocks of columns whose own smallest are least, so only these are searched.
+    """
+    m = distance2.shape[1]
+    whole = m // BLOCK * BLOCK
+    if whole <= k * BLOCK:
+        return distance2.topk(min(k, m), largest=False).values[:, -1:]
+    blocks = distance2[:, :whole].unflatten(1, (-1, BLOCK))
+    best = blocks.amin(2).topk(k, largest=False).indices
+    near = blocks.gather(1, best[:, :, None].expand(-1, -1, BLOCK)).flatten(1)
+    return torch.cat([near, distance2[:, whole:]], 1).topk(k, largest=False).values[:, -1:]
 
 
 def _local(path: ProbabilityPath) -> bool:

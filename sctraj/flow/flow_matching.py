@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from .problem import Problem
 from .snapshots import to_device
@@ -179,9 +180,7 @@ def fit(
         wanted = f"(2, {velocity_and_score + grows})" + (f", or without growth (2, {velocity_and_score})" * grows)
         raise ValueError(f"expected a module that maps (2, 1), (2, {d}) to {wanted}, found {tuple(shape[1:])}")
     weights: list[Tensor] = list(network.parameters())
-    fused = device.type in ("cpu", "cuda")
-    optimiser = torch.optim.AdamW(weights, lr=training.learning_rate, weight_decay=training.weight_decay, fused=fused)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: one_cycle(k / n_steps))
+    optimiser = _AdamW(weights, training.weight_decay)
     average = [w.detach().clone() for w in weights]
     stopping = _EarlyStopping(average, members, training.patience or n_steps, device)
 
@@ -189,9 +188,7 @@ def fit(
     for step in _steps(n_steps, members, progress=progress):
         loss = _loss(field, next(batches))  # (M,)
         loss.sum().backward()  # members share nothing: each gets the gradient of its own loss
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        schedule.step()
+        optimiser.step(training.learning_rate * one_cycle(step / n_steps))
         decay = min(training.ema_decay, (1 + step) / (10 + step))  # a short memory while the weights still travel
         torch._foreach_lerp_(average, [w.detach() for w in weights], 1 - decay)
         losses.append(loss.detach())
@@ -250,26 +247,26 @@ def _draw(
 ) -> _Batch:
     """Draw and standardise ``n_steps`` batches of every member, in the cells' own precision."""
     dtype = field.scale.dtype
-    rows = []
-    for problem, stream, shift, scale, origin, gap, std in zip(
-        problems, streams, field.shift, field.scale, field.origin, field.gap, field.std
-    ):
+
+    def row(problem: Problem, stream: torch.Generator, *scaling: Tensor) -> _Batch:
+        shift, scale, origin, gap, std = scaling
         drawn = problem.sample(n_steps, n_pairs, stream)
         sample, empty = drawn.path, drawn.path.x[..., :0]
-        with_score = sample.score is not None and problem.std > 0
+        noise = -sample.score * sample.std if sample.score is not None and problem.std > 0 else None
         # an interval's error counts by how far it displaces cells by the interval's end, a pair's by its mass
         weight = (drawn.length / gap).square().expand(n_steps, n_pairs, 1)
-        rows.append(
-            _Batch(
-                t=((sample.t - origin) / gap).to(dtype),
-                x=((sample.x - shift) / scale).to(dtype),
-                velocity=(sample.velocity * (gap / scale)).to(dtype),
-                noise=(-sample.score * sample.std if with_score else empty).to(dtype),
-                growth=(empty if drawn.growth is None else drawn.growth * gap).to(dtype),
-                weight=(weight if drawn.weight is None else weight * drawn.weight).to(dtype),
-                std=(sample.std / std if with_score else torch.zeros_like(sample.std)).to(dtype),
-            )
+        return _Batch(
+            t=((sample.t - origin) / gap).to(dtype),
+            x=((sample.x - shift) / scale).to(dtype),
+            velocity=(sample.velocity * (gap / scale)).to(dtype),
+            noise=(empty if noise is None else noise).to(dtype),
+            growth=(empty if drawn.growth is None else drawn.growth * gap).to(dtype),
+            weight=(weight if drawn.weight is None else weight * drawn.weight).to(dtype),
+            std=(torch.zeros_like(sample.std) if noise is None else sample.std / std).to(dtype),
         )
+
+    members = list(zip(problems, streams, field.shift, field.scale, field.origin, field.gap, field.std))
+    rows = [row(*member) for member in members]
     return _Batch(*(torch.stack([getattr(r, name) for r in rows], 1) for name in _Batch.__dataclass_fields__))
 
 
@@ -284,6 +281,44 @@ def _loss(field: NeuralField, batch: _Batch) -> Tensor:
     if n_growth and output.shape[-1] > d + n_score:
         loss = loss + GROWTH_WEIGHT * (batch.weight * (output[..., d + n_score :] - batch.growth).square()).mean((1, 2))
     return loss
+
+
+class _AdamW:
+    """AdamW with PyTorch's defaults (Loshchilov & Hutter 2019).
+
+    ``torch.optim.AdamW`` takes the same steps, but to make one loads the compiler, which takes longer than a short fit.
+    """
+
+    def __init__(self, weights: list[Tensor], weight_decay: float) -> None:
+        self.weights, self.weight_decay = weights, weight_decay
+        self.means = [torch.zeros_like(w) for w in weights]
+        self.squares = [torch.zeros_like(w) for w in weights]
+        device = weights[0].device
+        self.taken = [torch.zeros((), device=device) for _ in weights]
+        self.fused = device.type in ("cpu", "cuda")
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """Take a step and forget the gradients; weights without one stay."""
+        moved = [k for k, w in enumerate(self.weights) if w.grad is not None]
+        adamw(
+            [self.weights[k] for k in moved],
+            [w.grad for w in self.weights if w.grad is not None],
+            [self.means[k] for k in moved],
+            [self.squares[k] for k in moved],
+            [],
+            [self.taken[k] for k in moved],
+            fused=self.fused,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=learning_rate,
+            weight_decay=self.weight_decay,
+            eps=1e-8,
+            maximize=False,
+        )
+        for w in self.weights:
+            w.grad = None
 
 
 class _swapped:

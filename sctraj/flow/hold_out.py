@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .coupling import blocked
+from .coupling.blocked import at_once
 from .distance import (
     estimated_energy_distance,
     estimated_mmd,
@@ -20,7 +21,7 @@ from .distance import (
     variance_ratio,
 )
 from .integrate import Field, Solver, transport
-from .problem import Problem, make_problems
+from .problem import DATA_SEED, DISPLACEMENT_CELLS, Plans, Problem, make_problems
 from .snapshots import Interval, Snapshots
 
 METRICS = ("w1", "w2", "mmd", "energy", "variance_ratio")
@@ -28,6 +29,7 @@ UNWEIGHTED = ("w1", "energy")  # of these also without the restoration's own mas
 Start = Literal["both", "before"]
 BASELINES = ("previous", "next", "ot-interpolation")
 NOISE_REFERENCE = "noise-reference"
+JUDGED_ENTRIES = 2**27  # of the cost matrices of restorations judged at once, a GiB; a plan takes a few times that
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,17 @@ def hold_out_problems(
     The snapshot that each member has not seen, the problems, and those of held-back cells (see ``make_problems``).
     """
     held_out, problems, validation = [], [], []
-    for k in interior(snapshots):
+    folds = {k: snapshots.without(k) for k in interior(snapshots)}
+    plans = Plans()
+    intervals = [interval for kept in folds.values() for interval in kept.intervals()]
+    if sigma is None:
+        measured = [i for i in intervals if max(len(i.x0), len(i.x1)) <= DISPLACEMENT_CELLS]
+        plans.prepare(measured, "ot-cfm", DATA_SEED, torch.get_num_threads())
+    if not validate and method in ("ot-cfm", "uot-cfm"):
+        plans.prepare(intervals, method, DATA_SEED, torch.get_num_threads())
+    for k, kept in folds.items():
         members, held_back = make_problems(
-            snapshots.without(k), method=method, path=path, sigma=sigma, seeds=seeds, validate=validate
+            kept, method=method, path=path, sigma=sigma, seeds=seeds, validate=validate, plans=plans
         )
         held_out += [k] * len(members)
         problems += members
@@ -198,12 +208,18 @@ def judge(restoration: Restoration, observed: Tensor, *, mass: Tensor | None = N
     values["variance_ratio"] = variance_ratio(points, observed, **weights)
     errors = {"w1": plan.error, **{name: estimate.error for name, estimate in found.items()}}
     unweighted = {name: values[name] for name in UNWEIGHTED}
-    if restoration.mass is not None:
+    if restoration.mass is not None and not bool((restoration.mass == restoration.mass[0]).all()):
         unweighted = {
             "w1": estimated_wasserstein(points, observed, weights_y=mass, rng=rng).value,
             "energy": estimated_energy_distance(points, observed, weights_y=mass, rng=rng).value,
         }
     return Judgement(values, unweighted, plan.share, plan.barycentre, {k: e for k, e in errors.items() if e > 0})
+
+
+def judge_all(tasks: Sequence[tuple[Restoration, Tensor]]) -> list[Judgement]:
+    """Judge restorations, each beside its observed cells, on torch's number of threads; the number changes no bit."""
+    largest = max((len(restoration.points) * len(observed) for restoration, observed in tasks), default=1)
+    return at_once(judge, tasks, max(1, min(torch.get_num_threads(), JUDGED_ENTRIES // largest)))
 
 
 # Controls: an interpolation with variance taken away, each in its own way. None restores anything better, so a distance

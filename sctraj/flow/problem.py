@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .coupling import Coupling, GrowingPlan, SparsePlan, WeightedPairs, blocked, entropic, growing, independent
+from .coupling.blocked import BLOCK, at_once
 from .metric_path import BATCH_SIZE, LEARNING_RATE, N_STEPS, WIDTH, Metric, metric_path
 from .probability_path import BrownianBridge, Hermite, Pairs, PathSample, ProbabilityPath, Straight, Trigonometric
 from .snapshots import Interval, Snapshots
@@ -24,6 +25,7 @@ BRIDGE_FRACTION = 0.3
 HELD_BACK = 0.1  # of each snapshot's cells, where early stopping is asked for
 DISPLACEMENT_CELLS = 1000  # cells a side at most from which the displacement is estimated
 SLOW = 1 / 16  # tempo of a network's clock on a growing plan: the faster, the more of one snapshot's own it learns
+DATA_SEED = 0  # of blocks and of cells held back: what belongs to the data, whoever is trained on it
 DRAWN_PAIRS = 4  # per cell, where a coupling has too many pairs to list
 
 
@@ -77,13 +79,13 @@ class Problem:
     def pairs(self, k: int, i: Tensor, j: Tensor) -> Pairs:
         """Return pairs of interval ``k`` by their indices at both ends, ``(n,)``: their ends and velocities there."""
         interval = self.snapshots.intervals()[k]
-        x0, x1 = interval.x0[i], interval.x1[j]
+        x0, x1 = interval.x0.index_select(0, i), interval.x1.index_select(0, j)
         velocity0 = velocity1 = None
         if self.velocities:
             first, last = self.velocities[k : k + 2]
             chord = (x1 - x0) / interval.length
-            velocity0 = chord if first is None else first[i]
-            velocity1 = chord if last is None else last[j]
+            velocity0 = chord if first is None else first.index_select(0, i)
+            velocity1 = chord if last is None else last.index_select(0, j)
         return Pairs(x0, x1, interval.t0, interval.t1, velocity0, velocity1)
 
     def listed(self, k: int) -> WeightedPairs:
@@ -149,13 +151,74 @@ class Sample:
     growth: Tensor | None
 
 
-def displacement(snapshots: Snapshots) -> float:
+class Plans:
+    """Couplings solved so far, for snapshots that share intervals, as those of the folds do.
+
+    A coupling is found again where the interval, what is asked of it and the state of the random numbers are the same:
+    so the draws of blocks are those of couplings made one by one. It lives as long as its owner puts problems together.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[_Solved] = []
+
+    def couple(self, interval: Interval, path: ProbabilityPath | None, method: str, rng: torch.Generator) -> Coupling:
+        """Return what `couple` does, from those known if it is among them."""
+        what = method, path.sigma if path is not None and method == "sb-cfm" else None
+        before = rng.get_state()
+        for known in self._known:
+            if known.what == what and _same(known.interval, interval) and torch.equal(known.before, before):
+                rng.set_state(known.after)
+                return known.coupling
+        coupling = couple(interval, path, method, rng)
+        self._known.append(_Solved(interval, what, before, rng.get_state(), coupling))
+        return coupling
+
+    def prepare(self, intervals: Sequence[Interval], method: str, seed: int, n_threads: int) -> None:
+        """Solve couplings of small snapshots, to which random numbers do not matter, on several threads at once."""
+        distinct: list[Interval] = []
+        for interval in intervals:
+            small = max(len(interval.x0), len(interval.x1)) <= BLOCK
+            if small and not any(_same(interval, other) for other in distinct):
+                distinct.append(interval)
+
+        def solve(interval: Interval) -> None:
+            self.couple(interval, None, method, torch.Generator().manual_seed(seed))
+
+        at_once(solve, [(interval,) for interval in distinct], n_threads)
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """A coupling, what was asked for, and the states of the random numbers before and after."""
+
+    interval: Interval
+    what: tuple[str, float | None]
+    before: Tensor
+    after: Tensor
+    coupling: Coupling
+
+
+def _same(one: Interval, other: Interval) -> bool:
+    """Whether two intervals are between the same cells with the same masses; cells are compared by identity."""
+    if (one.t0, one.t1) != (other.t0, other.t1) or one.x0 is not other.x0 or one.x1 is not other.x1:
+        return False
+    return all(torch.equal(a, b) for a, b in ((one.mass0, other.mass0), (one.mass1, other.mass1))) and (
+        one.growth0 is other.growth0
+    )
+
+
+def displacement(snapshots: Snapshots, plans: Plans) -> float:
     """Root mean square displacement per coordinate under the exact coupling, over the kept intervals.
 
     Of snapshots with more than 1,000 cells an evenly spaced thousand stands for the whole.
     """
     squares = []
     for interval in snapshots.intervals():
+        if max(len(interval.x0), len(interval.x1)) <= DISPLACEMENT_CELLS:
+            plan = plans.couple(interval, None, "ot-cfm", torch.Generator().manual_seed(DATA_SEED))
+            assert isinstance(plan, SparsePlan)
+            squares.append(plan.cost)
+            continue
         rows, columns = (_thin(len(x), x.device) for x in (interval.x0, interval.x1))
         m0, m1 = interval.mass0[rows], interval.mass1[columns]
         thinned = replace(interval, x0=interval.x0[rows], x1=interval.x1[columns], mass0=m0, mass1=m1)
@@ -163,15 +226,15 @@ def displacement(snapshots: Snapshots) -> float:
     return math.sqrt(sum(squares) / len(squares) / snapshots.dimension)
 
 
-def default_sigma(snapshots: Snapshots, method: str) -> float:
+def default_sigma(snapshots: Snapshots, method: str, plans: Plans) -> float:
     """Return the sigma of a method where none is given, from the kept snapshots alone.
 
     A bridge's is a diffusivity, ``BRIDGE_FRACTION`` of the rms displacement per root of the mean gap; the others' is
     a length, ``STRAIGHT_FRACTION`` of the rms displacement over the mean gap.
     """
     if method == "sb-cfm":
-        return BRIDGE_FRACTION * displacement(snapshots) / math.sqrt(snapshots.mean_gap)
-    return STRAIGHT_FRACTION * displacement(snapshots)
+        return BRIDGE_FRACTION * displacement(snapshots, plans) / math.sqrt(snapshots.mean_gap)
+    return STRAIGHT_FRACTION * displacement(snapshots, plans)
 
 
 def make_path(snapshots: Snapshots, method: str, path: str | None, sigma: float) -> ProbabilityPath:
@@ -191,13 +254,17 @@ def make_path(snapshots: Snapshots, method: str, path: str | None, sigma: float)
     return Straight(sigma)
 
 
-def couple(interval: Interval, path: ProbabilityPath, method: str, rng: torch.Generator) -> Coupling:
-    """Return a method's coupling of one interval; ``rng`` serves only where the whole plan does not fit."""
+def couple(interval: Interval, path: ProbabilityPath | None, method: str, rng: torch.Generator) -> Coupling:
+    """Return a method's coupling of one interval; ``rng`` serves only where the whole plan does not fit.
+
+    The path serves only for ``"sb-cfm"``, whose coupling depends on its sigma.
+    """
     if method == "uot-cfm":
         return growing(interval, rng)
     if method == "ot-cfm":
         return blocked(interval, rng)
     if method == "sb-cfm":
+        assert path is not None
         return entropic(interval, epsilon=2 * path.sigma**2 * interval.length)
     return independent(interval)
 
@@ -210,6 +277,7 @@ def make_problems(
     sigma: float | None,
     seeds: Sequence[int],
     validate: bool,
+    plans: Plans | None = None,
 ) -> tuple[list[Problem], list[Problem]]:
     """Put together the problems of members that share their snapshots: sigma, path and couplings, one per seed.
 
@@ -231,6 +299,8 @@ def make_problems(
         Of the members' own random streams.
     validate
         Whether to hold back a tenth of each snapshot's cells.
+    plans
+        Of other snapshots with which these share intervals; none by default.
 
     Returns
     -------
@@ -242,12 +312,13 @@ def make_problems(
         raise ValueError(f"expected at least two snapshots, found {len(snapshots)}; a flow runs between them")
     if snapshots.growth and method != "uot-cfm":
         raise ValueError(f"expected no prior of growth for {method}, which conserves mass; take method='uot-cfm'")
-    law = make_path(snapshots, method, path, default_sigma(snapshots, method) if sigma is None else sigma)
-    rng = torch.Generator().manual_seed(0)  # blocks and held-back cells belong to the data, not to a member's stream
+    plans = plans or Plans()
+    law = make_path(snapshots, method, path, default_sigma(snapshots, method, plans) if sigma is None else sigma)
+    rng = torch.Generator().manual_seed(DATA_SEED)
     parts = hold_back(snapshots, fraction=HELD_BACK, rng=rng) if validate else (snapshots,)
     problems: list[list[Problem]] = [[], []]
     for part, cells in zip(problems, parts):
-        couplings = tuple(couple(interval, law, method, rng) for interval in cells.intervals())
+        couplings = tuple(plans.couple(interval, law, method, rng) for interval in cells.intervals())
         if isinstance(law, Straight) and path in ("land", "rbf"):  # learned once, on the cells to train on
             law = _learned(cells, couplings, "land" if path == "land" else "rbf", law.sigma)
         velocities = _velocities(cells, couplings, rng) if isinstance(law, Hermite) else ()

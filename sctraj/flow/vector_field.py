@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .snapshots import Snapshots
 
@@ -49,6 +50,50 @@ def scaling(snapshots: Snapshots, *, std: float) -> Scaling:
     return Scaling(shift, scale, snapshots.times[0], snapshots.mean_gap, std)
 
 
+SELU_ALPHA, SELU_SCALE = 1.6732632423543772848, 1.0507009873554804934  # Klambauer et al. 2017
+
+
+class _Layers(torch.autograd.Function):
+    """All layers of M perceptrons as one node of the graph: activations in place, their slopes from their own values.
+
+    The last layer is a matmul of transposes: with so few columns it takes a fifth of the time on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, h: Tensor, *parameters: Tensor) -> Tensor:
+        """Map ``(M, B, n)`` to ``(M, B, m)``; parameters are all layers' weights, then their biases."""
+        weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
+        inputs = [h]
+        for weight, bias in zip(weights[:-1], biases):
+            inputs.append(_selu_(torch.baddbmm(bias, inputs[-1], weight)))  # (M, B, n) @ (M, n, m)
+        ctx.save_for_backward(*inputs, *weights)
+        return torch.baddbmm(biases[-1].mT, weights[-1].mT, inputs[-1].mT).mT.contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        """Return the gradients of what went into ``forward``."""
+        inputs, weights = ctx.saved_tensors[: (n := len(ctx.saved_tensors) // 2)], ctx.saved_tensors[n:]
+        of_weights, of_biases = [torch.bmm(gradient.mT, inputs[-1]).mT.contiguous()], [gradient.sum(1, keepdim=True)]
+        for layer in range(n - 1, 0, -1):
+            y, gradient = inputs[layer], torch.bmm(gradient, weights[layer].mT)
+            torch.ops.aten.elu_backward.grad_input(
+                gradient, SELU_ALPHA, SELU_SCALE, 1.0, True, y, grad_input=gradient
+            )  # fmt: skip
+            of_weights.append(torch.bmm(inputs[layer - 1].mT, gradient))
+            of_biases.append(gradient.sum(1, keepdim=True))
+        of_input = torch.bmm(gradient, weights[0].mT) if ctx.needs_input_grad[0] else None
+        return of_input, *of_weights[::-1], *of_biases[::-1]
+
+
+def _selu_(x: Tensor) -> Tensor:
+    """Apply SELU in place; on a CPU by way of exp2, which PyTorch has in a quarter of the time of expm1."""
+    if x.device.type != "cpu":
+        return torch.selu_(x)
+    power = x.clamp_max(0).mul_(1 / math.log(2)).exp2_()
+    return x.clamp_min_(0).add_(power, alpha=SELU_ALPHA).sub_(SELU_ALPHA).mul_(SELU_SCALE)
+
+
 class MLP(nn.Module):
     """M perceptrons at once: batched weights, one matmul per layer for all members.
 
@@ -82,13 +127,7 @@ class MLP(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Map standardised times ``(M, B, 1)`` and points ``(M, B, d)`` to the heads' outputs ``(M, B, sizes[-1])``."""
-        h = torch.cat([self.tempo * t, x], -1)
-        last = len(self.weights) - 1
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            h = torch.baddbmm(bias, h, weight)  # (M, B, n) @ (M, n, m)
-            if layer < last:
-                h = nn.functional.selu(h)
-        return h
+        return _Layers.apply(torch.cat([self.tempo * t, x], -1), *self.weights, *self.biases)
 
 
 class Modules(nn.Module):

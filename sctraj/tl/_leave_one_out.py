@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
@@ -21,13 +22,12 @@ from ._seeds import member_seeds, seed_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
-    from torch import nn
+    from torch import Tensor, nn
 
     from .._adata import Cells
     from ..flow.hold_out import Judgement, Restoration
     from ..flow.problem import Problem
     from ..flow.snapshots import Snapshots
-    from ..flow.vector_field import VectorField
 
 EULER_STEPS = 100  # the published protocol's
 STARTS = {
@@ -162,13 +162,23 @@ def leave_one_out(
         for method in methods
     }
 
-    rows: list[dict[str, object]] = []
-    shares: dict[str, np.ndarray] = {}
-    barycentres: dict[str, np.ndarray] = {}
+    found: list[_Found] = []
     for method, (held_out, problems, validation) in prepared.items():
         fitted = make_field(field, problems, validation, training, where, progress=progress).vector_field
-        shares[method], barycentres[method] = _restore(rows, cells, method, fitted, held_out, start)
-    halves = _references(rows, snapshots, seeds)
+        restorations = hold_out.restore(
+            fitted, snapshots, held_out, start=start, solver="euler", n_steps=EULER_STEPS, tolerance=1e-4
+        )
+        own = held_out.count(held_out[0])  # seeds
+        for member, (k, restoration) in enumerate(zip(held_out, restorations)):
+            found.append(_Found(method, k, member % own, restoration, snapshots.points[k]))
+    references, halves = _references(snapshots, seeds)
+    found += references
+    judged = hold_out.judge_all([(one.restoration, one.observed) for one in found])
+    rows = [row for one, judgement in zip(found, judged) for row in _rows(one, judgement, snapshots.times[one.k])]
+    shares, barycentres = {}, {}
+    for method in methods:
+        mine = [(one, judgement) for one, judgement in zip(found, judged) if one.method == method]
+        shares[method], barycentres[method] = _by_cell(cells, mine)
 
     adata = _adata.own(adata, copy=copy)
     table, w1, name = (
@@ -212,61 +222,48 @@ def _sigmas(held_out: Sequence[int], problems: Sequence[Problem]) -> list[float]
     return list({k: problem.path.sigma for k, problem in zip(held_out, problems)}.values())
 
 
-def _restore(
-    rows: list[dict[str, object]],
-    cells: Cells,
-    method: str,
-    field: VectorField,
-    held_out: list[int],
-    start: Start,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Restore every member's held-out snapshot and add its distances to the table.
+@dataclass(frozen=True)
+class _Found:
+    """A restoration of snapshot ``k``, by a method's fit with the ``seed``-th seed, and what it is measured against."""
 
-    Returns each cell's share of W1 ``(n_obs,)``, mean over seeds, and the first seed's barycentre ``(n_obs, d)``.
-    """
+    method: str
+    k: int
+    seed: int
+    restoration: Restoration
+    observed: Tensor
+
+
+def _by_cell(cells: Cells, judged: Sequence[tuple[_Found, Judgement]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return each cell's share of W1 ``(n_obs,)``, mean over seeds, and the first seed's barycentre ``(n_obs, d)``."""
     snapshots = cells.snapshots
-    restorations = hold_out.restore(
-        field, snapshots, held_out, start=start, solver="euler", n_steps=EULER_STEPS, tolerance=1e-4
-    )
-    n_seeds = held_out.count(held_out[0])
     share: list[np.ndarray | None] = [None] * len(snapshots)  # the first and the last stay without
     barycentre: list[np.ndarray | None] = [None] * len(snapshots)
-    for member, (k, restoration) in enumerate(zip(held_out, restorations)):
-        judged = _judge(rows, snapshots, k, restoration, method, member % n_seeds)
-        so_far, one = share[k], judged.share.numpy() / n_seeds
-        share[k] = one if so_far is None else so_far + one
-        if member % n_seeds == 0:
-            barycentre[k] = judged.barycentre.numpy()
+    n_seeds = 1 + max(one.seed for one, _ in judged)
+    for one, judgement in judged:
+        so_far, part = share[one.k], judgement.share.numpy() / n_seeds
+        share[one.k] = part if so_far is None else so_far + part
+        if one.seed == 0:
+            barycentre[one.k] = judgement.barycentre.numpy()
     return _adata.write_by_cell(cells, share, np.float64), _adata.write_by_cell(cells, barycentre)
 
 
-def _judge(
-    rows: list[dict[str, object]], snapshots: Snapshots, k: int, restoration: Restoration, method: str, seed: int
-) -> Judgement:
-    """Measure one restoration and add its rows to the table."""
-    judged = hold_out.judge(restoration, snapshots.points[k])
-    rows += _rows(judged, method, snapshots.times[k], seed)
-    return judged
-
-
-def _rows(judged: Judgement, method: str, time: float, seed: int) -> list[dict[str, object]]:
+def _rows(one: _Found, judged: Judgement, time: float) -> list[dict[str, object]]:
     """Return one judgement's rows of the table."""
     values = judged.values | {f"{name}_unweighted": value for name, value in judged.unweighted.items()}
     values |= {f"{name}_error": error for name, error in judged.errors.items()}
-    same = {"method": method, "time": time, "seed": seed}
+    same = {"method": one.method, "time": time, "seed": one.seed}
     return [same | {"metric": metric, "value": value} for metric, value in values.items()]
 
 
-def _references(rows: list[dict[str, object]], snapshots: Snapshots, seeds: Sequence[int]) -> list[tuple[int, int]]:
-    """Add the baselines and the noise reference to the table; return the sizes of the halves."""
+def _references(snapshots: Snapshots, seeds: Sequence[int]) -> tuple[list[_Found], list[tuple[int, int]]]:
+    """Return the baselines and the noise reference, and the sizes of the latter's halves."""
+    found, sizes = [], []
     for name in hold_out.BASELINES:
         for k in hold_out.interior(snapshots):
-            _judge(rows, snapshots, k, hold_out.baseline(snapshots, k, name), name, 0)
-    sizes = []
+            found.append(_Found(name, k, 0, hold_out.baseline(snapshots, k, name), snapshots.points[k]))
     for k in hold_out.interior(snapshots):
         for number, seed in enumerate(seeds):
             first, second = hold_out.halves(snapshots.points[k], torch.Generator().manual_seed(seed + k))
-            judged = hold_out.judge(hold_out.Restoration(first), second)
-            rows += _rows(judged, hold_out.NOISE_REFERENCE, snapshots.times[k], number)
+            found.append(_Found(hold_out.NOISE_REFERENCE, k, number, hold_out.Restoration(first), second))
         sizes.append((len(first), len(second)))
-    return sizes
+    return found, sizes

@@ -14,7 +14,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from sctraj.flow import closed_form as module
-from sctraj.flow.closed_form import ClosedFormField, closed_form
+from sctraj.flow.closed_form import ClosedFormField, _nearest, closed_form
 from sctraj.flow.coupling import GrowingPlan, WeightedPairs
 from sctraj.flow.distance import energy_distance
 from sctraj.flow.hold_out import hold_out_problems, restore
@@ -418,3 +418,10 @@ def test_a_million_pairs_take_seconds():
     velocity = field.velocity(1.0, x0[None, :50] + 1.5)
     assert time.perf_counter() - started < 20  # two on the machine it was written on; a busy one takes longer
     torch.testing.assert_close(velocity, torch.full_like(velocity, 1.5), rtol=1e-3, atol=0)  # sums of 1e6 in single
+
+
+@pytest.mark.parametrize("m", [3, 64, 320, 321, 1000, 1024])
+def test_the_fifth_nearest_is_that_of_all(m):
+    distance2 = torch.rand(20, m, generator=torch.Generator().manual_seed(m)).round(decimals=2)  # with ties
+    expected = distance2.sort(1).values[:, min(4, m - 1), None]
+    assert torch.equal(_nearest(distance2, 5), expected)

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sctraj.flow.flow_matching import EVALUATE_EVERY, Fit, Training, fit, pick_device
+from sctraj.flow.flow_matching import EVALUATE_EVERY, Fit, Training, _AdamW, fit, pick_device
 from sctraj.flow.hold_out import hold_out_problems
 from sctraj.flow.integrate import push, simulate, transport
 from sctraj.flow.problem import METHODS, make_problems
 from sctraj.flow.snapshots import Snapshots
-from sctraj.flow.vector_field import NeuralField, VectorField
+from sctraj.flow.vector_field import MLP, NeuralField, VectorField
 
 CPU = torch.device("cpu")
 QUICK = Training(
@@ -490,3 +490,42 @@ def test_devices():
 def test_a_missing_device_is_an_error_not_the_cpu(name):
     with pytest.raises(ValueError, match="working cuda"):
         pick_device(name)
+
+
+# ---- against PyTorch's own
+
+
+def test_layers_and_their_gradients_are_those_of_autograd():
+    rngs = [torch.Generator().manual_seed(k) for k in range(3)]
+    network = MLP([3, 8, 6, 2], rngs).double()
+    rng = torch.Generator().manual_seed(9)
+    t = torch.rand(3, 10, 1, generator=rng, dtype=torch.float64)
+    x = torch.randn(3, 10, 2, generator=rng, dtype=torch.float64).requires_grad_()
+    h = torch.cat([t, x], -1)
+    for weight, bias in zip(network.weights[:-1], network.biases):
+        h = nn.functional.selu(h @ weight + bias)
+    plain = h @ network.weights[-1] + network.biases[-1]
+    found = network(t, x)
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-13)
+    inputs = [x, *network.parameters()]
+    expected = torch.autograd.grad(plain.sin().sum(), inputs)
+    gradients = torch.autograd.grad(found.sin().sum(), inputs)
+    assert all(gradient.is_contiguous() for gradient in gradients[1:])  # as a fused optimiser takes them
+    for own, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(own, theirs, rtol=0, atol=1e-13)
+
+
+def test_the_steps_are_those_of_adamw():
+    start = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mine, theirs, untouched = (nn.Parameter(start.clone()) for _ in range(3))
+    own = _AdamW([untouched, mine], 0.1)
+    other = torch.optim.AdamW([theirs], lr=1.0, weight_decay=0.1)
+    for k in range(5):
+        other.param_groups[0]["lr"] = rate = 0.1 / (1 + k)
+        for w in (mine, theirs):
+            w.grad = (w.detach() + k).cos()
+        own.step(rate)
+        other.step()
+        assert mine.grad is None
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-14)
+    assert torch.equal(untouched, start)

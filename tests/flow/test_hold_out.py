@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from sctraj.flow import hold_out
+from sctraj.flow import problem as problem_module
+from sctraj.flow.coupling import blocked
 from sctraj.flow.distance import median_distance, mmd, wasserstein
 from sctraj.flow.hold_out import (
     BASELINES,
@@ -24,6 +27,7 @@ from sctraj.flow.hold_out import (
     judge,
     restore,
 )
+from sctraj.flow.problem import make_problems
 from sctraj.flow.snapshots import Snapshots
 from sctraj.flow.vector_field import FieldSample
 
@@ -348,3 +352,51 @@ def test_controls_gain_by_w1_and_lose_by_the_energy_distance(name):
     assert control["variance_ratio"] < 0.9 < honest["variance_ratio"]
     assert control["w1"] < honest["w1"]
     assert control["energy"] > honest["energy"] + 0.05  # sampling moves it by about .02
+
+
+@pytest.mark.parametrize("method", ["ot-cfm", "uot-cfm"])
+def test_folds_share_what_they_have_in_common_and_nothing_else(method):
+    snapshots = make(times=(0.0, 1.0, 4.0, 6.0, 9.0), sizes=(20, 15, 25, 30, 10))
+    same = {"method": method, "path": None, "sigma": None, "seeds": [0], "validate": False}
+    _, problems, _ = hold_out_problems(snapshots, **same)
+    assert problems[0].couplings[2] is problems[1].couplings[2]  # 6 to 9
+    assert problems[1].couplings[0] is problems[2].couplings[0]  # 0 to 1
+    assert len({id(c) for p in problems for c in p.couplings}) == 7
+    for k, problem in zip((1, 2, 3), problems):
+        alone = make_problems(snapshots.without(k), **same)[0][0]
+        assert problem.path.sigma == alone.path.sigma
+        for n in range(3):
+            shared, own = (p.listed(n) for p in (problem, alone))
+            assert torch.equal(shared.i, own.i)
+            assert torch.equal(shared.j, own.j)
+            assert torch.equal(shared.mass0, own.mass0)
+            assert torch.equal(shared.mass1, own.mass1)
+
+
+def test_blocks_are_drawn_as_if_folds_were_alone(monkeypatch):
+    small = {"block": 9, "most_cells": 100, "workers": 1}
+    monkeypatch.setattr(problem_module, "blocked", partial(blocked, **small))
+    monkeypatch.setattr(problem_module, "BLOCK", 9)
+    snapshots = make(times=(0.0, 1.0, 4.0, 6.0, 9.0), sizes=(20, 15, 25, 30, 10))
+    same = {"method": "ot-cfm", "path": None, "sigma": 0.1, "seeds": [0], "validate": False}
+    _, problems, _ = hold_out_problems(snapshots, **same)
+    for k, problem in zip((1, 2, 3), problems):
+        alone = make_problems(snapshots.without(k), **same)[0][0]
+        for shared, own in zip(problem.couplings, alone.couplings, strict=True):
+            assert torch.equal(shared.i, own.i)
+            assert torch.equal(shared.j, own.j)
+
+
+def test_judging_at_once_is_judging_one_by_one():
+    snapshots = make()
+    tasks = [(baseline(snapshots, k, name), snapshots.points[k]) for k in (1, 2) for name in BASELINES]
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = hold_out.judge_all(tasks)
+    finally:
+        torch.set_num_threads(n_threads)
+    for (restoration, observed), found in zip(tasks, together, strict=True):
+        alone = judge(restoration, observed)
+        assert (found.values, found.unweighted) == (alone.values, alone.unweighted)
+        assert torch.equal(found.share, alone.share)
