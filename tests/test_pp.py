@@ -205,7 +205,10 @@ def test_text_that_is_no_time_is_refused(label):
     ids=["bool list", "bool", "bool categories", "boolean", "inf", "complex", "date"],
 )
 def test_values_that_are_no_times_are_refused(labels):
-    refusal(labels)
+    message = refusal(labels)
+    assert "cannot be read as one" in message  # and why, and what to do
+    assert re.search("true or false|not finite|neither number nor text|a date", message)
+    assert "Say the times yourself: mapping={" in message
 
 
 def test_dates_are_told_what_to_do():

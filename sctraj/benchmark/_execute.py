@@ -119,7 +119,8 @@ def _compute(job: Job, evaluate: Evaluate, code: str) -> Outcome:
     try:
         if code_hash() != code:
             raise RuntimeError(
-                "expected the same sctraj on every machine, found other sources on a worker; install one"
+                "expected the same sctraj on every worker, found other sources on one; install the same everywhere, "
+                "and leave its files alone while a run is on"
             )
         torch.set_num_threads(job.threads)  # of the thread that calls it
         with threadpool_limits(job.threads):

@@ -14,15 +14,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import tl
-from ..flow.coupling import blocked
 from ..flow.flow_matching import Training, pick_device
-from ..flow.hold_out import BASELINES, NOISE_REFERENCE
-from ..flow.integrate import transport
+from ..flow.hold_out import BASELINES, NOISE_REFERENCE, Restoration, interpolated, mixed, moved
 from ..flow.problem import METHODS, Problem, make_problems
 from ..flow.snapshots import Snapshots
 from ..flow.vector_field import VectorField
@@ -171,19 +168,15 @@ def _copied(snapshots: Snapshots, k: int | None, time: float, side: str) -> tupl
 
 
 def interpolation(snapshots: Snapshots, time: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Move every pair of the exact plan along its chord to the real fraction of the gap (McCann 1997).
-
-    Beyond the last snapshot the chords of the last interval are drawn out.
-    """
+    """Interpolate between the neighbours; beyond the last snapshot the chords of the last interval are drawn out."""
     before, after = neighbours(snapshots, time)
     if before is None:
         raise ValueError(f"expected a kept snapshot before time {time:g}, found none; leave this baseline out")
     kept = [before, after] if after is not None else [before - 1, before]
     fields = snapshots.times, snapshots.points, snapshots.mass
     interval = Snapshots(*(tuple(field[k] for k in kept) for field in fields)).intervals()[0]  # type: ignore[arg-type]
-    plan = blocked(interval, torch.Generator().manual_seed(0))
-    s = (time - interval.t0) / interval.length
-    return (1 - s) * interval.x0[plan.i] + s * interval.x1[plan.j], plan.mass
+    found = interpolated(interval, time)
+    return found.points, found.weights
 
 
 _BASELINES: dict[str, Method] = dict(zip(BASELINES, (previous, following, interpolation), strict=True))
@@ -254,12 +247,12 @@ def restore_members(field: VectorField, jobs: Sequence[Job], *, start: str) -> l
         sides = [neighbours(job.snapshots, time) for job, time in zip(jobs, times)]
         firsts = [0 if start == "first" else _there(side[0]) for side in sides]
         crossed = max(_there(side[0]) - first + 1 for side, first in zip(sides, firsts))
-        moved = [_moved(field, jobs, firsts, times, crossed * EULER_STEPS)]
+        from_sides = [_moved(field, jobs, firsts, times, crossed * EULER_STEPS)]
         if start == "both":
-            moved.append(_moved(field, jobs, [_there(side[1]) for side in sides], times, EULER_STEPS))
+            from_sides.append(_moved(field, jobs, [_there(side[1]) for side in sides], times, EULER_STEPS))
         for m, job in enumerate(jobs):
             if n < len(job.times):
-                clouds[m].append(_joined([side[m] for side in moved], _fraction(job, times[m], sides[m])))
+                clouds[m].append(_cloud([side[m] for side in from_sides], _fraction(job, times[m], sides[m])))
     return clouds
 
 
@@ -276,30 +269,17 @@ def _fraction(job: Job, time: float, side: tuple[int | None, int | None]) -> flo
     return (time - t0) / (t1 - t0)
 
 
-def _joined(sides: Sequence[Cloud], s: float) -> Cloud:
-    if len(sides) == 1:
-        return sides[0]
-    first, last = sides
-    mass = np.concatenate([(1 - s) * first.mass, s * last.mass])
-    return Cloud(np.concatenate([first.points, last.points]), mass / mass.sum(), first.parts + last.parts)
-
-
 def _moved(
     field: VectorField, jobs: Sequence[Job], start: Sequence[int], times: Sequence[float], n_steps: int
-) -> list[Cloud]:
+) -> list[Restoration]:
     """Move one kept snapshot of every member to its time, with the mass that its cells gain or lose."""
-    dtype, device = field.scale.dtype, field.scale.device
-    cells = [job.snapshots.points[k].to(device, dtype) for job, k in zip(jobs, start)]
-    largest = max(len(x) for x in cells)
-    # shorter snapshots are filled up with their first cell: no cell's path depends on another's
-    padded = torch.stack([torch.cat([x, x[:1].expand(largest - len(x), -1)]) for x in cells])
-    t0 = torch.tensor([job.snapshots.times[k] for job, k in zip(jobs, start)]).double()
-    t1 = torch.tensor(times).double()
-    moved = transport(field, padded, t0, t1, solver="euler", n_steps=n_steps, tolerance=1e-4)
-    clouds = []
-    for job, k, points, log_mass in zip(jobs, start, moved.points.cpu(), moved.log_mass.cpu().double()):
-        kept = job.snapshots.mass[k]
-        n = len(kept)
-        mass = (kept * log_mass[:n].exp()).numpy()
-        clouds.append(Cloud(points[:n].double().numpy(), mass / mass.sum(), (n,)))
-    return clouds
+    cells = [(job.snapshots.points[k], job.snapshots.mass[k]) for job, k in zip(jobs, start)]
+    t0 = [job.snapshots.times[k] for job, k in zip(jobs, start)]
+    return moved(field, cells, t0, times, solver="euler", n_steps=n_steps, tolerance=1e-4)
+
+
+def _cloud(sides: Sequence[Restoration], s: float) -> Cloud:
+    """Put the sides together, at the fraction ``s`` of the gap."""
+    whole = sides[0] if len(sides) == 1 else mixed(sides[0], sides[1], s)
+    mass = whole.weights.numpy()
+    return Cloud(whole.points.double().numpy(), mass / mass.sum(), tuple(len(side.points) for side in sides))

@@ -115,11 +115,18 @@ def restore(
     -------
     One per member; masses are None where all cells weigh the same.
     """
-    before = _moved(field, snapshots, held_out, -1, solver=solver, n_steps=n_steps, tolerance=tolerance)
+    times = [snapshots.times[k] for k in held_out]
+
+    def from_side(shift: int) -> list[Restoration]:
+        cells = [(snapshots.points[k + shift], snapshots.mass[k + shift]) for k in held_out]
+        t0 = [snapshots.times[k + shift] for k in held_out]
+        return moved(field, cells, t0, times, solver=solver, n_steps=n_steps, tolerance=tolerance)
+
+    before = from_side(-1)
     if start == "before":
         return before
-    after = _moved(field, snapshots, held_out, 1, solver=solver, n_steps=n_steps, tolerance=tolerance)
     both = []
+    after = from_side(1)
     for k, first, last in zip(held_out, before, after):
         t0, t, t1 = snapshots.times[k - 1 : k + 2]
         both.append(mixed(first, last, (t - t0) / (t1 - t0)))
@@ -132,42 +139,67 @@ def mixed(first: Restoration, last: Restoration, s: float) -> Restoration:
     return Restoration(torch.cat([first.points, last.points]), mass)
 
 
-def _moved(
-    field: Field, snapshots: Snapshots, held_out: Sequence[int], side: int, *, solver: Solver, n_steps: int,
+def moved(
+    field: Field,
+    cells: Sequence[tuple[Tensor, Tensor]],
+    t0: Sequence[float],
+    t1: Sequence[float],
+    *,
+    solver: Solver,
+    n_steps: int,
     tolerance: float,
-) -> list[Restoration]:  # fmt: skip
-    """Move the cells of the neighbour before (-1) or after (1) each held-out snapshot to its time."""
+) -> list[Restoration]:
+    """Move each member's cells from its time ``t0`` to ``t1``, all members at once.
+
+    Parameters
+    ----------
+    field
+        M members.
+    cells
+        Points ``(n, d)`` and masses ``(n,)`` of every member; numbers of cells may differ.
+    t0, t1
+        Real times, M each.
+
+    Returns
+    -------
+    One per member; masses are None where all cells weigh the same.
+    """
     dtype, device = field.scale.dtype, field.scale.device
-    cells = [snapshots.points[k + side].to(device, dtype) for k in held_out]
-    largest = max(len(x) for x in cells)
+    points = [x.to(device, dtype) for x, _ in cells]
+    largest = max(len(x) for x in points)
     # shorter snapshots are filled up with their first cell: no cell's path depends on another's
-    padded = torch.stack([torch.cat([x, x[:1].expand(largest - len(x), -1)]) for x in cells])
-    t0, t1 = (torch.tensor([snapshots.times[k + shift] for k in held_out]).double() for shift in (side, 0))
-    moved = transport(field, padded, t0, t1, solver=solver, n_steps=n_steps, tolerance=tolerance)
+    padded = torch.stack([torch.cat([x, x[:1].expand(largest - len(x), -1)]) for x in points])
+    start, end = (torch.tensor(times).double() for times in (t0, t1))
+    there = transport(field, padded, start, end, solver=solver, n_steps=n_steps, tolerance=tolerance)
     restorations = []
-    for k, points, log_mass in zip(held_out, moved.points.cpu(), moved.log_mass.cpu().double()):
-        mass = snapshots.mass[k + side].cpu()
+    for (_, mass), x, log_mass in zip(cells, there.points.cpu(), there.log_mass.cpu().double()):
         n = len(mass)
-        weighted = mass * log_mass[:n].exp()
+        weighted = mass.cpu() * log_mass[:n].exp()
         same = bool((weighted == weighted[0]).all())
-        restorations.append(Restoration(points[:n], None if same else weighted / weighted.sum()))
+        restorations.append(Restoration(x[:n], None if same else weighted / weighted.sum()))
     return restorations
 
 
 def baseline(snapshots: Snapshots, k: int, name: str) -> Restoration:
     """Restore snapshot ``k`` without a model, from its kept neighbours.
 
-    ``"previous"`` and ``"next"`` copy a neighbour. ``"ot-interpolation"`` takes the exact plan between the two and
-    moves every pair along its chord to the real fraction of the gap, the plan's masses as weights (McCann 1997).
+    ``"previous"`` and ``"next"`` copy a neighbour, ``"ot-interpolation"`` is `interpolated` between the two.
     """
     kept = snapshots.without(k)
     if name == "previous":
         return Restoration(kept.points[k - 1], kept.mass[k - 1])
     if name == "next":
         return Restoration(kept.points[k], kept.mass[k])
-    interval: Interval = kept.intervals()[k - 1]
-    plan = blocked(interval, torch.Generator().manual_seed(0))
-    s = (snapshots.times[k] - interval.t0) / interval.length
+    return interpolated(kept.intervals()[k - 1], snapshots.times[k])
+
+
+def interpolated(interval: Interval, time: float) -> Restoration:
+    """Move every pair of the exact plan along its chord to the real fraction of the gap (McCann 1997).
+
+    The plan's masses are the weights. At a time outside the interval chords are drawn out.
+    """
+    plan = blocked(interval, torch.Generator().manual_seed(DATA_SEED))
+    s = (time - interval.t0) / interval.length
     return Restoration((1 - s) * interval.x0[plan.i] + s * interval.x1[plan.j], plan.mass)
 
 

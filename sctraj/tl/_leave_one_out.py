@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ..flow.hold_out import Judgement, Restoration
     from ..flow.problem import Problem
     from ..flow.snapshots import Snapshots
+    from ..flow.vector_field import VectorField
 
 EULER_STEPS = 100  # the published protocol's
 STARTS = {
@@ -165,12 +166,7 @@ def leave_one_out(
     found: list[_Found] = []
     for method, (held_out, problems, validation) in prepared.items():
         fitted = make_field(field, problems, validation, training, where, progress=progress).vector_field
-        restorations = hold_out.restore(
-            fitted, snapshots, held_out, start=start, solver="euler", n_steps=EULER_STEPS, tolerance=1e-4
-        )
-        own = held_out.count(held_out[0])  # seeds
-        for member, (k, restoration) in enumerate(zip(held_out, restorations)):
-            found.append(_Found(method, k, member % own, restoration, snapshots.points[k]))
+        found += _restored(method, fitted, snapshots, held_out, start)
     references, halves = _references(snapshots, seeds)
     found += references
     judged = hold_out.judge_all([(one.restoration, one.observed) for one in found])
@@ -231,6 +227,20 @@ class _Found:
     seed: int
     restoration: Restoration
     observed: Tensor
+
+
+def _restored(
+    method: str, field: VectorField, snapshots: Snapshots, held_out: Sequence[int], start: Start
+) -> list[_Found]:
+    """Restore every member's held-out snapshot; the seeds of a fold follow each other."""
+    restorations = hold_out.restore(
+        field, snapshots, held_out, start=start, solver="euler", n_steps=EULER_STEPS, tolerance=1e-4
+    )
+    n_seeds = held_out.count(held_out[0])
+    return [
+        _Found(method, k, member % n_seeds, restoration, snapshots.points[k])
+        for member, (k, restoration) in enumerate(zip(held_out, restorations))
+    ]
 
 
 def _by_cell(cells: Cells, judged: Sequence[tuple[_Found, Judgement]]) -> tuple[np.ndarray, np.ndarray]:

@@ -142,19 +142,8 @@ def trajectories(
             return Moved(there, torch.zeros_like(there[..., 0]))
         return transport(field, x, t0, t1, solver=solver, n_steps=steps, tolerance=tolerance)
 
-    n_at_once = max(1, SLAB // _size(shape[1:], "float32"))
     points: Any = np.empty(shape, dtype) if group is None else _array(group, "points", shape, dtype)
-    log_mass = np.empty(shape[:2], np.float32)
-    for start in range(0, shape[0], shape[0] if group is None else n_at_once):
-        stop = shape[0] if group is None else min(shape[0], start + n_at_once)
-        part = points if group is None else np.empty((stop - start, *shape[1:]), dtype)
-        for t, cells, index in zip(snapshots.times, snapshots.points, flow.cells.index):
-            inside = slice(*np.searchsorted(index, (start, stop)))
-            if inside.start < inside.stop:
-                path, rows = _path(field, cells[inside], t, grid, move), index[inside]
-                part[rows - start], log_mass[rows] = path.points.cpu().numpy(), path.log_mass.cpu().numpy()
-        if group is not None:
-            points[start:stop] = part
+    log_mass = _follow(flow.cells, field, grid, move, points)
 
     adata = _adata.own(adata, copy=copy)
     slots = {_adata.TRAJECTORIES.format(key=key): points}
@@ -181,6 +170,30 @@ def trajectories(
         f'{", stochastic" if stochastic else ""}; wrote {written}, uns["{key}"]["trajectory_times"]'
     )
     return adata if copy else None
+
+
+def _follow(
+    cells: _adata.Cells, field: Field, grid: np.ndarray, move: Callable[[torch.Tensor, float, float], Moved], out: Any
+) -> np.ndarray:
+    """Write every cell's path into ``out`` ``(n_obs, n_times, d)``; return what its mass is multiplied by, as a log.
+
+    An array is filled at once; a store some cells at a time, which are then all that is in memory.
+    """
+    n, n_times, d = out.shape
+    stored = not isinstance(out, np.ndarray)
+    at_once = max(1, SLAB // _size((n_times, d), "float32")) if stored else n
+    log_mass = np.empty((n, n_times), np.float32)
+    for start in range(0, n, at_once):
+        stop = min(n, start + at_once)
+        part = np.empty((stop - start, n_times, d), out.dtype) if stored else out
+        for t, points, index in zip(cells.snapshots.times, cells.snapshots.points, cells.index):
+            inside = slice(*np.searchsorted(index, (start, stop)))
+            if inside.start < inside.stop:
+                path, rows = _path(field, points[inside], t, grid, move), index[inside]
+                part[rows - start], log_mass[rows] = path.points.cpu().numpy(), path.log_mass.cpu().numpy()
+        if stored:
+            out[start:stop] = part
+    return log_mass
 
 
 def _size(shape: Sequence[int], dtype: str) -> int:

@@ -21,7 +21,7 @@ from sctraj.benchmark._published import (
     published_data,
     published_grid,
 )
-from sctraj.benchmark._report import as_text, html_report, side_by_side, wide
+from sctraj.benchmark._report import MEANINGS, as_text, html_report, side_by_side, wide
 from sctraj.benchmark._uncertainty import paired, summary
 
 EVIL = "<script>alert('x')</script> & \"co\" $x^2_"
@@ -225,4 +225,7 @@ def test_data_that_cannot_be_had_are_left_out_with_the_reason(monkeypatch):
 @pytest.mark.parametrize("missing", ["w1", "energy"])
 def test_a_table_without_a_metric_still_makes_a_page(missing):
     table = both_forms()
-    Read(page(table[table["metric"] != missing], paired=None))
+    told = " ".join(Read(page(table[table["metric"] != missing], paired=None)).texts)
+    there = next(metric for metric in ("w1", "energy") if metric != missing)
+    assert f"{MEANINGS[there]}, by held-out time" in told
+    assert f"{MEANINGS[missing]}, by held-out time" not in told
