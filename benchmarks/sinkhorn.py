@@ -38,7 +38,7 @@ def main() -> None:
                 except RuntimeError as error:
                     found = f"{'> 5000':>10}   {str(error).split('found ')[1].split()[0]:>14}"
                 seconds = time.perf_counter() - start
-                print(f"{interval.t0:g} - {interval.t1:<8g} {fraction:10g}   {name:>6}   {found}   {seconds:7.2f}")
+                print(f"{interval.t0:g} - {interval.t1:<8g} {fraction:10g}   {name:>6}   {found}   {seconds:7.3f}")
 
 
 if __name__ == "__main__":

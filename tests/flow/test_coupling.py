@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import ot
@@ -14,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from scipy.stats import chisquare
 
-from sctraj.flow.coupling import blocked, entropic, exact, independent, kernel, unbalanced
+from sctraj.flow.coupling import blocked, entropic, exact, independent, kernel, sinkhorn, unbalanced
 from sctraj.flow.coupling.blocked import sampled
 from sctraj.flow.snapshots import Interval
 
@@ -216,6 +217,32 @@ def test_absorbing_potentials_changes_the_way_and_not_the_plan(monkeypatch, pena
     assert plan.n_iterations == other.n_iterations
     assert few < many / 4  # products with a kernel instead
     torch.testing.assert_close(plan.matrix(), other.matrix(), rtol=1e-7, atol=1e-14)  # rounding of costs of 1e5
+
+
+@pytest.mark.parametrize("penalty", [1.0, math.inf])
+def test_starting_from_a_sample_changes_the_way_and_not_the_plan(monkeypatch, penalty):
+    interval = make_interval(400, 300, weighted=True)
+    interval = replace(
+        interval, mass0=interval.mass0.index_fill(0, torch.arange(200), 0.0) / interval.mass0[200:].sum()
+    )
+    products = []
+    absorb = kernel.Kernel._absorb
+    monkeypatch.setattr(kernel.Kernel, "_absorb", lambda self, *args: (products.append(self), absorb(self, *args)))
+
+    def solved():
+        products.clear()
+        if penalty == math.inf:
+            plan = entropic(interval, epsilon=0.05, tolerance=1e-9)
+        else:
+            plan = unbalanced(interval, epsilon=0.05, penalty=penalty, tolerance=1e-9)
+        return plan, sum(len(one.log_mass[0]) == 400 for one in products)
+
+    plan, many = solved()
+    monkeypatch.setattr(sinkhorn, "SAMPLE", 40)
+    other, few = solved()
+    assert 0 < few < many  # whole kernels: none on the way down to the last epsilon
+    assert not bool((plan.f == other.f).all())  # it did start elsewhere
+    torch.testing.assert_close(plan.matrix(), other.matrix(), rtol=1e-5, atol=1e-12)  # the tolerance, over the least
 
 
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-6])

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-WHOLE = 2**24  # entries: a matrix up to this size is kept (128 MiB in float64), a larger one is made anew row by row
+WHOLE = 2**24  # entries: any matrix up to this size is kept (128 MiB in float64), a larger one is made anew row by row
+KERNEL = 8  # times that: the largest kernel that is kept (1 GiB), its costs being made anew when they are needed
 TILE = 2**20  # entries met at once on a CPU: what its caches hold
 REACH = 100.0  # potentials that exceed the absorbed ones by more epsilons than this are absorbed in their turn
 FAINTEST = 1e-200  # smallest sum over a row of the kernel that entries lost to underflow cannot have changed
@@ -16,7 +17,21 @@ FAINTEST = 1e-200  # smallest sum over a row of the kernel that entries lost to 
 
 def squared_distances(x0: Tensor, x1: Tensor) -> Tensor:
     """Squared Euclidean distances, ``(n0, n1)``."""
-    return (x0.square().sum(1)[:, None] + x1.square().sum(1)[None, :] - 2 * x0 @ x1.T).clamp_(min=0)
+    products = torch.addmm(x1.square().sum(1), x0, x1.T, alpha=-2)
+    return products.add_(x0.square().sum(1)[:, None]).clamp_(min=0)
+
+
+class Room:
+    """A matrix to write into, again and again: fresh memory of this size costs a CPU more than what is put there."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.room = like.new_empty(0)
+
+    def __call__(self, m: int, n: int) -> Tensor:
+        """Return it as ``(m, n)``; what the last call returned is lost."""
+        if self.room.numel() < m * n:
+            self.room = self.room.new_empty(m * n)
+        return self.room[: m * n].view(m, n)
 
 
 def fits(x0: Tensor, x1: Tensor) -> bool:
@@ -37,10 +52,10 @@ def tiles(x0: Tensor, x1: Tensor) -> Iterator[Tensor]:
 class Kernel:
     """Soft minima over the costs ``C_ij = |x0_i - x1_j|^2``, and plans as linear maps.
 
-    Where it fits, ``K_ij = exp((f_i + g_j - C_ij) / epsilon)`` is kept, some potentials ``f, g`` being absorbed in it.
-    A soft minimum is then a product of ``K`` and a vector, as long as the potentials asked for are near the absorbed
-    ones (Schmitzer 2019, stabilised scaling). Where they are not, it is found in the log domain, and the potentials
-    are absorbed anew.
+    Where it fits, ``K_ij = exp((f_i + g_j - C_ij) / epsilon)`` is kept (a small one with the costs, a large one alone),
+    some potentials ``f, g`` being absorbed in it. A soft minimum is then a product of ``K`` and a vector, as long as
+    the potentials asked for are near the absorbed ones (Schmitzer 2019, stabilised scaling). Where they are not, it is
+    found in the log domain, and the potentials are absorbed anew.
 
     Parameters
     ----------
@@ -48,12 +63,16 @@ class Kernel:
         Cells ``(n0, d)`` and ``(n1, d)``, float64.
     log_a, log_b
         Logarithms of their weights; ``-inf`` for a cell without mass.
+    keep
+        Whether there will be more products than one.
     """
 
-    def __init__(self, x0: Tensor, x1: Tensor, log_a: Tensor, log_b: Tensor) -> None:
+    def __init__(self, x0: Tensor, x1: Tensor, log_a: Tensor, log_b: Tensor, *, keep: bool = True) -> None:
         self.cells, self.log_mass = (x0, x1), (log_a, log_b)
-        self.cost = squared_distances(x0, x1) if fits(x0, x1) else None
-        self.kept = None if self.cost is None else torch.empty_like(self.cost)
+        self.cost = squared_distances(x0, x1) if keep and fits(x0, x1) else None
+        self.squares, self.room = (x0.square().sum(1), x1.square().sum(1)), Room(x0)
+        keep = keep and len(x0) * len(x1) <= KERNEL * WHOLE
+        self.kept = x0.new_empty(len(x0), len(x1)) if keep else None
         self.absorbed = torch.zeros_like(log_a), torch.zeros_like(log_b)
         self.epsilon = 0.0  # of the kernel kept; none yet
 
@@ -70,10 +89,11 @@ class Kernel:
             if float(rise.max()) <= REACH:
                 absorbed = self.absorbed[there]  # of far cells the best for the other side, where marginals are soft
         weight = self.log_mass[there] + potential / epsilon
-        parts = [
-            torch.logsumexp(torch.add(weight, self._costs(tile, here), alpha=-1 / epsilon), 1)
-            for tile in tiles(self.cells[here], self.cells[there])
-        ]
+        parts = []
+        for tile in tiles(self.cells[here], self.cells[there]):
+            exponent = self._exponent(tile, here, weight, epsilon)
+            largest = exponent.amax(1, keepdim=True)
+            parts.append(exponent.sub_(largest).exp_().sum(1).log_().add_(largest.squeeze(1)))
         found = -epsilon * torch.cat(parts)
         if self.kept is not None:
             self._absorb(*((found, absorbed) if rows else (absorbed, found)), epsilon)
@@ -85,8 +105,7 @@ class Kernel:
             log_a, log_b = self.log_mass
 
             def make(rows: Tensor) -> Tensor:
-                exponent = torch.add(g / epsilon, self._costs(rows, 0), alpha=-1 / epsilon)
-                return exponent.add_((f / epsilon)[rows, None]).exp_()
+                return self._exponent(rows, 0, g / epsilon, epsilon).add_((f / epsilon)[rows, None]).exp_()
 
             return Plan(make, list(tiles(*self.cells)), log_a.exp(), log_b.exp())
         kept = self.kept
@@ -108,19 +127,28 @@ class Kernel:
         self.absorbed, self.epsilon = (f, g), epsilon
         for rows in tiles(*self.cells):
             part = self.kept[int(rows[0]) : int(rows[-1]) + 1]
-            torch.add(g / epsilon, self._costs(rows, 0), alpha=-1 / epsilon, out=part)
-            part.add_((f / epsilon)[rows, None]).exp_()
+            self._exponent(rows, 0, g / epsilon, epsilon, out=part).add_((f / epsilon)[rows, None]).exp_()
 
-    def _costs(self, tile: Tensor, here: int) -> Tensor:
-        """Return the costs of a side's cells ``(m,)``, consecutive ones, to all of the other's ``(m, n)``."""
-        if self.cost is None:
-            return squared_distances(self.cells[here][tile], self.cells[1 - here])
-        cost = self.cost if here == 0 else self.cost.T
-        return cost.narrow(0, int(tile[0]), len(tile))
+    def _exponent(self, tile: Tensor, here: int, weight: Tensor, epsilon: float, out: Tensor | None = None) -> Tensor:
+        """Return ``weight_j - C_ij / epsilon`` of a side's cells ``(m,)``, consecutive ones, and all of the other's.
+
+        ``(m, n)``, in ``out`` or where the next call will write.
+        """
+        there, first = 1 - here, int(tile[0])
+        out = self.room(len(tile), len(weight)) if out is None else out
+        if self.cost is not None:
+            cost = (self.cost if here == 0 else self.cost.T).narrow(0, first, len(tile))
+            return torch.add(weight, cost, alpha=-1 / epsilon, out=out)
+        own, other = self.cells[here].narrow(0, first, len(tile)), self.cells[there]
+        torch.addmm(weight - self.squares[there] / epsilon, own, other.T, alpha=2 / epsilon, out=out)
+        return out.sub_((self.squares[here].narrow(0, first, len(tile)) / epsilon)[:, None])
 
 
 class Plan:
-    """A plan ``P = diag(left) K diag(right)``, ``(n0, n1)``, as a linear map; ``K`` is made in tiles of rows."""
+    """A plan ``P = diag(left) K diag(right)``, ``(n0, n1)``, as a linear map; ``K`` is made in tiles of rows.
+
+    A tile need not outlast the making of the next.
+    """
 
     def __init__(self, make: Callable[[Tensor], Tensor], tiles: list[Tensor], left: Tensor, right: Tensor) -> None:
         self.make, self.tiles, self.left, self.right = make, tiles, left, right

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from .kernel import Kernel
 logger = logging.getLogger(__name__)
 
 ANNEALING = 10  # iterations at each epsilon on the way down
+SAMPLE = 1500  # cells a side at most that come first, where there are more than twice as many
+NEAR = 1e-2  # error at which these have served: their potentials are off by the sample's noise anyway
 CONJUGATE_GRADIENTS = 50  # iterations at most within a Newton step
 SHARPEST = 1e-6  # epsilon below this fraction of the mean cost is refused: rounding would rule
 
@@ -76,12 +78,21 @@ def sinkhorn(
 ) -> Potentials:
     """Find the potentials of the entropic plan, whose marginals hold at the strength ``penalty`` (infinity: are hard).
 
-    Epsilon is lowered by steps from the cost's own scale. The caller judges whether ``error`` is below ``tolerance``.
+    Epsilon is lowered by steps from the cost's own scale; of large snapshots on a sample of the cells, whose potentials
+    then start all others. The caller judges whether ``error`` is below ``tolerance``.
     """
     log_a, log_b = ends.log_a, ends.log_b
+    g, epsilons, iterations, error = torch.zeros_like(log_b), annealing(ends.scale, epsilon), 0, math.inf
+    if max(len(log_a), len(log_b)) > 2 * SAMPLE:
+        some = _sample(ends)
+        near = sinkhorn(
+            some, epsilon=epsilon, penalty=penalty, tolerance=max(tolerance, NEAR), max_iterations=max_iterations,
+            newton_every=newton_every,
+        )  # fmt: skip
+        across = Kernel(some.x0, ends.x1, some.log_a, log_b, keep=False)
+        g, epsilons = _softness(penalty, epsilon) * across.soft_minimum(near.f, epsilon, rows=False), [epsilon]
     kernel = Kernel(ends.x0, ends.x1, log_a, log_b)
-    g, iterations, error = torch.zeros_like(log_b), 0, math.inf
-    for eps in annealing(ends.scale, epsilon):
+    for eps in epsilons:
         softness = _softness(penalty, eps)
         for iterations in range(1, (max_iterations if eps == epsilon else ANNEALING) + 1):
             # Chizat et al. 2018, scaling algorithms: the rows' marginal is now a exp(-f / penalty)
@@ -100,6 +111,17 @@ def sinkhorn(
                 log_masses = [torch.logsumexp(log_m - h / penalty, 0) for log_m, h in ((log_a, f), (log_b, g))]
                 g = g - penalty / 2 * (log_masses[0] - log_masses[1])
     return Potentials(kernel, f, g, best, error, iterations)
+
+
+def _sample(ends: Ends) -> Ends:
+    """Return at most ``SAMPLE`` cells of each side, of those that have mass; always the same ones."""
+    rng, sides = torch.Generator().manual_seed(0), []
+    for x, log_mass in ((ends.x0, ends.log_a), (ends.x1, ends.log_b)):
+        cells = torch.nonzero(log_mass > -math.inf).squeeze(1)
+        chosen = cells[torch.randperm(len(cells), generator=rng)[:SAMPLE].to(cells.device)]
+        sides.append((x[chosen], log_mass[chosen] - torch.logsumexp(log_mass[chosen], 0)))
+    (x0, log_a), (x1, log_b) = sides
+    return replace(ends, x0=x0, x1=x1, log_a=log_a, log_b=log_b)
 
 
 def annealing(start: float, end: float) -> list[float]:

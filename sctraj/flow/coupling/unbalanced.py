@@ -13,14 +13,13 @@ from torch import Tensor
 
 from ..snapshots import Interval
 from .independent import draw
-from .kernel import fits, split, squared_distances, tiles
+from .kernel import Room, fits, split, squared_distances, tiles
 from .pairs import WeightedPairs, heaviest, rescaled
 from .sinkhorn import SHARPEST, prepare, sinkhorn
 
 logger = logging.getLogger(__name__)
 
 NEWTON_EVERY = 5  # iterations to a Newton step: a third fewer iterations than at 10, at the same time or less
-MEANS = 2**22  # entries of a plan met at once where only means over it are asked for
 
 
 @dataclass(frozen=True)
@@ -242,10 +241,12 @@ def unbalanced(
 
 def _means(here: Tensor, there: Tensor, weight: Tensor, epsilon: float, values: Tensor) -> Tensor:
     """Return means of values ``(n, k)`` over softmax of ``weight - C / epsilon``, in tiles of rows; ``(m, k)``."""
-    parts = [here.new_zeros(0, values.shape[1])]
-    for rows in torch.arange(len(here), device=here.device).split(max(1, MEANS // len(there))):
-        exponent = torch.add(weight, squared_distances(here[rows], there), alpha=-1 / epsilon)
-        parts.append(torch.softmax(exponent, 1) @ values)
+    parts, room = [here.new_zeros(0, values.shape[1])], Room(here)
+    weight = weight - there.square().sum(1) / epsilon  # the squares of `here` leave a softmax as it is
+    for cells in split(here, len(there)):
+        exponent = torch.addmm(weight, cells, there.T, alpha=2 / epsilon, out=room(len(cells), len(there)))
+        mass = exponent.sub_(exponent.amax(1, keepdim=True)).exp_()
+        parts.append(mass @ values / mass.sum(1, keepdim=True))
     return torch.cat(parts)
 
 
