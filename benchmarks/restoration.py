@@ -5,7 +5,8 @@ python benchmarks/restoration.py --jobs 2 --output all.csv   # the tables of doc
 python benchmarks/restoration.py --read all.csv              # these tables once more
 
 Beside the default stand baselines, two halves of the truth, an interpolation that was shrunk (a measure by which that
-gains cannot be trusted), the default's ingredients one by one, and neural fields. Simulated data sets are drawn anew
+gains cannot be trusted), the default's ingredients one by one, neural fields, and of simulated cells that do not
+diffuse the true dynamics from both neighbours: what a perfect field would score. Simulated data sets are drawn anew
 for every seed; those with sample effects from other seeds than those without. Of real data there is one set each, and
 seeds are those of neural fields and of the halves.
 """
@@ -33,10 +34,10 @@ from scipy.stats import wilcoxon
 from sctraj import pp, tl
 from sctraj._adata import read_snapshots
 from sctraj.datasets import simulated_course, simulated_differentiation
-from sctraj.datasets._courses import Family
+from sctraj.datasets._courses import Family, carried
 from sctraj.flow import hold_out
 from sctraj.flow.flow_matching import Training
-from sctraj.flow.hold_out import BASELINES, CONTROLS, NOISE_REFERENCE, Restoration
+from sctraj.flow.hold_out import BASELINES, CONTROLS, NOISE_REFERENCE, Restoration, mixed
 from sctraj.flow.problem import Problem
 from sctraj.flow.snapshots import Snapshots
 from sctraj.tl._field import make_field
@@ -56,13 +57,14 @@ DEFAULT, INTERPOLATION, PUBLISHED = "uot-cfm", "ot-interpolation", "ot-cfm neura
 # one ingredient more each, closed-form up to the growth; the last at the slow tempo of its clock is the default
 STEPS = ("ot-cfm straight, before", "+ both sides", "+ hermite", "+ growth")
 NETWORK = "+ network"
+TRUTH, DIFFUSE = "true dynamics", ("switch", "differentiation")  # of the latter there is no one true place
 COMPARED = (INTERPOLATION, PUBLISHED)
 METRIC_PATHS = ("rbf", "land")
 MEASURES = {"energy": 3, "energy_unweighted": 3, "mmd": 4, "w1": 3, "variance_ratio": 2}  # and their decimals
 
 
 # --- data
-def load(name: str, seed: int, n_cells: int, real: Path) -> Snapshots:
+def load(name: str, seed: int, n_cells: int, real: Path) -> tuple[ad.AnnData, Snapshots]:
     """Read or draw one data set; those without a file are simulated."""
     if name not in REAL:
         family, _, effects = name.partition("+")
@@ -71,7 +73,7 @@ def load(name: str, seed: int, n_cells: int, real: Path) -> Snapshots:
         else:
             rng = seed + EFFECTS_SEED * bool(effects)
             adata = simulated_course(family, n_cells, sample_effects=float(bool(effects)), rng=rng)
-        return read_snapshots(adata, "time", "X_pca", least=3).snapshots
+        return adata, read_snapshots(adata, "time", "X_pca", least=3).snapshots
     adata = ad.read_h5ad(real / REAL[name])
     if name == "ipsc-5d":
         pp.parse_time(adata, "day")
@@ -80,10 +82,17 @@ def load(name: str, seed: int, n_cells: int, real: Path) -> Snapshots:
         adata.obsm["X_std"] = adata.obsm["X_pca"][:, :50]
     else:
         pp.standardize(adata, n_dims=5)
-    return read_snapshots(adata, "time", "X_std", least=3).snapshots
+    return adata, read_snapshots(adata, "time", "X_std", least=3).snapshots
 
 
 # --- restorations
+def truth(adata: ad.AnnData, times: Sequence[float], k: int) -> Restoration:
+    """Restore snapshot ``k`` from both neighbours as the default does, by the true dynamics and growth."""
+    t0, t, t1 = times[k - 1 : k + 2]
+    first, last = (Restoration(*map(torch.from_numpy, carried(adata, side, t))) for side in (t0, t1))
+    return mixed(first, last, (t - t0) / (t1 - t0))
+
+
 class FullTempo(Problem):
     """A problem whose network's clock runs as the other methods' do."""
 
@@ -147,7 +156,7 @@ def judged(name: str, seed: int, n_seeds: int, n_cells: int, real: Path, trainin
     """All rows of one data set; ``seed`` is that of the data, ``n_seeds`` are of neural fields and halves."""
     torch.set_num_threads(1)
     began = time.perf_counter()
-    snapshots = load(name, seed, n_cells, real)
+    adata, snapshots = load(name, seed, n_cells, real)
     seeds = member_seeds(0, n_seeds)  # those of tl.leave_one_out
     rows = []
 
@@ -161,6 +170,8 @@ def judged(name: str, seed: int, n_seeds: int, n_cells: int, real: Path, trainin
         for number, one in enumerate(seeds):
             first, second = hold_out.halves(snapshots.points[k], torch.Generator().manual_seed(one + k))
             judge(NOISE_REFERENCE, number, k, Restoration(first), second)
+        if name not in REAL and not name.startswith(DIFFUSE):
+            judge(TRUTH, 0, k, truth(adata, snapshots.times, k), snapshots.points[k])
     for row, number, k, restoration in restorations(snapshots, seeds, training):
         judge(row, number, k, restoration, snapshots.points[k])
     print(f"{name}, seed {seed}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
@@ -169,6 +180,8 @@ def judged(name: str, seed: int, n_seeds: int, n_cells: int, real: Path, trainin
 
 # --- tables
 def shown(value: float, decimals: int) -> str:
+    if np.isnan(value):
+        return ""
     text = f"{round(value, decimals) + 0.0:.{decimals}f}"  # + 0.0: no minus at zero
     return text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
 
@@ -227,13 +240,14 @@ def report(frame: pd.DataFrame) -> None:
     for name, own in frame.groupby("data", sort=False):
         print(f"### {name}\n\n{averages(own)}")
     mean, sd = energies(frame)
-    columns = [NOISE_REFERENCE, INTERPOLATION, PUBLISHED, *STEPS, NETWORK, DEFAULT]
+    columns = [NOISE_REFERENCE, INTERPOLATION, PUBLISHED, *STEPS, NETWORK, DEFAULT, TRUTH]
+    columns = [name for name in columns if name in mean]  # of real data there is no truth
     rows = []
     for name in mean.index:
         spread = ["" if np.isnan(s) else f" ({shown(s, 3)})" for s in sd.loc[name, columns]]
         rows.append([name, *(shown(v, 3) + s for v, s in zip(mean.loc[name, columns], spread))])
     print("### One ingredient at a time: energy distance\n")
-    print(table(["", *columns[:-1], f"+ slow clock = {DEFAULT}"], rows))
+    print(table(["", *(f"+ slow clock = {DEFAULT}" if name == DEFAULT else name for name in columns)], rows))
     print("### The default against interpolation and OT-CFM as published\n")
     print(
         "Mean difference of the energy distance, below zero where the default is nearer to the truth, with a 95 % "

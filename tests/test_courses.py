@@ -111,6 +111,36 @@ def test_the_flow_takes_every_snapshot_to_the_next(family):
     assert sum(slower) >= len(slower) - 1
 
 
+@pytest.mark.parametrize("family", ["branching", *FLOWS, "high-dimensional"])
+def test_carried_cells_are_a_sample_of_the_other_time(family):
+    """Weighted by their mass, seen with their own noise, forwards and backwards."""
+    rng, times = np.random.default_rng(0), (0.5, 2.0)
+    adata = simulated_course(family, 4000, times=times, rng=1)
+    for time, to in (times, times[::-1]):
+        there, mass = _courses.carried(adata, time, to)
+        of_mass = rng.choice(len(there), 300, replace=False, p=mass / mass.sum())  # a few of many: nearly by mass
+        own = rng.permutation(np.flatnonzero(adata.obs["time"] == to))[:300]
+        assert not differ(there[of_mass], adata.obsm["X_pca"][own], rng)
+        assert differ(adata.obsm["X_pca"][adata.obs["time"] == time][:300], adata.obsm["X_pca"][own], rng)
+
+
+def test_carried_cells_keep_their_noise_and_their_samples_shift():
+    adata = small("crossing", n_cells=300)
+    there, mass = _courses.carried(adata, 0.5, 1.5)
+    moved, _ = push(_courses._COURSES["crossing"], latent(adata, 0.5), 0.5, 1.5)
+    own = adata.obs["time"] == 0.5
+    axes = adata.varm["latent_axes"]
+    np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-12)  # 5 dimensions hold no bend
+    rest = adata.obsm["X_pca"][own] - adata.obsm["X_latent"][own] @ axes.T
+    np.testing.assert_allclose(there, moved @ axes.T + rest, atol=1e-3)  # the midpoint rule's steps of .02 days
+    assert (mass == 1).all()
+
+
+def test_cells_that_diffuse_are_not_carried():
+    with pytest.raises(ValueError, match="in which nothing diffuses, found 'switch'"):
+        _courses.carried(small("switch"), 0.5, 1.5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_truth_in_the_slots_is_that_of_the_cells(family):
     """Also with sample effects, under which it is the law at the snapshot's time, not at its age."""

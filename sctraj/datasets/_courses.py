@@ -83,6 +83,7 @@ def simulated_course(
     - `obs["time"]`, float64, in days
     - `obs["growth_rate"]`, float64: the true log mass change rate, per day; 0 but for ``"branching"`` and
       ``"high-dimensional"``
+    - `varm["latent_axes"]`, float64: the isometry, a column for each latent dimension, then those they bend into
     - `uns["simulation"]`: the arguments
 
     Raises
@@ -107,7 +108,9 @@ def simulated_course(
     latent = np.concatenate([_snapshot(course, n, t, preference, rng) for n, t in zip(sizes, ages)])
     time = np.repeat(when, sizes)
     shift = sample_effects * _SHIFT * course.noise * rng.standard_normal((len(when), len(course.noise)))
-    observed = (_embed(course, latent, rng) + np.repeat(shift, sizes, axis=0)).astype(np.float32)
+    axes = _isometry(course, latent.shape[1], rng)
+    noise = course.noise * rng.standard_normal((n_cells, len(course.noise)))
+    observed = (_seen(course, latent, axes) + noise + np.repeat(shift, sizes, axis=0)).astype(np.float32)
     by_time = [(t, time == t) for t in when]
     arguments = {"family": family, "n_cells": n_cells, "times": when, "sample_effects": float(sample_effects)}
     return ad.AnnData(
@@ -121,6 +124,7 @@ def simulated_course(
             "X_latent": latent.astype(np.float32),
             "drift_latent": np.concatenate([course.velocity(t, latent[own]) for t, own in by_time]).astype(np.float32),
         },
+        varm={"latent_axes": axes},
         uns={"simulation": arguments | seed},
     )
 
@@ -150,16 +154,7 @@ def _checked_course(
 
 def _snapshot(course: _Course, n: int, t: float, preference: float, rng: np.random.Generator) -> NDArray:
     """Latent states, n x k, of cells drawn in proportion to their mass at ``t``; some places may be preferred."""
-    z = course.start(_SURPLUS * n, rng)
-    log_mass = np.zeros(len(z))
-    steps = int(np.ceil(t / _STEP))
-    for k in range(steps):
-        now, h = k * t / steps, t / steps
-        half = z + h / 2 * course.velocity(now, z)  # the midpoint rule, second order where nothing diffuses
-        z = z + h * course.velocity(now + h / 2, half)
-        log_mass += h * course.growth(now + h / 2, half)
-        if course.diffusion:
-            z = z + course.diffusion * np.sqrt(h) * rng.standard_normal(z.shape)
+    z, log_mass = _moved(course, course.start(_SURPLUS * n, rng), 0.0, t, rng)
     # a random plane wave over the latent states, about 4 of their standard deviations long: which parts were caught
     wave = rng.standard_normal(z.shape[1]) / z.std(0)
     log_mass += preference * np.sqrt(2) * np.sin(z @ wave + rng.uniform(0, 2 * np.pi))
@@ -171,15 +166,67 @@ def _snapshot(course: _Course, n: int, t: float, preference: float, rng: np.rand
     return z[rng.choice(len(z), n, replace=False, p=p / p.sum())]
 
 
-def _embed(course: _Course, latent: NDArray, rng: np.random.Generator) -> NDArray:
-    """Put latent states into the observed space by a random isometry, bend them by ``curvature``, and add noise."""
-    k, d = latent.shape[1], len(course.noise)
-    # orthonormal rows: k for the states and, where they fit, k for the bend
-    basis = np.linalg.qr(rng.standard_normal((d, 2 * k if d >= 2 * k else k)))[0].T
-    observed = latent @ basis[:k]
+def _moved(
+    course: _Course, z: NDArray, t0: float, t1: float, rng: np.random.Generator
+) -> tuple[NDArray, NDArray[np.float64]]:
+    """Latent states, n x k, at ``t1`` of cells at ``z`` at ``t0``, and the log mass that each gained; either way."""
+    log_mass = np.zeros(len(z))
+    steps = int(np.ceil(abs(t1 - t0) / _STEP))
+    for k in range(steps):
+        now, h = t0 + k * (t1 - t0) / steps, (t1 - t0) / steps
+        half = z + h / 2 * course.velocity(now, z)  # the midpoint rule, second order where nothing diffuses
+        z = z + h * course.velocity(now + h / 2, half)
+        log_mass += h * course.growth(now + h / 2, half)
+        if course.diffusion:
+            z = z + course.diffusion * np.sqrt(h) * rng.standard_normal(z.shape)
+    return z, log_mass
+
+
+def _isometry(course: _Course, k: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Random orthonormal columns, d x k for the latent states or, where they fit, d x 2k for their bend too."""
+    d = len(course.noise)
+    return np.linalg.qr(rng.standard_normal((d, 2 * k if d >= 2 * k else k)))[0]
+
+
+def _seen(course: _Course, latent: NDArray, axes: NDArray) -> NDArray:
+    """Put latent states into the observed space, bent by ``curvature``."""
+    k = latent.shape[1]
+    observed = latent @ axes.T[:k]
     if course.curvature:
-        observed = observed + course.curvature * np.sin(latent) @ basis[k : 2 * k]
-    return observed + course.noise * rng.standard_normal((len(latent), d))
+        observed = observed + course.curvature * np.sin(latent) @ axes.T[k : 2 * k]
+    return observed
+
+
+def carried(adata: ad.AnnData, time: float, to: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Move a simulated snapshot's cells to another time by the true dynamics: what a perfect field makes of them.
+
+    Every cell keeps its own noise and its sample's shift.
+
+    Parameters
+    ----------
+    adata
+        From `simulated_course`, of a family in which nothing diffuses.
+    time, to
+        The snapshot's time and the other one, earlier or later, in days.
+
+    Returns
+    -------
+    Observed coordinates ``(n, d)`` and by how much each cell's mass has been multiplied, ``(n,)``.
+
+    Raises
+    ------
+    ValueError
+        If the family diffuses: its cells have no one place to go to.
+    """
+    course = _COURSES[adata.uns["simulation"]["family"]]
+    if course.diffusion:
+        raise ValueError(
+            f"expected a family in which nothing diffuses, found {adata.uns['simulation']['family']!r}; take another"
+        )
+    own = (adata.obs["time"] == time).to_numpy()
+    latent, axes = adata.obsm["X_latent"][own].astype(np.float64), adata.varm["latent_axes"]
+    there, log_mass = _moved(course, latent, time, to, np.random.default_rng(0))  # which draws nothing
+    return adata.obsm["X_pca"][own] - _seen(course, latent, axes) + _seen(course, there, axes), np.exp(log_mass)
 
 
 def _sigmoid(x: NDArray) -> NDArray:
