@@ -22,7 +22,7 @@ from torch import Tensor
 from .coupling import entropic, optimal_plan
 from .snapshots import Interval
 
-TILE = 2**22  # entries of a distance matrix held at once
+TILE = 2**20  # entries of a distance matrix held at once: what a CPU's caches hold
 
 # Points a side (the geometric mean of the two numbers). The network simplex over 4,000 x 4,000 takes 5 to 10 s on one
 # core, over 10,000 x 10,000 one to two minutes and 4 GiB, over 20,000 x 20,000 eight times as long and 16 GiB.

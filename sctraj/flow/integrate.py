@@ -15,6 +15,7 @@ from .vector_field import FieldSample
 
 Solver = Literal["euler", "rk4", "dopri5"]
 CELLS = 2**16  # cells times members met at once
+CELLS_ON_CPU = 2**14  # there: what the caches hold of the network's layers
 
 
 class Field(Protocol):
@@ -94,7 +95,7 @@ def transport(
     ends = torch.tensor([0.0, 1.0], dtype=x.dtype, device=x.device)
     state = torch.cat([x, torch.zeros_like(x[..., :1])], -1) if grows else x
     pushed = []
-    for cells in state.split(max(1, CELLS // len(x)), 1):
+    for cells in _tiles(state):
         if solver == "dopri5":
             atol = tolerance * float(field.scale.min())
             path = odeint(rate, cells, ends, method=solver, rtol=tolerance, atol=atol)
@@ -145,7 +146,7 @@ def simulate(
     for k in range(n_steps):
         noise = torch.randn(x.shape, generator=rng, device=rng.device, dtype=x.dtype).to(x.device)
         moved = []
-        for cells in x.split(max(1, CELLS // len(x)), 1):
+        for cells in _tiles(x):
             at = field.evaluate(start + k * step, cells)
             assert at.score is not None  # field.has_score
             moved.append(cells + step * (at.velocity + correction * at.score))
@@ -157,6 +158,12 @@ def _span(t0: Tensor | float, t1: Tensor | float, x: Tensor) -> tuple[Tensor, Te
     """Return start and length of the way, each ``(M or 1, 1, 1)``."""
     first, last = (torch.as_tensor(t, dtype=torch.float64).reshape(-1, 1, 1) for t in (t0, t1))
     return first.to(x), (last - first).to(x)
+
+
+def _tiles(x: Tensor) -> tuple[Tensor, ...]:
+    """Split cells ``(M, n, d)`` into parts that are met at once."""
+    at_once = min(CELLS, CELLS_ON_CPU) if x.device.type == "cpu" else CELLS
+    return x.split(max(1, at_once // len(x)), 1)
 
 
 def _grid(n_steps: int) -> Callable[..., Tensor]:
