@@ -445,6 +445,25 @@ def test_interpolate_from_both_sides(cells: AnnData) -> None:
         sctraj.tl.interpolate(cells, 4.0, start="after")
 
 
+def test_jitter_widens_what_a_closed_form_field_restores(cells: AnnData) -> None:
+    widths, spreads = (0.0, 1.0, 2.0), []
+    for jitter in widths:
+        sctraj.tl.leave_one_out(cells, field="closed-form", jitter=jitter)
+        assert cells.uns["leave_one_out_protocol"]["jitter"] == jitter
+        spreads.append(sctraj.get.leave_one_out(cells, metric="variance_ratio")["mean"]["uot-cfm"])
+    assert spreads[0] < spreads[1] < spreads[2]
+    sctraj.tl.fit_flow(cells, field="closed-form")
+    plain, wide = (sctraj.tl.interpolate(cells, 4.0, jitter=jitter).obsm["X_pca"] for jitter in (0.0, 1.0))
+    assert np.trace(np.cov(wide.T)) > np.trace(np.cov(plain.T))
+    with pytest.raises(ValueError, match="field='closed-form'"):
+        sctraj.tl.leave_one_out(cells, jitter=1.0)
+    with pytest.raises(ValueError, match="at least 0, found -1"):
+        sctraj.tl.leave_one_out(cells, field="closed-form", jitter=-1.0)
+    sctraj.tl.fit_flow(cells, **QUICK)
+    with pytest.raises(ValueError, match="no bandwidth"):
+        sctraj.tl.interpolate(cells, 4.0, jitter=1.0)
+
+
 def test_unweighted_distances_stand_beside_the_weighted(cells: AnnData) -> None:
     sctraj.tl.leave_one_out(cells, methods=("uot-cfm", "ot-cfm"), field="closed-form", start="before")
     mean = {m: sctraj.get.leave_one_out(cells, metric=m)["mean"] for m in ("w1", "w1_unweighted", "energy_unweighted")}

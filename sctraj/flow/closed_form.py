@@ -9,16 +9,16 @@ so it is for a bridge; elsewhere, with a local bandwidth, it is a kernel estimat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .metric_path import MetricPath
-from .probability_path import BrownianBridge, Hermite, Pairs, ProbabilityPath, Straight, Trigonometric
+from .probability_path import BrownianBridge, Hermite, Moments, Pairs, ProbabilityPath, Straight, Trigonometric
 from .problem import Problem
 from .vector_field import FieldSample, VectorField, scaling
 
@@ -108,6 +108,11 @@ class ClosedFormField(VectorField):
         velocity, score, growth = (torch.stack([e[n] for e in each]) for n in range(3))
         return FieldSample(velocity, score if self.has_score else None, growth if self.grows else None)
 
+    def bandwidth(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """Return the kernel's standard deviation ``(M, B, 1)`` at one time a member and points ``(M, B, d)``."""
+        times = torch.as_tensor(t, dtype=torch.float64).expand(self.members, *[1] * 2)[:, 0, 0].tolist()
+        return torch.stack([_bandwidth(part, time, points) for part, time, points in zip(self._parts, times, x)])
+
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return paths, strands and scales as arrays; a member's names begin with its number."""
         arrays = {"scale": self.scale.flatten().cpu().numpy()}
@@ -185,35 +190,60 @@ def closed_form(problems: Sequence[Problem], *, device: torch.device, dtype: tor
     return ClosedFormField(members, scales).to(device)
 
 
+class _Now(NamedTuple):
+    """What a member's pairs are at one time: moments of their paths, masses ``(n_pairs,)`` and growth rates."""
+
+    at: Moments
+    mass: Tensor
+    rate: Tensor
+    floor: float
+
+    @classmethod
+    def of(cls, part: _Member, t: float, dtype: torch.dtype) -> _Now:
+        # all times in the points' precision: where they are the same they must not differ by rounding
+        now, *starts = torch.tensor([t, *(float(strand.pairs.t0) for strand in part.strands)], dtype=dtype).tolist()
+        strand = part.strands[max(sum(start <= now for start in starts) - 1, 0)]
+        pairs, path = strand.pairs, part.path
+        s = (t - float(pairs.t0)) / float(pairs.length)
+        s = min(max(s, path.margin), 1 - path.margin)
+        at = path.moments(pairs, strand.mass0.new_full((1, 1), s, dtype=dtype))
+        mass = ((1 - s) * strand.mass0 + s * strand.mass1).clamp(min=1e-30)
+        rate = (strand.mass1 - strand.mass0) / mass / float(pairs.length)
+        return cls(at, mass, rate, max(strand.floor, path.sigma / 10))
+
+    def tiles(self, path: ProbabilityPath, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield points ``(n, d)``, their squared distances to the pairs ``(n, n_pairs)`` and bandwidths ``(n, 1)``."""
+        mean, squares = self.at.mean, self.at.mean.square().sum(1)
+        for points in x.split(max(1, TILE // len(mean))):
+            distance2 = torch.addmm(squares, points, mean.T, alpha=-2)
+            distance2.add_(points.square().sum(1, keepdim=True)).clamp_(min=0)
+            if _local(path):
+                width2 = _nearest(distance2, NEIGHBOURS).clamp(min=self.floor**2)
+            else:
+                width2 = self.at.std.square().expand(len(points), 1)
+            yield points, distance2, width2
+
+
+def _bandwidth(part: _Member, t: float, x: Tensor) -> Tensor:
+    """Return one member's bandwidths ``(B, 1)`` at points ``(B, d)``."""
+    now = _Now.of(part, t, x.dtype)
+    return torch.cat([width2.sqrt() for _, _, width2 in now.tiles(part.path, x - part.origin)])
+
+
 def _evaluate(part: _Member, t: float, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return velocity ``(B, d)``, score ``(B, d)`` and growth ``(B, 1)`` of one member at points ``(B, d)``."""
-    # all times in the points' precision: where they are the same they must not differ by rounding
-    now, *starts = torch.tensor([t, *(float(strand.pairs.t0) for strand in part.strands)], dtype=x.dtype).tolist()
-    strand = part.strands[max(sum(start <= now for start in starts) - 1, 0)]
-    pairs, path = strand.pairs, part.path
-    s = (t - float(pairs.t0)) / float(pairs.length)
-    s = min(max(s, path.margin), 1 - path.margin)
-    at = path.moments(pairs, x.new_full((1, 1), s))
-    mass = (1 - s) * strand.mass0 + s * strand.mass1
-    rate = (strand.mass1 - strand.mass0) / mass.clamp(min=1e-30) / float(pairs.length)
-    mean, mean_rate, log_mass = at.mean, at.mean_rate, mass.clamp(min=1e-30).log()
-    squares = mean.square().sum(1)
-    values = torch.cat([mean, mean_rate, rate[:, None]], 1).to(x)  # (n_pairs, 2 d + 1)
+    now = _Now.of(part, t, x.dtype)
+    at, log_mass = now.at, now.mass.log()
+    values = torch.cat([at.mean, at.mean_rate, now.rate[:, None]], 1).to(x)  # (n_pairs, 2 d + 1)
     # by a multiple of 16 columns a CPU multiplies up to five times faster
-    d, values = mean.shape[1], torch.nn.functional.pad(values, (0, -values.shape[1] % 16))
+    d, values = x.shape[1], torch.nn.functional.pad(values, (0, -values.shape[1] % 16))
     results = []
-    for points in (x - part.origin).split(max(1, TILE // len(mass))):
-        distance2 = torch.addmm(squares, points, mean.T, alpha=-2)  # (tile, n_pairs)
-        distance2.add_(points.square().sum(1, keepdim=True)).clamp_(min=0)
-        if _local(path):
-            width2 = _nearest(distance2, NEIGHBOURS).clamp(min=max(strand.floor, path.sigma / 10) ** 2)
-        else:
-            width2 = at.std.square().expand(len(points), 1)
+    for points, distance2, width2 in now.tiles(part.path, x - part.origin):
         weight = torch.softmax(distance2.div_(-2 * width2).add_(log_mass), 1)
         average = weight @ values
         pull = average[:, :d] - points
         velocity = average[:, d : 2 * d]
-        if not _local(path):
+        if not _local(part.path):
             # u_p(t, x) = mean_p' + std' / std (x - mean_p) (Tong et al. 2023, theorem 2.1)
             velocity = velocity - at.std_rate / at.std * pull
         results.append((velocity, pull / width2, average[:, 2 * d : 2 * d + 1]))

@@ -30,6 +30,9 @@ class Field(Protocol):
     def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
         """Return velocity, score and growth."""
 
+    def bandwidth(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """Return the standard deviation of the kernel, ``(M, B, 1)``; zero without one."""
+
 
 @dataclass(frozen=True)
 class Moved:

@@ -223,6 +223,10 @@ class VectorField(nn.Module, ABC):
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return all that the field consists of as arrays."""
 
+    def bandwidth(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """Return the standard deviation ``(M, B, 1)`` of the kernel that the field averages by; zero without one."""
+        return x.new_zeros(*x.shape[:-1], 1)
+
     def velocity(self, t: Tensor | float, x: Tensor) -> Tensor:
         """Return the velocity ``(M, B, d)`` at real time ``t`` and points ``(M, B, d)``."""
         return self.evaluate(t, x).velocity
@@ -268,6 +272,10 @@ class Ensemble:
         )
         assert velocity is not None
         return FieldSample(velocity, score, growth)
+
+    def bandwidth(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """Return the members' mean bandwidth at points ``(1, B, d)``."""
+        return self.field.bandwidth(t, x.expand(self.field.members, *x.shape[1:])).mean(0, keepdim=True)
 
     def velocity(self, t: Tensor | float, x: Tensor) -> Tensor:
         """Return the velocity at points ``(1, B, d)``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -24,6 +25,17 @@ def check_field(field: Field, module: nn.Module | None) -> None:
         raise ValueError(f"expected a field of {', '.join(get_args(Field))}, found {field!r}")
     if field == "closed-form" and module is not None:
         raise ValueError("expected no module for a closed-form field, which is not trained; pass field='neural'")
+
+
+def check_jitter(jitter: float, field: Field) -> None:
+    """Raise a ValueError for a jitter below zero, or of a field without a bandwidth."""
+    if not 0 <= jitter < math.inf:
+        raise ValueError(f"expected a finite jitter of at least 0, found {jitter}; pass 1 for the kernel's own width")
+    if jitter and field != "closed-form":
+        raise ValueError(
+            f"expected no jitter for a {field} field, which has no bandwidth to measure it in, found {jitter}; leave "
+            "it out, or take field='closed-form'"
+        )
 
 
 def make_field(

@@ -11,8 +11,9 @@ import pandas as pd
 from .. import _adata
 from .._log import logger
 from ..flow.flow_matching import pick_device
-from ..flow.hold_out import Restoration, Start, mixed
-from ..flow.integrate import Solver, transport
+from ..flow.hold_out import Restoration, Start, mixed, moved
+from ..flow.integrate import Solver
+from ._field import check_jitter
 from ._steps import steps_per_gap
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def interpolate(
     time: float,
     *,
     start: Start = "both",
+    jitter: float = 0.0,
     solver: Solver = "rk4",
     n_steps: int | None = None,
     tolerance: float = 1e-4,
@@ -46,6 +48,8 @@ def interpolate(
         Real time, within the snapshots' range.
     start
         What is moved: ``"both"`` neighbours in time, or the snapshot ``"before"`` alone.
+    jitter
+        As in `sctraj.tl.leave_one_out`: noise on what is moved, in bandwidths of a closed-form field.
     solver
         ``"rk4"`` or ``"euler"`` on a fixed grid, or ``"dopri5"``.
     n_steps
@@ -87,25 +91,28 @@ def interpolate(
         )
     if start not in get_args(Start):
         raise ValueError(f"expected a start of {get_args(Start)}, found {start!r}")
+    check_jitter(jitter, flow.params["field"])
     decoder = _decoder(adata, use_rep) if decode else None
     field = flow.vector_field.to(where).ensemble()
     per_gap = steps_per_gap(solver) if n_steps is None else n_steps
     k = max(i for i, t in enumerate(snapshots.times) if t <= time)
 
-    def moved(k: int) -> Restoration:
+    def from_snapshot(k: int) -> Restoration:
         gap = abs(time - snapshots.times[k])
-        x = snapshots.points[k].to(field.scale)[None]
         if gap == 0:
-            return Restoration(x[0].cpu(), snapshots.mass[k])
-        steps = max(1, math.ceil(per_gap * gap / snapshots.mean_gap))
-        there = transport(field, x, snapshots.times[k], float(time), solver=solver, n_steps=steps, tolerance=tolerance)
-        return Restoration(there.points[0].cpu(), snapshots.mass[k] * there.log_mass[0].cpu().double().exp())
+            return Restoration(snapshots.points[k].cpu(), snapshots.mass[k])
+        cells, steps = [(snapshots.points[k], snapshots.mass[k])], max(1, math.ceil(per_gap * gap / snapshots.mean_gap))
+        (there,) = moved(
+            field, cells, [snapshots.times[k]], [float(time)], solver=solver, n_steps=steps, tolerance=tolerance,
+            jitter=jitter,
+        )  # fmt: skip
+        return there
 
     if start == "both" and time > snapshots.times[k]:
         s = (time - snapshots.times[k]) / (snapshots.times[k + 1] - snapshots.times[k])
-        population, used = mixed(moved(k), moved(k + 1), s), [k, k + 1]
+        population, used = mixed(from_snapshot(k), from_snapshot(k + 1), s), [k, k + 1]
     else:
-        population, used = moved(k), [k]
+        population, used = from_snapshot(k), [k]
     restored = population.points.numpy().astype(np.float32)
 
     sources = np.concatenate([np.asarray(adata.obs_names[flow.cells.index[i]], dtype=object) for i in used])

@@ -17,7 +17,7 @@ from sctraj.flow import closed_form as module
 from sctraj.flow.closed_form import ClosedFormField, _nearest, closed_form
 from sctraj.flow.coupling import GrowingPlan, WeightedPairs
 from sctraj.flow.distance import energy_distance
-from sctraj.flow.hold_out import hold_out_problems, restore
+from sctraj.flow.hold_out import hold_out_problems, moved, restore
 from sctraj.flow.integrate import push, simulate, transport
 from sctraj.flow.probability_path import BrownianBridge, Hermite, Straight, Trigonometric
 from sctraj.flow.problem import METHODS, Problem, make_problems
@@ -390,6 +390,35 @@ def test_a_snapshots_time_in_single_precision_is_that_time():
     for t in (1.3, torch.tensor(1.3), torch.tensor([1.3])[:, None, None]):
         torch.testing.assert_close(field.velocity(t, x), following, rtol=0, atol=1e-3)
     assert float((field.velocity(1.3 - 1e-6, x) - following).abs().max()) > 0.1
+
+
+def test_the_bandwidth_is_the_distance_to_the_fifth_nearest_path_point():
+    snapshots, t = make(), 2.3
+    (problem,), _ = make_problems(snapshots, method="ot-cfm", path=None, sigma=1e-6, seeds=(0,), validate=False)
+    i, j = (problem.listed(1).i, problem.listed(1).j)
+    s = (t - TIMES[1]) / (TIMES[2] - TIMES[1])
+    points = (1 - s) * snapshots.points[1][i] + s * snapshots.points[2][j]
+    x = grid()
+    wanted = torch.cdist(x[0], points).sort(1).values[:, 4]
+    found = field_of(problem).bandwidth(t, x)[0, :, 0]
+    assert float(found.min()) < float(found.max()) / 3  # a local one
+    torch.testing.assert_close(found, wanted.clamp(min=float(found.min())), rtol=1e-6, atol=0.0)
+    bridge = fields(snapshots, "sb-cfm", sigma=0.7)
+    sd = 0.7 * math.sqrt(s * (1 - s) * (TIMES[2] - TIMES[1]))
+    torch.testing.assert_close(bridge.bandwidth(t, x), torch.full_like(x[..., :1], sd), rtol=1e-6, atol=0.0)
+
+
+def test_jittered_starts_are_as_wide_as_the_kernel():
+    n, still = 4000, make().points[1]
+    field = field_of(hand_made(still, still, torch.ones(30), torch.ones(30), Straight(0.1)))  # nothing moves
+    start = still[:1].expand(n, -1)
+    for jitter in (0.5, 1.0):
+        (there,) = moved(
+            field, [(start, torch.ones(n))], [1.5], [4.0], solver="rk4", n_steps=1, tolerance=1e-5, jitter=jitter
+        )
+        wanted = jitter * float(field.bandwidth(1.5, start[None, :1]))
+        assert float(there.points.std(0).square().mean().sqrt()) == pytest.approx(wanted, rel=0.03)  # 8,000 numbers
+        assert float((there.points.mean(0) - start[0]).norm()) < 4 * wanted * math.sqrt(2 / n)
 
 
 @pytest.mark.parametrize("method", METHODS)
