@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -221,7 +222,7 @@ def fit_command(
 
 
 def _benchmark_options() -> list[click.Option]:
-    judged = options(tl.fit_flow, tl.leave_one_out, benchmark.run, skip={"folder", "key_added"})
+    judged = options(tl.fit_flow, tl.leave_one_out, benchmark.run, skip={"folder", "key_added", "start"})
     asked = {*inspect.signature(tl.leave_one_out).parameters, *inspect.signature(benchmark.run).parameters}
     dims = options(pp.standardize, only=("n_dims",))
     dims[0].help = "Judge in the first N dimensions, standardised over all cells; 0: in the representation as it is."
@@ -258,10 +259,12 @@ def benchmark_command(
 ) -> None:  # fmt: skip
     """Leave every interior snapshot of IN (h5ad; the simulated example if not given) out in turn, and restore it.
 
-    With --grid, --published, --tasks, --strict, --bootstraps, --labels, --threads, --jobs, --dask or --plan the work
-    goes in units through worker processes and can be resumed: FOLDER then gets benchmark.csv, wide.csv, summary.csv,
-    paired.csv and report.html.
+    With --grid, --published, --tasks, --strict, --bootstraps, --labels, --threads, --jobs, --dask or --plan, from the
+    first snapshot, or with a method of yours (--methods module:function, looked for in the current folder too), the
+    work goes in units through worker processes and can be resumed: FOLDER then gets benchmark.csv, wide.csv,
+    summary.csv, paired.csv and report.html.
     """
+    sys.path.append(str(Path.cwd()))  # as "python -m sctraj" has it; workers are told
     where: dict[str, Any] = {} if output is None else {"folder": output}
     given = {
         name for name in ctx.params if ctx.get_parameter_source(name) not in (click.core.ParameterSource.DEFAULT, None)
@@ -269,6 +272,9 @@ def benchmark_command(
     how = {name: arguments.pop(name) for name in ("jobs", "dask", "plan")}
     described = {name: arguments.pop(name) for name in GRID_ALONE}
     units = sorted(given & {"grid", "published", *how, *described})
+    units += ["start"] * (arguments["start"] == "first") + ["methods"] * any(
+        ":" in name for name in arguments["methods"]
+    )
     if grid is not None:
         _refuse(given - {"grid", "output", *how}, "--grid, whose file says everything")
         benchmark.run_grid(benchmark.read_grid(grid), **where, **how)
@@ -276,7 +282,7 @@ def benchmark_command(
     settings = {name: arguments[name] for name in given & {*benchmark.known_settings()}} if units else {}
     if units:
         _refuse(given & {*ONE_RUN}, f"--{' and --'.join(units)}")
-        described |= {"device": benchmark.device_of(arguments["device"]), "settings": settings}
+        described |= {"device": arguments["device"], "settings": settings}
     if published:
         taken = {"n_seeds", "device", "threads", "bootstraps", *settings}
         _refuse(given - taken - {"published", "output", *how}, "--published, whose protocol is fixed")
@@ -297,7 +303,8 @@ def benchmark_command(
         use_rep=arguments["use_rep"], labels=described.pop("labels"), n_dims=n_dims,
     )  # fmt: skip
     seeds = tuple(range(arguments["rng"], arguments["rng"] + arguments["n_seeds"]))
-    made = benchmark.grid_of(data, methods=arguments["methods"], starts=(arguments["start"],), seeds=seeds, **described)
+    described |= {name: arguments[name] for name in ("methods", "start")}
+    made = benchmark.grid_of(data, seeds=seeds, **described)
     benchmark.run_grid(made, cells={name: adata}, **where, **how)
 
 

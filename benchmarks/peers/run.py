@@ -1,42 +1,44 @@
-"""Peers beside sctraj and the baselines, leave-one-out; a peer that is not installed is left out, with the reason.
+"""Peers beside sctraj and the baselines, as one grid; a peer that is not installed is left out, with the reason.
 
-python -m benchmarks.peers.run CELLS.h5ad --time-key day --n-dims 5 --seeds 2 --bootstraps 50     # from the root
+python -m benchmarks.peers.run CELLS.h5ad --time-key day --n-dims 5 --seeds 2 --bootstraps 50 -o peers  # from the root
 
 Every peer has requirements of its own (requirements-*.txt beside this), which need not get along with each other's: run
-it in an environment each, with ``--output``, and put the tables together. Without CELLS it draws a small simulated
-data set, from which nothing follows.
+it in an environment each, with a folder each. Folds, half-samples and seeds are the same everywhere, so that a peer's
+rows in ``benchmark.csv`` can be put beside those of another folder for ``sctraj.benchmark.summary`` and ``paired``.
+Without CELLS it draws a small simulated data set, from which nothing follows.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import time
 from pathlib import Path
 
 import anndata as ad
-import numpy as np
 import pandas as pd
-import torch
 
 from sctraj import pp
-from sctraj.benchmark._evaluate import Unit, evaluate
+from sctraj.benchmark import TASKS, Data, make_grid, run_grid
 from sctraj.benchmark._methods import find_method
-from sctraj.benchmark._representation import fit_recipe, read_expression
-from sctraj.benchmark._uncertainty import summary
 from sctraj.datasets import simulated_differentiation
 
 HERE = "benchmarks.peers"
-REFERENCES = {name: name for name in ("previous", "next", "ot-interpolation", "noise-reference")}
-OWN = {"ot-cfm": "ot-cfm", "uot-cfm": "uot-cfm"}
+OWN = ("ot-cfm", "uot-cfm")
 PEERS = {
-    "torchcfm i-cfm": f"{HERE}.torchcfm_peer:i_cfm",
-    "torchcfm ot-cfm": f"{HERE}.torchcfm_peer:ot_cfm",
-    "torchcfm sb-cfm": f"{HERE}.torchcfm_peer:sb_cfm",
+    "torchcfm-i-cfm": f"{HERE}.torchcfm_peer:i_cfm",
+    "torchcfm-ot-cfm": f"{HERE}.torchcfm_peer:ot_cfm",
+    "torchcfm-sb-cfm": f"{HERE}.torchcfm_peer:sb_cfm",
     "wot": f"{HERE}.wot_peer:interpolate",
     "moscot": f"{HERE}.moscot_peer:interpolate",
 }
-SHOWN = ("w1", "energy", "variance_ratio")
+
+
+def absent(method: str) -> str | None:
+    """Why a peer cannot be run here; None where it can."""
+    try:
+        find_method(method)
+    except ValueError as reason:
+        return str(reason.__cause__)
+    return None
 
 
 def main() -> None:
@@ -48,46 +50,37 @@ def main() -> None:
     parser.add_argument("--bootstraps", type=int, default=20)
     parser.add_argument("--n-steps", type=int, default=3000, help="of torchcfm's training")
     parser.add_argument("--start", default="before", choices=("before", "both"), help="of sctraj's own methods")
-    parser.add_argument("--only", nargs="*", default=list(PEERS), metavar="PEER", help=", ".join(PEERS))
-    parser.add_argument("--strict", action="store_true")
-    parser.add_argument("--output", type=Path, help="csv to add the rows to")
+    parser.add_argument("--task", default="leave-one-out", choices=TASKS)
+    parser.add_argument("--only", nargs="*", default=list(PEERS), choices=PEERS, metavar="PEER", help=", ".join(PEERS))
+    parser.add_argument("--strict", action="store_true", help="beside the published form")
+    parser.add_argument("--jobs", type=int)
+    parser.add_argument("-o", "--output", type=Path, default=Path("sctraj_peers"), help="folder")
     args = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+    reasons = {name: reason for name in args.only if (reason := absent(PEERS[name])) is not None}
+    for name, reason in reasons.items():
+        print(f"left out {name}: {reason}; see {HERE.replace('.', '/')}/requirements-*.txt")
+    peers = [PEERS[name] for name in args.only if name not in reasons]
 
     cells = simulated_differentiation(600, n_genes=60, n_pcs=6) if args.cells is None else ad.read_h5ad(args.cells)
     if not pd.api.types.is_numeric_dtype(cells.obs[args.time_key]):
         pp.parse_time(cells, args.time_key, key_added="real_time")
         args.time_key = "real_time"
-    if cells.n_vars:
-        raw = read_expression(cells)
-        cells.obsm["X_rep"] = fit_recipe(raw, args.n_dims).project(raw).astype(np.float32)
-    else:
-        cells.obsm["X_rep"] = cells.obsm["X_pca"]
-
-    tables = []
-    for name, method in (REFERENCES | OWN | PEERS).items():
-        if name in PEERS and name not in args.only:
-            continue
-        try:
-            find_method(method)
-        except ValueError as reason:
-            print(f"left out {name}: {reason.__cause__}; see {HERE.replace('.', '/')}/requirements-*.txt")
-            continue
-        settings = (("n_steps", args.n_steps),) if name.startswith("torchcfm") else ()
-        unit = Unit("cells", "leave-one-out", method, settings, args.strict, args.start, tuple(range(args.seeds)))
-        started = time.perf_counter()
-        table = evaluate(
-            unit, cells, time_key=args.time_key, use_rep="X_rep", n_dims=args.n_dims, bootstraps=args.bootstraps
-        )
-        print(f"{name}: {time.perf_counter() - started:.1f} s")
-        tables.append(table.assign(method=name))
-    table = pd.concat(tables)
-    if args.output is not None:
-        table.to_csv(args.output, mode="a", header=not args.output.exists(), index=False)
-    found = summary(table)
-    for metric in SHOWN:
-        columns = ["space", "method", "mean", "sd", "low", "high", "skill", "skill_low", "skill_high", "rank"]
-        print(f"\n{metric}\n{found.loc[found['metric'] == metric, columns].round(3).to_string(index=False)}")
+    name = "simulated" if args.cells is None else args.cells.stem
+    use_rep = "recipe" if cells.n_vars else "X_pca"
+    data = Data(name, name, time_key=args.time_key, use_rep=use_rep, n_dims=args.n_dims)
+    grid = make_grid(
+        [data],
+        tasks=[args.task],
+        methods=[*OWN, *peers],
+        settings={peer: {"n_steps": args.n_steps} for peer in peers if "torchcfm" in peer},
+        seeds=args.seeds,
+        strict=[False, True] if args.strict else False,
+        starts=[args.start],
+        bootstraps=args.bootstraps,
+    )
+    notes = {f"left out: {name}": reason for name, reason in reasons.items()}
+    run_grid(grid, args.output, jobs=args.jobs, cells={name: cells}, notes=notes)
 
 
 if __name__ == "__main__":

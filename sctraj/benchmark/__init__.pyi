@@ -6,7 +6,6 @@ from ._grid import known_settings as known_settings
 from ._grid import make_grid as make_grid
 from ._grid import read_grid as read_grid
 from ._methods import register as register
-from ._run import device_of as device_of
 from ._run import grid_of as grid_of
 from ._run import run as run
 from ._run import run_grid as run_grid
@@ -21,7 +20,6 @@ __all__ = [
     "Data",
     "Grid",
     "Unit",
-    "device_of",
     "evaluate",
     "grid_of",
     "known_settings",

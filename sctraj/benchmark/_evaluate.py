@@ -24,8 +24,8 @@ from ..flow.distance import (
 )
 from ..flow.hold_out import NOISE_REFERENCE
 from ..flow.snapshots import Snapshots
-from ._methods import Cloud, Job, call, find_method, own_settings, restore_own
-from ._representation import Array, Recipe, fit_recipe, read_expression, to_common
+from ._methods import Cloud, Job, call, check_settings, find_method, restore_own
+from ._representation import Array, Recipe, check_expression, fit_recipe, read_expression, to_common
 from ._tasks import Fold, Rows, Task, find_task
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ GENES = ("gene_mean", "gene_variance")  # where points can be decoded: strict, i
 COMPOSITION = "composition"  # where there are labels
 POINT = -1  # the bootstrap of an estimate from all cells
 EPSILON = 0.05  # of the Sinkhorn divergence, times the squared median distance among the observed cells
+SOME = 8  # half-samples that the divergence is taken of: it takes longer than all other distances together
 NEIGHBOURS = 5  # kept cells nearest to a restored one, whose labels are taken for its own
 
 
@@ -118,7 +119,8 @@ def evaluate(
     device
         Where to train: "cpu", "cuda", ...
     bootstraps
-        Half-samples of the cells behind each interval (see `_uncertainty`); 0 for none. ``sinkhorn`` has none.
+        Half-samples of the cells behind each interval (see `_uncertainty`); 0 for none. ``sinkhorn`` has the first
+        few alone.
 
     Returns
     -------
@@ -143,12 +145,8 @@ def evaluate(
     TypeError
         Settings that a method does not have.
     """
+    check(unit, adata, use_rep=use_rep, n_dims=n_dims, bootstraps=bootstraps)
     task = find_task(unit.task)
-    if not unit.seeds or len(set(unit.seeds)) < len(unit.seeds):
-        raise ValueError(f"expected at least one seed, each once, found {unit.seeds}")
-    if bootstraps < 0:
-        raise ValueError(f"expected bootstraps of at least 0, found {bootstraps}")
-    find_method(unit.method)
     course = read_course(adata, time_key, use_rep, n_dims, labels, strict=unit.strict)
     task.check(len(course.times), unit.start)
     rows: list[dict[str, object]] = []
@@ -165,6 +163,21 @@ def evaluate(
         rows += [row | {"seed": one.seed} for row in known[key]]
     fixed = {name: getattr(unit, name) for name in ("data", "task", "strict", "start")} | {"method": unit.label}
     return pd.DataFrame([fixed | row for row in rows], columns=list(COLUMNS))
+
+
+def check(unit: Unit, adata: AnnData, *, use_rep: str, n_dims: int | None, bootstraps: int) -> None:
+    """Raise what `evaluate` would raise, as far as it can be known at a glance: before anything is computed."""
+    find_task(unit.task)
+    if not unit.seeds or len(set(unit.seeds)) < len(unit.seeds):
+        raise ValueError(f"expected at least one seed, each once, found {unit.seeds}")
+    if bootstraps < 0:
+        raise ValueError(f"expected bootstraps of at least 0, found {bootstraps}")
+    find_method(unit.method)
+    check_settings(unit.method, dict(unit.settings))
+    if unit.strict:
+        check_expression(adata)
+    elif n_dims and use_rep in adata.obsm and n_dims > (size := adata.obsm[use_rep].shape[1]):
+        raise ValueError(f'expected n_dims up to {size}, the size of "{use_rep}", found {n_dims}')
 
 
 # --- the course and its folds
@@ -204,8 +217,6 @@ def read_course(
         for x, rows in zip(cells.snapshots.points, cells.index):
             points[rows] = x.numpy()
         if n_dims:
-            if n_dims > points.shape[1]:
-                raise ValueError(f'expected n_dims up to {points.shape[1]}, the size of "{use_rep}", found {n_dims}')
             points = points[:, :n_dims]
             points = (points - points.mean(axis=0)) / points.std(axis=0)
         return Course(cells.snapshots.times, cells.index, points, labels=types)
@@ -328,15 +339,12 @@ def restorations(unit: Unit, course: Course, task: Task, *, device: str) -> list
     method, settings = find_method(unit.method), dict(unit.settings)
     halves: list[list[NDArray[np.bool_] | None]] = [[None] * len(job.times) for job in jobs]
     if unit.method == NOISE_REFERENCE:
-        if settings:
-            raise TypeError(f"expected no settings for {NOISE_REFERENCE}, found {', '.join(settings)}")
         halves = [
             [_half(len(rows), np.random.default_rng([seed, n, k])) for k, rows in enumerate(one.fold.held_out)]
             for n, seed, one in work
         ]
         clouds = [_of_halves(course, one, half) for (_, _, one), half in zip(work, halves)]
     elif method is None:
-        own_settings(unit.method, settings)
         clouds = restore_own(unit.method, jobs, settings, start=unit.start, device=device)
     else:
         clouds = [
@@ -451,8 +459,7 @@ def _measured(judge: _Judge, one: Restored, bootstraps: int) -> Iterator[dict[st
     """Yield metrics from all cells, and from half-samples of them."""
     for b in range(POINT, bootstraps):
         part = judge if b == POINT else judge.half(*half_sample(one, len(judge.observed), b))
-        # the divergence takes longer than all others together: half-samples go without it
-        for metric, (value, error) in _distances(part, divergence=b == POINT).items():
+        for metric, (value, error) in _distances(part, divergence=b < SOME).items():
             yield {"metric": metric, "value": value, "error": error or float("nan"), "bootstrap": b}
 
 
@@ -494,17 +501,23 @@ def _rms(x: Array) -> float:
 def half_sample(one: Restored, m: int, b: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Draw half of the restored and half of the ``m`` observed cells, without replacement; return their rows.
 
-    Which held-out cells are drawn depends on the held-out snapshot and on ``b`` alone: all methods and seeds meet the
-    same ones. So it is with restored cells, by their number. Of each snapshot that was moved half is drawn. The noise
-    reference's two sides are those of its cells that are drawn of the whole held-out snapshot.
+    Which cells of a snapshot are drawn depends on the snapshot and on ``b`` alone: all methods and seeds meet the same
+    ones, and so do folds, in one of which it is held out and in another moved. Of each snapshot that was moved half is
+    drawn; where nobody knows which those were, restored cells count as those of the snapshot before, by their number.
+    The noise reference's two sides are those of its cells that are drawn of the held-out snapshot.
     """
-    same = [one.split, *one.number, b]
+    fold = one.prepared.fold
+    times = sorted({*fold.times, *fold.held_out_times})
+
+    def of_snapshot(n: int, time: float) -> NDArray[np.bool_]:
+        return _half(n, np.random.default_rng([0, one.split, times.index(time), b]))
+
     if one.half is not None:
-        drawn = _half(len(one.half), np.random.default_rng([0, *same]))
+        drawn = of_snapshot(len(one.half), one.held_out)
         return _pair(drawn[one.half]), _pair(drawn[~one.half])
-    observed = _half(m, np.random.default_rng([0, *same]))
-    restored = [_half(n, np.random.default_rng([1 + k, *same])) for k, n in enumerate(one.cloud.parts)]
-    return _pair(np.concatenate(restored)), _pair(observed)
+    origins = one.cloud.origins or (max(time for time in fold.times if time < one.held_out),)
+    restored = [of_snapshot(n, time) for n, time in zip(one.cloud.parts, origins, strict=True)]
+    return _pair(np.concatenate(restored)), _pair(of_snapshot(m, one.held_out))
 
 
 def _pair(drawn: NDArray[np.bool_]) -> NDArray[np.intp]:

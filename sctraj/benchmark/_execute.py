@@ -181,8 +181,14 @@ def dask_workers(address: str, n: int, cells: Mapping[str, AnnData], *, device: 
                     n_workers=n, threads_per_worker=1, memory_limit=0, dashboard_address=None, resources=resources
                 )
             )
-        client = closing(Client(address))
-        client.wait_for_workers(1, timeout=PATIENCE)
+        try:
+            client = closing(Client(address))
+            client.wait_for_workers(1, timeout=PATIENCE)
+        except OSError as error:
+            raise OSError(
+                f"expected a Dask scheduler with workers at {address}, found none ({error}); start them with: dask "
+                f"scheduler, and on every machine dask worker {address}"
+            ) from error
         plugin = _cells_plugin(cells, device)
         client.register_plugin(plugin)  # also of workers that come, or come back, later
         closing(_Unregistered(client, plugin.name))

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
+import pandas as pd
 
 from .. import datasets
+from ..flow.flow_matching import pick_device
 from ..flow.problem import METHODS as OWN
 from ._evaluate import Unit
 from ._methods import REFERENCES, find_method, known, own_settings
@@ -29,6 +31,17 @@ SIMULATED = "simulated"
 RECIPE = "recipe"
 PUBLISHED = {"embryoid-body": "embryoid_body", "cite": "cite", "multiome": "multiome"}
 NAMES = (*FAMILIES, SIMULATED, *PUBLISHED)
+# of a TOML file's keys, and of those that describe a data set
+KINDS: dict[str, tuple[type, ...]] = {
+    "data": (list,), "tasks": (list,), "methods": (list,), "settings": (dict,), "seeds": (int, list),
+    "strict": (bool, list), "starts": (list,), "references": (bool,), "bootstraps": (int,), "device": (str,),
+    "threads": (int,),
+}  # fmt: skip
+DATA_KINDS: dict[str, tuple[type, ...]] = {
+    "name": (str,), "time_key": (str,), "use_rep": (str,), "labels": (str,), "n_dims": (int,), "times": (dict,),
+    "index_clock": (bool,),
+}  # fmt: skip
+WORDS = {list: "a list", dict: "a table", int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 @dataclass(frozen=True)
@@ -74,11 +87,14 @@ class Data:
             If they cannot be had, or are not as described.
         """
         adata = self._read()
-        if self.times and Path(self.source).suffix == ".h5ad":
+        if Path(self.source).suffix == ".h5ad" and (self.times or _is_text(adata.obs[self.time_key])):
             labels = adata.obs[self.time_key].astype(str)
             mapping = dict(self.times)
             if missing := sorted(set(labels) - set(mapping)):
-                raise ValueError(f"expected a time for every label of {self.name}, found none for {', '.join(missing)}")
+                raise ValueError(
+                    f'expected a time for every label in obs["{self.time_key}"] of {self.name}, found none for '
+                    f'{", ".join(missing)}; give them in the grid file: times = {{ "{missing[0]}" = 0.0, ... }}'
+                )
             adata.obs[self.time_key] = labels.map(mapping).to_numpy(dtype=np.float64)
         if self.index_clock:
             times = adata.obs[self.time_key].to_numpy(dtype=np.float64)
@@ -157,6 +173,9 @@ class Grid:
         if len(names) < len(self.data):
             twice = next(one.name for one in self.data if [other.name for other in self.data].count(one.name) > 1)
             raise ValueError(f'expected distinct names of data sets, found "{twice}" twice; give one a name of its own')
+        for name, least in (("bootstraps", 0), ("threads", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"expected {name} of at least {least}, found {getattr(self, name)}")
         object.__setattr__(self, "names", names)
 
 
@@ -221,8 +240,12 @@ def make_grid(
         _check("setting", list(told), known_settings(), least=0)
     which = _distinct("strict", [strict] if isinstance(strict, bool) else list(strict))
     numbers = tuple(range(seeds)) if isinstance(seeds, int) else tuple(_distinct("seeds", seeds))
-    if not data or not numbers or min(numbers) < 0:
-        raise ValueError(f"expected at least one data set and one seed of at least 0, found {len(data)} and {numbers}")
+    if not numbers or not all(type(one) is int and one >= 0 for one in numbers):
+        raise ValueError(f"expected seeds, at least one whole number of at least 0, found {seeds}")
+    if not data:
+        raise ValueError("expected at least one data set, found none")
+    # a cluster may have what this machine has not
+    where = device if device.startswith("cuda") else str(pick_device(device))
     units = []
     for one, task, leak_free in itertools.product(data, tasks, which):
         for start, method in itertools.product(_possible(task, starts), _with_references(task, methods, references)):
@@ -230,7 +253,7 @@ def make_grid(
             units += [
                 Unit(one.name, task, method, settings, leak_free, start, numbers) for settings in _combinations(chosen)
             ]
-    return Grid(tuple(data), tuple(units), bootstraps, device, threads)
+    return Grid(tuple(data), tuple(units), bootstraps, where, threads)
 
 
 def read_grid(path: str | Path) -> Grid:
@@ -257,14 +280,9 @@ def read_grid(path: str | Path) -> Grid:
             said = tomllib.load(file)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"expected TOML in {path}, found something else: {error}") from error
-    kinds = {
-        "data": list, "tasks": list, "methods": list, "settings": dict, "seeds": (int, list), "strict": (bool, list),
-        "starts": list, "references": bool, "bootstraps": int, "device": str, "threads": int,
-    }  # fmt: skip
-    _check("key", list(said), tuple(kinds), where=f" in {path}")
+    _check("key", list(said), tuple(KINDS), where=f" in {path}")
     for name, value in said.items():
-        if not isinstance(value, kinds[name]) or (isinstance(value, bool) and name not in ("strict", "references")):  # type: ignore[arg-type]
-            raise ValueError(f"expected another type of value for {name} in {path}, found {value!r}")
+        _check_kind(name, value, KINDS[name], f" in {path}")
     if missing := [name for name in ("data", "methods") if not said.get(name)]:
         raise ValueError(f"expected {' and '.join(missing)} in {path}, found none")
     data = [data_of(one, path.parent) for one in said.pop("data")]
@@ -280,7 +298,7 @@ def data_of(said: str | Mapping[str, Any], folder: Path = Path()) -> Data:
     ValueError
         If the description has an unknown key or there is no such data set.
     """
-    told: dict[str, Any] = {"source": said} if isinstance(said, str) else dict(said)
+    told: dict[str, Any] = dict(said) if isinstance(said, Mapping) else {"source": said}
     if not isinstance(told.get("source"), str):
         raise ValueError(f"expected a data set with a source, a name or a path, found {said!r}")
     source = told["source"]
@@ -290,13 +308,18 @@ def data_of(said: str | Mapping[str, Any], folder: Path = Path()) -> Data:
     takes = [] if simulate is None else [name for name in inspect.signature(simulate).parameters if name != "family"]
     described = ("source", "name", "time_key", "use_rep", "labels", "n_dims", "times", "index_clock")
     _check("key of a data set", list(told), (*described, *takes), where=f" for {source}")
+    for name in [name for name in told if name in DATA_KINDS and name not in takes]:
+        _check_kind(name, told[name], DATA_KINDS[name], f" of {source}")
     given = {name: told.pop(name) for name in sorted(takes) if name in told}
     arguments = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in given.items())
     if source not in NAMES:
         if not Path(source).suffix:
             _check("data set", [source], NAMES, where=" (a path ends in .h5ad, .npz, .csv or .tsv)")
         told["source"] = str(folder / source)
-    told["times"] = tuple(sorted((str(label), float(time)) for label, time in told.get("times", {}).items()))
+    times = told.get("times", {})
+    for label, time in times.items():
+        _check_kind(f'the time "{label}"', time, (float,), f" of {source}")
+    told["times"] = tuple(sorted((str(label), float(time)) for label, time in times.items()))
     told.setdefault("name", source if source in NAMES else Path(source).stem)
     return Data(arguments=arguments, **told)
 
@@ -318,6 +341,18 @@ def _combinations(settings: Mapping[str, Any]) -> Iterable[tuple[tuple[str, Sett
         if not options or not all(isinstance(v, get_args(Setting)) for v in options):
             raise ValueError(f"expected a number, text or truth value, or a list of these, for {name}, found {options}")
     return (tuple(zip(names, chosen)) for chosen in itertools.product(*values))
+
+
+def _is_text(values: pd.Series) -> bool:
+    kind = values.cat.categories.dtype if isinstance(values.dtype, pd.CategoricalDtype) else values.dtype
+    return not pd.api.types.is_numeric_dtype(kind)
+
+
+def _check_kind(name: str, value: Any, kinds: tuple[type, ...], where: str) -> None:
+    """Raise a ValueError for a value from a TOML file that is of none of these kinds; no number is a truth value."""
+    whole = float in kinds and type(value) is int
+    if not (whole or isinstance(value, kinds)) or (isinstance(value, bool) and bool not in kinds):
+        raise ValueError(f"expected {' or '.join(WORDS[kind] for kind in kinds)} for {name}{where}, found {value!r}")
 
 
 def _distinct(what: str, values: Sequence[Any]) -> Sequence[Any]:

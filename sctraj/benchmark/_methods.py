@@ -10,17 +10,17 @@ import inspect
 import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, zeros
 
 from .. import tl
 from ..flow.flow_matching import Training, pick_device
 from ..flow.hold_out import BASELINES, NOISE_REFERENCE, Restoration, interpolated, mixed, moved
-from ..flow.problem import METHODS, Problem, make_problems
+from ..flow.problem import METHODS, Problem, make_path, make_problems
 from ..flow.snapshots import Snapshots
 from ..flow.vector_field import VectorField
 from ..tl._field import check_field, make_field
@@ -40,11 +40,14 @@ class Cloud:
     ----------
     parts
         How many of the points come from each snapshot that was moved, in order.
+    origins
+        The times of these snapshots, whose cells the points are, in their order; empty where nobody knows.
     """
 
     points: NDArray[np.float64]
     mass: NDArray[np.float64]
     parts: tuple[int, ...]
+    origins: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ _REGISTERED: dict[str, Method] = {}
 def register(name: str, method: Method) -> None:
     """Make a callable known to the benchmark under a name, in this process.
 
-    Processes that are started anew do not know it: for them give the method as "package.module:function" instead.
+    Processes that are started anew do not know it, so that `run_grid` refuses it: for them give the method as
+    "package.module:function" instead.
 
     Parameters
     ----------
@@ -91,6 +95,11 @@ def known() -> tuple[str, ...]:
     return (*METHODS, *REFERENCES, *_REGISTERED)
 
 
+def is_known_here_alone(name: str) -> bool:
+    """Whether a method can be found in this process and not in one that is started anew."""
+    return name in _REGISTERED or name.startswith("__main__:")
+
+
 def find_method(name: str) -> Method | None:
     """Return a method's callable by its name or as "package.module:function"; None for sctraj's own and the noise's."""
     if name in METHODS or name == NOISE_REFERENCE:
@@ -105,7 +114,8 @@ def find_method(name: str) -> Method | None:
         method = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as reason:
         raise ValueError(
-            f'expected a method "package.module:function" that can be imported, found {name!r}: {reason}'
+            f'expected a method "package.module:function" that can be imported, found {name!r}: {reason}. Install its '
+            f"package, or add its folder to PYTHONPATH, wherever units are computed"
         ) from reason
     if not callable(method):
         raise TypeError(f"expected {name!r} to be callable (snapshots, time, rng), found {type(method).__name__}")
@@ -125,7 +135,10 @@ def call(
     for time in job.times:
         answer = method(job.snapshots, time, rng, **settings)
         points, weights = answer if isinstance(answer, tuple) else (answer, None)
-        clouds.append(_checked(points, weights, job.snapshots.dimension, name))
+        # the first two baselines are whole snapshots
+        copied = dict(zip(BASELINES, neighbours(job.snapshots, time))).get(name)
+        origins = () if copied is None else (job.snapshots.times[copied],)
+        clouds.append(replace(_checked(points, weights, job.snapshots.dimension, name), origins=origins))
     return clouds
 
 
@@ -182,7 +195,23 @@ def interpolation(snapshots: Snapshots, time: float, rng: np.random.Generator) -
 _BASELINES: dict[str, Method] = dict(zip(BASELINES, (previous, following, interpolation), strict=True))
 
 
-# --- sctraj's own
+# --- settings
+def check_settings(name: str, settings: Mapping[str, Setting]) -> None:
+    """Raise a TypeError or ValueError for settings that a method, by its name, cannot be called with."""
+    method = find_method(name)
+    if method is not None:
+        try:
+            inspect.signature(method).bind(None, None, None, **settings)
+        except TypeError as reason:
+            raise TypeError(
+                f"expected {name} to be callable with (snapshots, time, rng) and its settings, found: {reason}"
+            ) from reason
+    elif name != NOISE_REFERENCE:
+        own_settings(name, settings)
+    elif settings:
+        raise TypeError(f"expected no settings for {name}, found {', '.join(settings)}")
+
+
 def own_settings(method: str, settings: Mapping[str, Setting]) -> dict[str, Any]:
     """Return all settings of one of sctraj's own methods, those not given as `sctraj.tl.leave_one_out` has them."""
     names = ("field", "path", "sigma", *(f.name for f in fields(Training) if f.name != "module"))
@@ -191,10 +220,19 @@ def own_settings(method: str, settings: Mapping[str, Setting]) -> dict[str, Any]
         raise TypeError(f"expected settings of {', '.join(names)} for {method}, found {', '.join(unknown)}")
     defaults = inspect.signature(tl.leave_one_out).parameters
     complete = {name: settings.get(name, defaults[name].default) for name in names}
+    for setting, value in settings.items():
+        kind, words = (str, "text") if setting in ("field", "path") else ((int, float), "a number")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            raise TypeError(f"expected {words} for {setting} of {method}, found {value!r}")
+    # what follows is for its errors alone
     check_field(complete["field"], None)
+    Training(module=None, **{name: value for name, value in complete.items() if name not in ("field", "path", "sigma")})
+    anywhere = Snapshots((0.0, 1.0), (zeros(1, 1), zeros(1, 1)))
+    make_path(anywhere, method, complete["path"], 1.0 if complete["sigma"] is None else complete["sigma"])
     return complete
 
 
+# --- sctraj's own
 def restore_own(
     method: str, jobs: Sequence[Job], settings: Mapping[str, Setting], *, start: str, device: str
 ) -> list[list[Cloud]]:
@@ -247,12 +285,15 @@ def restore_members(field: VectorField, jobs: Sequence[Job], *, start: str) -> l
         sides = [neighbours(job.snapshots, time) for job, time in zip(jobs, times)]
         firsts = [0 if start == "first" else _there(side[0]) for side in sides]
         crossed = max(_there(side[0]) - first + 1 for side, first in zip(sides, firsts))
-        from_sides = [_moved(field, jobs, firsts, times, crossed * EULER_STEPS)]
+        starts = [firsts]
         if start == "both":
-            from_sides.append(_moved(field, jobs, [_there(side[1]) for side in sides], times, EULER_STEPS))
+            starts.append([_there(side[1]) for side in sides])
+        n_steps = (crossed * EULER_STEPS, EULER_STEPS)
+        from_sides = [_moved(field, jobs, some, times, steps) for some, steps in zip(starts, n_steps)]
         for m, job in enumerate(jobs):
             if n < len(job.times):
-                clouds[m].append(_cloud([side[m] for side in from_sides], _fraction(job, times[m], sides[m])))
+                cloud = _cloud([side[m] for side in from_sides], _fraction(job, times[m], sides[m]))
+                clouds[m].append(replace(cloud, origins=tuple(job.snapshots.times[some[m]] for some in starts)))
     return clouds
 
 

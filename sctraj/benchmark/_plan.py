@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,9 +16,12 @@ import numpy as np
 import pandas as pd
 
 from .. import _adata, tl
+from ..flow.distance import LARGEST_EXACT
+from ..flow.hold_out import BASELINES
 from ..flow.problem import METHODS as OWN
+from ._evaluate import SOME, check
 from ._execute import Job, duration, n_gpus
-from ._methods import find_method
+from ._methods import find_method, is_known_here_alone
 from ._store import Store, fingerprint, key_of
 from ._tasks import find_task
 
@@ -30,12 +34,13 @@ if TYPE_CHECKING:
 # Seconds on one core of a small machine; the units that a folder holds correct them by one factor.
 FIT = 8e-4  # per member and step, of a batch of 128 pairs and 3 x 64
 MOVE = 3e-4  # per cell moved, in 100 steps
-PAIR = 4.5e-7  # per pair of cells that a plan or the distances of one restoration look at, exact
-HALF = 0.1  # what a half-sample adds to the distances
+PLAN = 4.5e-7  # per pair of cells that a plan looks at
+JUDGE, PAIR = 0.03, 8e-7  # all distances of one restoration in one space: at least, and per pair of cells
+LESS = 0.3  # of that is left without the divergence
 RECIPE = 4e-9  # per cell and squared gene that components are refitted on
 WARM = 5.0  # until a worker has loaded everything
-IDLE = 500 * 2**20  # bytes of a worker that has loaded everything and holds no cells
-ARRAYS = 6  # of float64, largest snapshot x largest snapshot, that are alive at once
+IDLE = 600 * 2**20  # bytes of a worker that has loaded everything and holds no cells
+ARRAYS = 6  # of float64, cells x cells of two snapshots, that are alive at once
 
 
 def jobs_of(grid: Grid, cells: Mapping[str, AnnData]) -> list[Job]:
@@ -43,8 +48,9 @@ def jobs_of(grid: Grid, cells: Mapping[str, AnnData]) -> list[Job]:
 
     Raises
     ------
-    KeyError, ValueError
-        If data cannot be used for what is asked; before anything is computed.
+    KeyError, TypeError, ValueError
+        If data cannot be used for what is asked, or a method cannot be called so, or not by worker processes; before
+        anything is computed.
     """
     prints = {
         one.name: fingerprint(cells[one.name], time_key=one.time_key, use_rep=one.use_rep, labels=one.labels)
@@ -53,6 +59,10 @@ def jobs_of(grid: Grid, cells: Mapping[str, AnnData]) -> list[Job]:
     jobs = []
     for unit in grid.units:
         data = grid.names[unit.data]
+        try:
+            check(unit, cells[data.name], use_rep=data.use_rep, n_dims=data.n_dims, bootstraps=grid.bootstraps)
+        except ValueError as reason:
+            raise ValueError(f"{data.name}: {reason}") from reason
         reading = {"time_key": data.time_key, "use_rep": data.use_rep, "n_dims": data.n_dims, "labels": data.labels}
         how: dict[str, Any] = {"fingerprint": prints[unit.data], "device": grid.device, "threads": grid.threads}
         how["bootstraps"] = grid.bootstraps
@@ -63,11 +73,22 @@ def jobs_of(grid: Grid, cells: Mapping[str, AnnData]) -> list[Job]:
 
 
 def _source(method: str) -> str:
-    """Return a hash of the file that a method from elsewhere is in: as changed code, it makes other numbers."""
+    """Return a hash of the files that a method from elsewhere is named and defined in: changed, other numbers come out.
+
+    What these import is not looked at.
+    """
+    if is_known_here_alone(method):
+        raise ValueError(
+            f'expected a method that worker processes can import, found "{method}", which this process alone knows; '
+            f'put it into a file and give it as "module:function", or measure it here with sctraj.benchmark.evaluate'
+        )
     if ":" not in method:
         return ""
-    path = inspect.getsourcefile(inspect.unwrap(find_method(method)))  # type: ignore[arg-type]
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:32] if path else ""
+    found = inspect.unwrap(find_method(method))  # type: ignore[arg-type]
+    files = {sys.modules[method.partition(":")[0]].__file__}
+    files |= {inspect.getsourcefile(found)} if inspect.isfunction(found) else set()
+    content = b"".join(Path(path).read_bytes() for path in sorted(filter(None, files)))
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def _pace(store: Store | None) -> float:
@@ -87,21 +108,32 @@ def estimate(unit: Unit, adata: AnnData, time_key: str, *, n_dims: int, bootstra
     task.check(len(times), unit.start)
     settings = dict(unit.settings)
     steps = settings.get("n_steps", inspect.signature(tl.leave_one_out).parameters["n_steps"].default)
-    n_seeds, seconds, largest = len(unit.seeds), 0.2, 0
-    sides = 2 if unit.start == "both" else 1
+    n_seeds, seconds, most = len(unit.seeds), 0.2, 0
+    sides, spaces = 2 if unit.start == "both" else 1, 2 if unit.strict else 1
+    # what has no seed is judged once
+    n_clouds = 1 if unit.method in BASELINES or settings.get("field") == "closed-form" else n_seeds
     genes = adata.n_vars if adata.X is not None else 0
     for fold in task.folds(times.tolist(), index, unit.seeds[0]):
         sizes, held_out = [len(rows) for rows in fold.kept], [len(rows) for rows in fold.held_out]
-        largest = max(largest, *sizes, *held_out)
+        restored = sides * max(sizes) if unit.method in OWN else max(sizes)
+        # what is larger is met in blocks
+        most = max(most, min(restored, LARGEST_EXACT) * min(max(*sizes, *held_out), LARGEST_EXACT))
         if unit.method in OWN:
-            plans = PAIR * sum(a * b for a, b in pairwise(sizes)) * (n_seeds if task.by_seed else 1)
+            plans = PLAN * sum(a * min(b, LARGEST_EXACT) for a, b in pairwise(sizes)) * (n_seeds if task.by_seed else 1)
             trained = n_seeds * FIT * int(steps) if settings.get("field", "neural") == "neural" else 0.0
             seconds += plans + trained + n_seeds * MOVE * sides * max(sizes) * len(held_out)
-        seconds += n_seeds * PAIR * sides * max(sizes) * sum(held_out) * (1 + HALF * bootstraps)
+        seconds += n_clouds * spaces * sum(_judging(restored, n, bootstraps) for n in held_out)
         if unit.strict:
             seconds += adata.n_obs * min(genes, 2000) ** 2 * RECIPE
     held = adata.n_obs * (n_dims or 50) * 8 + (adata.n_obs * genes * 8 * 2 if unit.strict else 0)
-    return seconds, IDLE + _size(adata) + held + ARRAYS * 8 * largest**2
+    return seconds, IDLE + _size(adata) + held + ARRAYS * 8 * most
+
+
+def _judging(n: int, m: int, bootstraps: int) -> float:
+    """Return the seconds that the distances between ``n`` and ``m`` cells take, with half-samples of them."""
+    pairs = min(n, LARGEST_EXACT) * min(m, LARGEST_EXACT)
+    whole, half = JUDGE + PAIR * pairs, JUDGE + PAIR * pairs / 4
+    return whole + half * (min(bootstraps, SOME) + LESS * max(0, bootstraps - SOME))
 
 
 def _size(adata: AnnData) -> int:

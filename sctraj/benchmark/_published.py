@@ -84,24 +84,27 @@ def published_grid(
 
 
 def beside_published(table: pd.DataFrame) -> pd.DataFrame:
-    """Return mean W1 over held-out times, ± sd over seeds, by method and clock, beside the published values."""
+    """Return mean W1 over held-out times, ± sd over seeds, by method and clock, beside the published values.
+
+    These are all there, of data sets that could not be had as well.
+    """
     rows = points(table, "w1")
     rows = rows.assign(method=rows["method"].str.partition(" (")[0])
     methods = [*METHODS, *(name for name in dict.fromkeys(rows["method"]) if name not in METHODS)]
     out: dict[str, dict[str, str]] = {SAME.get(name, name): {} for name in methods}
     out |= {name: {} for name in VALUES if name not in out}
     columns: list[str] = []
-    for data in dict.fromkeys(rows["data"]):
-        name, _, clock = data.rpartition(", ")
-        if (column := f"{name}, published") not in columns:
-            columns.append(column)
-            for method, values in VALUES.items():
-                out[method][column] = f"{values[name]:.3f}" if name in values else ""
-        columns.append(f"{name}, here, {clock}")
-        for method, own in rows[rows["data"] == data].groupby("method"):
-            by_seed = own.groupby("seed")["value"].mean()
-            spread = f" ± {by_seed.std(ddof=1):.3f}" if np.ptp(by_seed) > 0 else ""
-            out[SAME.get(str(method), str(method))][columns[-1]] = f"{by_seed.mean():.3f}{spread}"
+    for name in PUBLISHED:
+        columns.append(f"{name}, published")
+        for method, values in VALUES.items():
+            out[method][columns[-1]] = f"{values[name]:.3f}" if name in values else ""
+        for clock in (INDEX, REAL):
+            here = rows[rows["data"] == f"{name}, {clock}"]
+            columns += [f"{name}, here, {clock}"] if len(here) else []
+            for method, own in here.groupby("method"):
+                by_seed = own.groupby("seed")["value"].mean()
+                spread = f" ± {by_seed.std(ddof=1):.3f}" if np.ptp(by_seed) > 0 else ""
+                out[SAME.get(str(method), str(method))][columns[-1]] = f"{by_seed.mean():.3f}{spread}"
     return pd.DataFrame(
         [{"method": method} | {column: values.get(column, "") for column in columns} for method, values in out.items()],
         columns=["method", *columns],

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ._uncertainty import leak
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -24,7 +26,11 @@ MEANINGS = {
     "w1": "Wasserstein-1 distance",
     "w2": "Wasserstein-2 distance",
     "mmd": "squared MMD, unbiased",
+    "sinkhorn": "Sinkhorn divergence",
     "variance_ratio": "variance, restored / observed (1 is right)",
+    "composition": "shares of labels, total variation",
+    "gene_mean": "means of genes, root mean square error",
+    "gene_variance": "variances of genes, root mean square error",
 }
 COLORS = {False: "#b5651d", True: "#1f4e79"}  # told apart by their markers as well
 MARKERS = {False: "o", True: "D"}
@@ -40,7 +46,7 @@ h1, h2, li { overflow-wrap: anywhere; } h3 { font-size: 1.05rem; margin: 1.6rem 
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; margin: .4rem 0 1rem; }
 caption { text-align: left; color: #555; font-size: .92rem; padding-bottom: .2rem; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
-th { background: #f4f4f5; font-weight: 600; } .text { text-align: left; }
+th { background: #f4f4f5; font-weight: 600; white-space: normal; } .text { text-align: left; }
 table.told td { white-space: normal; overflow-wrap: anywhere; max-width: 48rem; vertical-align: top; }
 img { max-width: 100%; height: auto; } .note { color: #555; font-size: .92rem; }
 summary { cursor: pointer; color: #1f4e79; margin: .6rem 0; }
@@ -85,9 +91,11 @@ def wide(table: pd.DataFrame, *, metric: str = METRIC) -> pd.DataFrame:
 def side_by_side(table: pd.DataFrame, *, metric: str = METRIC) -> pd.DataFrame:
     """Return the mean of each method in the published and the strict form, and their difference, the leak.
 
-    Above zero, the published form looks better than the strict one. They can be compared in the "common" space alone,
-    and there too only where the published form's representation is the strict form's recipe (`Data.use_rep`).
+    Above zero, the published form looks better than the strict one; with its 95 % interval where there are
+    half-samples. They can be compared in the "common" space alone, and there too only where the published form's
+    representation is the strict form's recipe (`Data.use_rep`).
     """
+    leaks = leak(table, metric=metric).set_index(["data", "task", "start", "method"])
     rows = points(table, metric)
     rows = rows[rows["space"] == "common"]
     out = []
@@ -95,14 +103,15 @@ def side_by_side(table: pd.DataFrame, *, metric: str = METRIC) -> pd.DataFrame:
         ["data", "task", "start", "space", "method"], sort=False
     ):
         forms = {form: _by_seed(part) for form, part in own.groupby("strict")}
-        means = {form: float(np.mean(values)) for form, values in forms.items()}
         row = {"data": data, "task": task, "start": start, "space": space, "method": method}
         row |= {FORMS[form]: _mean_sd(forms[form]) if form in forms else "" for form in (False, True)}
-        row["strict - published"] = f"{means[True] - means[False]:+.3f}" if len(means) == 2 else ""
+        both = (data, task, start, method) in leaks.index
+        found = leaks.loc[(data, task, start, method)] if both else dict.fromkeys(("leak", "low", "high"), np.nan)
+        row["strict - published"] = f"{found['leak']:+.3f}" if both else ""
+        row["95 % interval"] = "" if np.isnan(found["low"]) else f"{found['low']:+.3f} to {found['high']:+.3f}"
         out.append(row)
-    return pd.DataFrame(
-        out, columns=["data", "task", "start", "space", "method", *FORMS.values(), "strict - published"]
-    )
+    named = ["data", "task", "start", "space", "method"]
+    return pd.DataFrame(out, columns=[*named, *FORMS.values(), "strict - published", "95 % interval"])
 
 
 def _by_seed(rows: pd.DataFrame) -> pd.Series:
@@ -197,7 +206,7 @@ def _of(table: pd.DataFrame | None, data: str, task: str) -> pd.DataFrame:
 
 def _section(rows: pd.DataFrame, summary: pd.DataFrame, paired: pd.DataFrame) -> list[str]:
     """Return what the page says about one data set and task."""
-    parts = [_picture(rows)] if len(points(rows, METRIC)) else []
+    parts = [_picture(rows, summary)] if len(points(rows, METRIC)) else []
     if rows["strict"].nunique() == 2:
         note = (
             "The published form takes a representation that has seen all cells, held-out ones included; the strict "
@@ -206,10 +215,13 @@ def _section(rows: pd.DataFrame, summary: pd.DataFrame, paired: pd.DataFrame) ->
             "is another, it is that of the two as well, as can be seen from “previous” and “noise-reference”, which "
             "learn nothing."
         )
-        leak = side_by_side(rows).drop(columns=["data", "task"])
-        parts += ["<h3>Strict beside published</h3>", f'<p class="note">{note}</p>', html_table(leak)]
+        parts += ["<h3>Strict beside published</h3>", f'<p class="note">{note}</p>']
+        for metric in [name for name in PRINTED if len(points(rows, name))]:
+            shown = side_by_side(rows, metric=metric).drop(columns=["data", "task"])
+            parts.append(html_table(shown.loc[:, (shown != "").any()], caption=MEANINGS[metric]))
     for metric in [name for name in MEANINGS if name in set(rows["metric"])]:
-        title = f"{html.escape(MEANINGS[metric])}, by held-out time (mean ± sd over seeds)"
+        meaning = MEANINGS[metric][0].upper() + MEANINGS[metric][1:]
+        title = f"{html.escape(meaning)}, by held-out time (mean ± sd over seeds)"
         blocks = f'<div class="blocks">{"".join(_blocks(rows, metric))}</div>'
         folded = f"<details><summary>{title}</summary>{blocks}</details>"
         parts.append(f"<h3>{title}</h3>{blocks}" if metric in PRINTED else folded)
@@ -217,7 +229,7 @@ def _section(rows: pd.DataFrame, summary: pd.DataFrame, paired: pd.DataFrame) ->
         numbers = "Means with 95 % intervals, skill, ranks" if summary["low"].notna().any() else "Means and skill"
         shown = _in_words(summary[summary["metric"].isin(MEANINGS)]).dropna(axis=1, how="all")
         parts.append(f"<details><summary>{numbers}</summary>{html_table(shown)}</details>")
-    if len(paired):
+    if len(paired := paired[paired["metric"] == METRIC] if len(paired) else paired):
         title = f"Methods in pairs: difference of {html.escape(MEANINGS[METRIC])}, below zero where the first is better"
         shown = _in_words(paired).dropna(axis=1, how="all")
         parts.append(f"<details><summary>{title}</summary>{html_table(shown)}</details>")
@@ -265,9 +277,10 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-def _picture(rows: pd.DataFrame) -> str:
-    """Return an image of the means, one axes per space and start, the forms beside each other."""
+def _picture(rows: pd.DataFrame, summary: pd.DataFrame) -> str:
+    """Return an image of the means with their intervals, one axes per space and start, the forms beside each other."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     rows = points(rows, METRIC)
     panels = list(rows.groupby(["space", "start"], sort=False))
@@ -275,16 +288,15 @@ def _picture(rows: pd.DataFrame) -> str:
     figure = Figure(figsize=(2.5 + 3.8 * len(panels), 1.6 + 0.42 * len(methods)), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for ax, ((space, start), own) in zip(axes, panels):
-        _draw(ax, own, methods)
+        chosen = summary[["metric", "space", "start"]].eq([METRIC, space, start]).all(axis=1)
+        _draw(ax, own, summary[chosen].set_index(["strict", "method"]), methods)
         ax.set_title(f"{space} space, from {start}", fontsize=10, parse_math=False)
-    handles, labels = axes[-1].get_legend_handles_labels()
-    for ax in axes[:-1]:
-        more = dict(zip(*reversed(ax.get_legend_handles_labels())))
-        handles, labels = (
-            [*handles, *(more[n] for n in more if n not in labels)],
-            [*labels, *(n for n in more if n not in labels)],
-        )
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    bars = "; bars: 95 % intervals" if summary["low"].notna().any() else ""
+    handles = [
+        Line2D([], [], color=COLORS[form], marker=MARKERS[form], lw=0, label=f"{FORMS[form]} (dots: seeds{bars})")
+        for form in sorted(set(map(bool, rows["strict"])))
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=140, metadata={"Software": None})
     coded = base64.b64encode(out.getvalue()).decode()
@@ -294,8 +306,8 @@ def _picture(rows: pd.DataFrame) -> str:
     return f'<img alt="{words}" src="data:image/png;base64,{coded}">'
 
 
-def _draw(ax: Axes, rows: pd.DataFrame, methods: Sequence[str]) -> None:
-    """Draw a point per method and form: the mean over held-out times, a small one for every seed."""
+def _draw(ax: Axes, rows: pd.DataFrame, summary: pd.DataFrame, methods: Sequence[str]) -> None:
+    """Draw a point per method and form: the mean over held-out times, its interval, a small one for every seed."""
     forms = sorted(rows["strict"].unique())
     for form, own in rows.groupby("strict"):
         form = bool(form)
@@ -305,8 +317,9 @@ def _draw(ax: Axes, rows: pd.DataFrame, methods: Sequence[str]) -> None:
         values = [by_method[name] for name in methods if name in by_method]
         for y, seeds in zip(at, values):
             ax.plot(seeds, np.full(len(seeds), y), ".", color=COLORS[form], alpha=0.35, ms=4, lw=0)
-        means = [seeds.mean() for seeds in values]
-        ax.plot(means, at, MARKERS[form], color=COLORS[form], ms=6, lw=0, label=f"{FORMS[form]} (dots: seeds)")
+        shown = summary.loc[[(form, name) for name in methods if name in by_method]]
+        ax.plot(shown["mean"], at, MARKERS[form], color=COLORS[form], ms=6, lw=0)
+        ax.hlines(at, shown["low"], shown["high"], color=COLORS[form], lw=1.2)
     ax.set_yticks(
         range(len(methods)), [textwrap.shorten(name, 40, placeholder="…") for name in methods], parse_math=False
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 from scipy.linalg import eigh
 
 from .. import _adata
@@ -115,22 +116,27 @@ def log_normalised(counts: NDArray) -> Array:
     return np.log1p(counts * (TOTAL / np.maximum(total, 1)))
 
 
-def read_expression(adata: AnnData) -> NDArray:
-    """Return counts or log-expression, n_obs x n_vars, or say why the recipe cannot be fitted anew."""
+def check_expression(adata: AnnData) -> None:
+    """Say why the recipe cannot be fitted anew, where it cannot."""
     if adata.n_vars == 0 or adata.X is None:
         raise ValueError(
             "expected expression of genes in X, to fit the representation anew in every fold without the held-out "
             "cells; found a finished representation alone, which was computed on all cells at once. Pass strict=False "
             "(the published form, in which the representation has seen the held-out cells), or data with genes"
         )
-    raw = _adata.read_rep(adata, "X")
-    if (raw < 0).any():
+    values = adata.X.data if sparse.issparse(adata.X) else np.asarray(adata.X)
+    if (values < 0).any():
         raise ValueError(
             "expected counts or log-expression in X, not below zero; found negative values: scaled or centred, with "
             "what was computed on all cells, held-out ones included. Put the expression before scaling into X, or pass "
             "strict=False"
         )
-    return raw
+
+
+def read_expression(adata: AnnData) -> NDArray:
+    """Return counts or log-expression, n_obs x n_vars; see `check_expression`."""
+    check_expression(adata)
+    return _adata.read_rep(adata, "X")
 
 
 def _highly_variable(values: Array, n_genes: int) -> NDArray[np.intp]:

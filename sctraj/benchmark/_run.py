@@ -20,6 +20,7 @@ from ._execute import Evaluate, Job, described, execute
 from ._grid import Data, Grid, make_grid
 from ._published import beside_published, published_data, published_grid
 from ._store import Store, code_hash, to_text, versions, write_durably
+from ._tasks import Start
 from ._uncertainty import paired, summary
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def grid_of(
     *,
     tasks: Sequence[str] = ("leave-one-out",),
     strict: bool = False,
+    start: Start = "both",
     bootstraps: int = 20,
     threads: int = 1,
     **others: Any,
@@ -108,6 +110,9 @@ def grid_of(
     strict
         Judge in the strict form too, beside the published one: the representation is fitted anew in every fold, without
         the held-out cells. With use_rep "recipe" the two differ by nothing else, so that the leak can be read off.
+    start
+        What is moved to the held-out time: "both" neighbours, the snapshot "before" (as published), or the "first". A
+        task that cannot start there starts from the first of these that it can.
     bootstraps
         Half-samples of the cells behind each interval; 0 for none.
     threads
@@ -116,12 +121,9 @@ def grid_of(
         The other arguments of `make_grid`.
     """
     forms = (False, True) if strict else (False,)
-    return make_grid([data], tasks=tasks, strict=forms, bootstraps=bootstraps, threads=threads, **others)
-
-
-def device_of(name: str) -> str:
-    """Return the device that "auto" is on this machine; any other name as it is."""
-    return str(pick_device(name))
+    return make_grid(
+        [data], tasks=tasks, strict=forms, starts=(start,), bootstraps=bootstraps, threads=threads, **others
+    )
 
 
 def run_grid(
@@ -166,12 +168,15 @@ def run_grid(
 
     Raises
     ------
-    OSError, KeyError, ValueError
-        If data cannot be read or used; before anything is computed.
+    OSError, KeyError, TypeError, ValueError
+        If data cannot be read or used, or a method cannot be called as asked, or not by worker processes (`register`
+        makes it known to this one alone); before anything is computed.
     RuntimeError
         If units have failed; after everything else was computed and written.
     """
     begun = time.perf_counter()
+    if dask is None and not plan:
+        pick_device(grid.device)  # for its error
     folder, there = Path(folder), dict(cells or {})
     there |= {one.name: one.load() for one in grid.data if one.name not in there}
     there |= {one.name: one.ready(there[one.name]) for one in grid.data}
@@ -297,9 +302,12 @@ def _has_pyarrow() -> bool:
 
 
 def _paired(table: pd.DataFrame) -> pd.DataFrame | None:
-    """Return methods in pairs, or None where there is nothing to pair."""
-    rows = _report.points(table, _report.METRIC)
-    return paired(table, metric=_report.METRIC) if rows["method"].nunique() > 1 else None
+    """Return methods in pairs, metric by metric, or None where there is nothing to pair."""
+    import pandas as pd
+
+    if table["method"].nunique() < 2:
+        return None
+    return pd.concat([paired(table, metric=metric) for metric in table["metric"].unique()], ignore_index=True)
 
 
 def _protocol(grid: Grid, notes: Mapping[str, str]) -> dict[str, Any]:

@@ -40,12 +40,13 @@ def code_hash() -> str:
 def versions() -> dict[str, str]:
     """Return the versions of sctraj and of the libraries that its numbers come from."""
     import ot
+    import scipy
     import sklearn
     import torch
 
     from .. import __version__
 
-    used = {"torch": torch, "numpy": np, "POT": ot, "scikit-learn": sklearn}
+    used = {"torch": torch, "numpy": np, "scipy": scipy, "POT": ot, "scikit-learn": sklearn}
     return {"sctraj": __version__} | {name: str(module.__version__) for name, module in used.items()}
 
 

@@ -6,9 +6,11 @@ speaks of them, not of other times.
 Seeds
     The variance between the seeds' means, over their number.
 Cells
-    The variance over half-samples: half of the held-out and half of the restored cells, drawn without replacement, the
-    same ones for all methods and seeds. For a mean over n cells, the variance of such halves about the whole is that of
-    the mean itself, ``s^2/m (1 - m/n) = s^2/n`` at ``m = n/2``, so that nothing needs rescaling (Shao & Wu 1989).
+    The variance over half-samples: half of every snapshot's cells, drawn without replacement, the same ones for all
+    methods, seeds and folds, whether they are held out or moved; of a method that does not tell which cells it moved,
+    restored cells count as those of the snapshot before, by their number. For a mean over n cells, the variance of such
+    halves about the whole is that of the mean itself, ``s^2/m (1 - m/n) = s^2/n`` at ``m = n/2``, so that nothing needs
+    rescaling (Shao & Wu 1989).
     Drawing n with replacement, the naive bootstrap, fails here: cells drawn twice are pairs at distance zero, which
     pulls the U-statistics (energy, mmd) below their expectation, and it takes W1 from the empirical measure, not from
     the law, which in many dimensions is a bias larger than the spread that is looked for. A half-sample has no cell
@@ -117,6 +119,22 @@ def paired(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
             found = {"method": name, "other": other, "difference": mean, "low": low, "high": high}
             rows.append(group | found | difference.sizes)
     return pd.DataFrame(rows, columns=PAIRED)
+
+
+def leak(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
+    """Return what each method loses when the held-out cells leave the representation, in the common space.
+
+    One row per data set, task, start and method that stands in both forms: ``leak``, strict less published, with its
+    95 % interval ``low`` to ``high`` (nan without half-samples); both forms meet the same half-samples and seeds.
+    """
+    rows = table[(table["metric"] == metric) & (table["space"] == "common")]
+    where, out = ["data", "task", "start", "method"], []
+    for key, own in rows.groupby(where, sort=False):
+        forms = {bool(strict): _read(part, metric).raw for strict, part in own.groupby("strict")}
+        difference = forms[True].less(forms[False]) if len(forms) == 2 else None
+        if difference is not None:
+            out.append(dict(zip(where, key)) | dict(zip(("leak", "low", "high"), difference.interval())))
+    return pd.DataFrame(out, columns=[*where, "leak", "low", "high"])
 
 
 # --- one method's numbers in one group

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import anndata as ad
 import numpy as np
@@ -300,6 +301,10 @@ def moving(snapshots, time, rng, speed=0.0):
     return snapshots.points[0] + speed * (time - snapshots.times[0]), np.arange(len(snapshots.points[0])) + 1.0
 
 
+def like_previous(snapshots, time, rng):
+    return snapshots.points[max(k for k, t in enumerate(snapshots.times) if t < time)]
+
+
 def random_cells(snapshots, time, rng):
     return rng.standard_normal((9, snapshots.dimension))
 
@@ -422,6 +427,8 @@ def test_rows_are_tidy(course):
     assert set(found["bootstrap"]) == {-1, 0, 1}
     assert set(found["method"]) == {"uot-cfm (field=closed-form)"}
     assert found["value"].notna().all()
+    many = measured(course, unit("previous"), bootstraps=_evaluate.SOME + 2).groupby("metric")["bootstrap"].max()
+    assert (many["sinkhorn"], many["w1"]) == (_evaluate.SOME - 1, _evaluate.SOME + 1)
     assert found["error"].isna().all()  # few cells: all distances are exact
     assert set(found["metric"]) == {*_evaluate.METRICS, "composition"}
     for seeds in ((), (1, 1)):
@@ -446,6 +453,10 @@ def test_all_methods_meet_the_same_half_of_the_held_out_cells(course):
         np.testing.assert_array_equal(of_a, of_b[of_b < first])  # both move the snapshot before
         assert (len(of_b[of_b < first]), len(of_b[of_b >= first])) == (first // 2, last // 2)
         assert not np.array_equal(seen_a, half_sample(a, m, 4)[1])
+    for a, b in pairwise(one):  # a snapshot that is held out in one fold is moved in the next
+        np.testing.assert_array_equal(half_sample(a, len(b.cloud.points), 3)[1], half_sample(b, 9, 3)[0])
+    peer = restorations(unit(f"{__name__}:like_previous"), read, task, device="cpu")
+    assert all(np.array_equal(half_sample(a, 9, 3)[0], half_sample(b, 9, 3)[0]) for a, b in zip(one, peer))
 
 
 def test_the_noise_reference_s_halves_share_no_cell(course):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -11,7 +14,8 @@ import pandas as pd
 import pytest
 
 from sctraj import datasets
-from sctraj.benchmark import Data, grid_of, make_grid, read_grid
+from sctraj.benchmark import Data, _methods, grid_of, make_grid, read_grid, register, run_grid
+from sctraj.benchmark._evaluate import SOME
 from sctraj.benchmark._execute import Progress, duration
 from sctraj.benchmark._grid import FAMILIES, NAMES, data_of
 from sctraj.benchmark._plan import as_text, estimate, jobs_of, workers_that_fit
@@ -102,10 +106,14 @@ def test_references_come_along_where_they_exist():
         ("tasks = ['leave-one-in']\n", r'no task "leave-one-in"; there are: leave-one-out, .*mean leave-one-out'),
         ("starts = ['after']\n", 'no start "after"; there are: both, before, first'),
         ("starts = []\n", "at least one start"),
-        ("seeds = 0\n", "at least one data set and one seed"),
+        ("seeds = 0\n", "at least one whole number of at least 0, found 0"),
+        ("seeds = [1.5]\n", r"whole number of at least 0, found \[1.5\]"),
         ("seeds = [1, 1]\n", "distinct seeds"),
-        ("seeds = true\n", "another type of value for seeds"),
-        ("strict = 'yes'\n", "another type of value for strict"),
+        ("seeds = true\n", "expected a whole number or a list for seeds"),
+        ("strict = 'yes'\n", "expected true or false or a list for strict"),
+        ("bootstraps = -1\n", "bootstraps of at least 0, found -1"),
+        ("threads = 0\n", "threads of at least 1, found 0"),
+        ("device = 'gpu'\n", "a device of auto, cpu, cuda, mps, found 'gpu'"),
         ("[settings]\nn_step = 3\n", r'no setting "n_step"; there are: .*mean n_steps'),
         ("[settings]\nn_steps = []\n", "for n_steps, found"),
         ("[settings.uot-cfm]\nn_steps = 3\n", 'no method "uot-cfm"; there are: ot-cfm, sb-cfm'),
@@ -127,6 +135,11 @@ def test_what_cannot_be_understood_is_an_error_that_names_what_can(tmp_path, tex
         ("data = ['cycle', 'cycle']\nmethods = ['ot-cfm']\n", "distinct names of data sets"),
         ("data = ['cite-seq']\nmethods = ['ot-cfm']\n", 'no data set "cite-seq".*there are: branching, .*multiome'),
         ("methods = ['ot-cfm']\n[[data]]\nname = 'x'\n", "with a source"),
+        ("methods = ['ot-cfm']\ndata = 'cycle'\n", "expected a list for data in"),
+        ("methods = ['ot-cfm']\ndata = [3]\n", "with a source, a name or a path, found 3"),
+        ("methods = ['ot-cfm']\n[[data]]\nsource = 'cycle'\nn_dims = 'five'\n", "a whole number for n_dims of cycle"),
+        ("methods = ['ot-cfm']\n[[data]]\nsource = 'x.csv'\ntimes = [0, 1]\n", "a table for times of x.csv"),
+        ("methods = ['ot-cfm']\n[[data]]\nsource = 'x.csv'\ntimes = { D0 = 'a' }\n", 'a number for the time "D0"'),
         ("methods = ['ot-cfm']\n[[data]]\nsource = 'cycle'\nn_cell = 5\n", 'no key of a data set "n_cell".*n_cells'),
         ("methods = ['ot-cfm']\n[[data]]\nsource = 'cite'\nn_cells = 5\n", 'no key of a data set "n_cells" for cite'),
     ],
@@ -161,8 +174,9 @@ def test_cells_are_read_as_described(tmp_path):
     np.testing.assert_array_equal(
         np.unique(data_of(told | {"index_clock": True}, tmp_path).load().obs["day"]), [0, 1, 2]
     )
-    with pytest.raises(ValueError, match="found none for D3"):
-        data_of(told | {"times": {"D0": 0, "D1": 1}}, tmp_path).load()
+    for times in ({"D0": 0, "D1": 1}, {}):
+        with pytest.raises(ValueError, match=r'found none for .*D3; give them in the grid file: times = \{ "D'):
+            data_of(told | {"times": times}, tmp_path).load()
     with pytest.raises(KeyError, match="there are: time"):
         data_of(told | {"time_key": "when"}, tmp_path).load()
     table = pd.DataFrame(adata.obsm["X_pca"], columns=[f"PC{k}" for k in range(5)]).assign(
@@ -215,6 +229,49 @@ def test_a_task_that_a_course_is_too_short_for_is_refused_before_anything_runs(p
         jobs_of(grid, {"cycle": data.load()})
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("ot-cfm", {"settings": {"n_steps": "many"}}, "expected a number for n_steps of ot-cfm, found 'many'"),
+        ("ot-cfm", {"settings": {"n_steps": 0}}, "n_steps to be a whole number of at least 1, found 0"),
+        ("ot-cfm", {"settings": {"field": "closed"}}, "a field of neural, closed-form, found 'closed'"),
+        ("ot-cfm", {"settings": {"path": "bent"}}, "expected a path of .*found 'bent'"),
+        ("sb-cfm", {"settings": {"path": "straight"}}, "no path for sb-cfm"),
+        (f"{__name__}:a_method", {"settings": {f"{__name__}:a_method": {"sped": 1}}}, "unexpected keyword.*'sped'"),
+        ("ot-cfm", {"strict": True}, "^cycle: .*found a finished representation alone.*strict=False"),
+        ("ot-cfm", {"n_dims": 50}, '^cycle: expected n_dims up to 5, the size of "X_pca", found 50'),
+        ("given", {}, r'workers? processes can import, found "given".*"module:function"'),
+        ("__main__:given", {}, r'can import, found "__main__:given".*"module:function"'),
+    ],
+)
+def test_what_would_fail_in_a_worker_is_refused_before_any_starts(tmp_path, monkeypatch, method, options, message):
+    monkeypatch.setattr(_methods, "_REGISTERED", {})
+    monkeypatch.setattr(sys.modules["__main__"], "given", a_method, raising=False)
+    register("given", a_method)
+    data = Data("cycle", "cycle", (("n_cells", 90),), n_dims=options.pop("n_dims", 5))
+    cells = data.load()
+    bare = ad.AnnData(obs=cells.obs, obsm={"X_pca": cells.obsm["X_pca"]})
+    grid = make_grid([data], tasks=["leave-one-out"], methods=[method], **options)
+    with pytest.raises((ValueError, TypeError), match=message):
+        run_grid(grid, tmp_path / "out", cells={"cycle": bare})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_method_is_computed_anew(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    path, data = tmp_path / "of_my_own.py", Data("cycle", "cycle", (("n_cells", 90),))
+    keys = []
+    for k in range(2):
+        path.write_text(f"from functools import partial\n\ncopy = partial(lambda *given: given[0].points[{k}])\n")
+        grid = make_grid([data], tasks=["leave-one-out"], methods=["of_my_own:copy"], references=False)
+        keys.append(jobs_of(grid, {"cycle": data.load()})[0].key)
+    assert keys[0] != keys[1]
+
+
+def a_method(snapshots, time, rng, speed=0.0):
+    return snapshots.points[0]
+
+
 def test_estimates_grow_with_what_is_asked_for(planned):
     jobs, cells = planned
     unit = jobs[0].unit
@@ -223,6 +280,23 @@ def test_estimates_grow_with_what_is_asked_for(planned):
     _, large = estimate(unit, datasets.simulated_course("cycle", 9000), "time", n_dims=5)
     assert many > 3 * few
     assert large > small + 8 * 1500**2
+    # clouds that are too large to meet whole do not cost their square
+    of = [cells["cycle"][np.resize(np.arange(90), 100_000 * k)] for k in (1, 2)]
+    (more, larger), (most, largest) = (estimate(unit, one, "time", n_dims=5) for one in of)
+    assert most < 2.2 * more
+    assert largest < 2.2 * larger
+
+
+def test_half_samples_and_the_strict_form_take_their_time(planned):
+    jobs, cells = planned
+    of = partial(estimate, adata=cells["cycle"], time_key="time", n_dims=5)
+    baseline = jobs[1].unit
+    assert baseline.method == "previous"
+    none, some, many = (of(baseline, bootstraps=b)[0] for b in (0, SOME, 3 * SOME))
+    assert some > 3 * none
+    assert many - some < 2 * (some - none)  # without the divergence
+    assert of(replace(baseline, seeds=tuple(range(9))))[0] == none  # judged once, as it has no seed
+    assert of(replace(baseline, strict=True), bootstraps=SOME)[0] > 1.5 * some  # in two spaces
 
 
 def test_the_plan_learns_from_what_the_folder_holds(planned, tmp_path):

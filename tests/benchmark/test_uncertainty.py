@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -9,8 +11,8 @@ import pytest
 
 from sctraj.benchmark import _evaluate
 from sctraj.benchmark._evaluate import Unit, evaluate
-from sctraj.benchmark._uncertainty import PAIRED, SUMMARY, _interval, paired, summary
-from sctraj.flow.distance import energy_distance, wasserstein
+from sctraj.benchmark._uncertainty import PAIRED, SUMMARY, _interval, leak, paired, summary
+from sctraj.flow.distance import energy_distance, sinkhorn_divergence, wasserstein
 
 FOLDS, SEEDS, HALVES = (1.0, 2.5), (0, 1, 2), 40
 
@@ -43,10 +45,11 @@ def of(found, method, column):
 
 
 # --- half-samples of real distances
-@pytest.mark.parametrize(("metric", "shift"), [("w1", 0.7), ("energy", 0.7), ("energy", 0.0)])
+@pytest.mark.parametrize(("metric", "shift"), [("w1", 0.7), ("energy", 0.7), ("energy", 0.0), ("sinkhorn", 0.7)])
 def test_half_samples_vary_as_much_as_the_distance_itself_does(monkeypatch, metric, shift):
     """Their variance is that of the estimate between data sets; too large, never too small, where the laws are one."""
-    distance = {"w1": wasserstein, "energy": energy_distance}[metric]
+    regularised = partial(sinkhorn_divergence, epsilon=3.0)
+    distance = {"w1": wasserstein, "energy": energy_distance, "sinkhorn": regularised}[metric]
     monkeypatch.setattr(
         _evaluate,
         "_distances",
@@ -66,6 +69,29 @@ def test_half_samples_vary_as_much_as_the_distance_itself_does(monkeypatch, metr
         variances.append(found.query("bootstrap >= 0")["value"].var(ddof=1))
     ratio = np.sqrt(np.mean(variances) / np.var(estimates, ddof=1))
     assert 0.8 < ratio < (1.3 if shift else 2.2)
+
+
+@pytest.mark.parametrize("course", ["line", "zigzag"])
+def test_a_mean_over_folds_knows_that_they_share_snapshots(monkeypatch, course):
+    """A snapshot is held out in one fold and moved in the next: what it does to both cancels on a line, or adds up."""
+    monkeypatch.setattr(
+        _evaluate,
+        "_distances",
+        lambda judge, *, divergence: {"w1": (wasserstein(judge.restored, judge.observed), 0.0)},
+    )
+    n, times = 30, np.arange(6.0)
+    estimates, variances = [], []
+    for seed in range(60):
+        x = np.random.default_rng(seed).standard_normal((len(times) * n, 1)).astype(np.float32)
+        x[:, 0] += 9 * np.repeat(times if course == "line" else times % 2, n)
+        obs = pd.DataFrame({"time": np.repeat(times, n)}, index=[f"c{i}" for i in range(len(x))])
+        unit = Unit("cells", "leave-one-out", "previous", (), False, "before", (0,))
+        cells = ad.AnnData(obs=obs, obsm={"X_pca": x})
+        found = evaluate(unit, cells, time_key="time", use_rep="X_pca", n_dims=None, bootstraps=25)
+        means = found.groupby("bootstrap")["value"].mean()
+        estimates.append(means[-1])
+        variances.append(means[0:].var(ddof=1))
+    assert 0.8 < np.sqrt(np.mean(variances) / np.var(estimates, ddof=1)) < 1.25
 
 
 def test_the_interval_covers():
@@ -142,6 +168,19 @@ def test_twice_too_much_variance_is_as_wrong_as_half_of_it():
     assert dict(found)["twice", "half"] == pytest.approx(0)
     assert dict(found)["twice", "right"] == pytest.approx(np.log(2))
     assert of(summary(rows), "twice", "mean") == pytest.approx(2)
+
+
+def test_the_leak_is_paired_so_that_what_moves_both_forms_alike_cancels():
+    published = table(LEVELS, noise=0.5)
+    strict = table({name: level + 0.2 for name, level in LEVELS.items()}, noise=0.5).assign(strict=True)
+    own = strict.assign(space="own", value=9.0)
+    found = leak(pd.concat([published, strict, own]), metric="w1")
+    assert found["method"].tolist() == list(LEVELS)
+    np.testing.assert_allclose(found[["leak", "low", "high"]].astype(float), 0.2, atol=1e-9)
+    assert leak(published, metric="w1").empty
+    wide = leak(pd.concat([published, table(LEVELS, noise=0.5, rng=1).assign(strict=True)]), metric="w1")
+    assert (wide["low"] < 0).all()
+    assert (wide["high"] > 0).all()
 
 
 # --- skill and ranks
