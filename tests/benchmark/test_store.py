@@ -295,6 +295,13 @@ def test_a_killed_run_is_finished_by_two_at_once_that_share_what_is_left(runs, w
     assert not list(out.rglob("*.part"))
 
 
+def test_parquet_holds_the_same_table(runs, whole):
+    pytest.importorskip("pyarrow", reason="the table is written as parquet where pyarrow is")
+    parquet = pd.read_parquet(runs.where / "whole" / "benchmark.parquet")
+    table = pd.read_csv(runs.where / "whole" / "benchmark.csv")
+    pd.testing.assert_frame_equal(parquet, table, check_dtype=False, rtol=1e-12)
+
+
 def test_units_that_fail_or_take_their_process_along_do_not_stop_the_others(runs, tmp_path):
     out, fatal = tmp_path / "out", "kill:previous-leave-one-out,raise:ot-interpolation-extrapolation"
     log = finish(runs.start(out, runs.marks("fatal"), fatal=fatal), 1)
