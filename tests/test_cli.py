@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import subprocess
@@ -248,7 +249,8 @@ def test_benchmark_replaces_the_results_of_an_earlier_run(source, here):
 
 
 # --- benchmark in units --------------------------------------------------------------------------------------------
-GRID_FILES = ["benchmark.csv", "paired.csv", "report.html", "summary.csv", "wide.csv"]
+PARQUET = ["benchmark.parquet"] if importlib.util.find_spec("pyarrow") else []
+GRID_FILES = ["benchmark.csv", *PARQUET, "paired.csv", "report.html", "summary.csv", "wide.csv"]
 TINY = ("--n-seeds", 1, "--n-steps", 3, "--width", 8, "--device", "cpu", "--jobs", 1, "--bootstraps", 2)
 
 
