@@ -39,7 +39,7 @@ GENES = ("gene_mean", "gene_variance")  # where points can be decoded: strict, i
 COMPOSITION = "composition"  # where there are labels
 POINT = -1  # the bootstrap of an estimate from all cells
 EPSILON = 0.05  # of the Sinkhorn divergence, times the squared median distance among the observed cells
-SOME = 8  # half-samples that the divergence is taken of: it takes longer than all other distances together
+DIVERGENCES = 8  # half-samples that the divergence is taken of: it takes longer than all other distances together
 NEIGHBOURS = 5  # kept cells nearest to a restored one, whose labels are taken for its own
 
 
@@ -459,7 +459,7 @@ def _measured(judge: _Judge, one: Restored, bootstraps: int) -> Iterator[dict[st
     """Yield metrics from all cells, and from half-samples of them."""
     for b in range(POINT, bootstraps):
         part = judge if b == POINT else judge.half(*half_sample(one, len(judge.observed), b))
-        for metric, (value, error) in _distances(part, divergence=b < SOME).items():
+        for metric, (value, error) in _distances(part, divergence=b < DIVERGENCES).items():
             yield {"metric": metric, "value": value, "error": error or float("nan"), "bootstrap": b}
 
 

@@ -19,7 +19,7 @@ from .. import _adata, tl
 from ..flow.distance import LARGEST_EXACT
 from ..flow.hold_out import BASELINES
 from ..flow.problem import METHODS as OWN
-from ._evaluate import SOME, check
+from ._evaluate import DIVERGENCES, check
 from ._execute import Job, duration, n_gpus
 from ._methods import find_method, is_known_here_alone
 from ._store import Store, fingerprint, key_of
@@ -133,7 +133,7 @@ def _judging(n: int, m: int, bootstraps: int) -> float:
     """Return the seconds that the distances between ``n`` and ``m`` cells take, with half-samples of them."""
     pairs = min(n, LARGEST_EXACT) * min(m, LARGEST_EXACT)
     whole, half = JUDGE + PAIR * pairs, JUDGE + PAIR * pairs / 4
-    return whole + half * (min(bootstraps, SOME) + LESS * max(0, bootstraps - SOME))
+    return whole + half * (min(bootstraps, DIVERGENCES) + LESS * max(0, bootstraps - DIVERGENCES))
 
 
 def _size(adata: AnnData) -> int:

@@ -103,15 +103,18 @@ class ClosedFormField(VectorField):
 
     def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
         """Return velocity, score (of the kernel estimate of the density) and growth; ``t`` is one time a member."""
-        times = torch.as_tensor(t, dtype=torch.float64).expand(self.members, *[1] * 2)[:, 0, 0].tolist()
-        each = [_evaluate(part, time, points) for part, time, points in zip(self._parts, times, x)]
+        each = [_evaluate(part, time, points) for part, time, points in zip(self._parts, self._times(t), x)]
         velocity, score, growth = (torch.stack([e[n] for e in each]) for n in range(3))
         return FieldSample(velocity, score if self.has_score else None, growth if self.grows else None)
 
     def bandwidth(self, t: Tensor | float, x: Tensor) -> Tensor:
         """Return the kernel's standard deviation ``(M, B, 1)`` at one time a member and points ``(M, B, d)``."""
-        times = torch.as_tensor(t, dtype=torch.float64).expand(self.members, *[1] * 2)[:, 0, 0].tolist()
-        return torch.stack([_bandwidth(part, time, points) for part, time, points in zip(self._parts, times, x)])
+        return torch.stack(
+            [_bandwidth(part, time, points) for part, time, points in zip(self._parts, self._times(t), x)]
+        )
+
+    def _times(self, t: Tensor | float) -> list[float]:
+        return torch.as_tensor(t, dtype=torch.float64).expand(self.members, 1, 1)[:, 0, 0].tolist()
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return paths, strands and scales as arrays; a member's names begin with its number."""

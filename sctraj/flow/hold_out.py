@@ -118,12 +118,14 @@ def restore(
     -------
     One per member; masses are None where all cells weigh the same.
     """
-    times = [snapshots.times[k] for k in held_out]
+    times, rng = [snapshots.times[k] for k in held_out], torch.Generator().manual_seed(DATA_SEED)
 
     def from_side(shift: int) -> list[Restoration]:
         cells = [(snapshots.points[k + shift], snapshots.mass[k + shift]) for k in held_out]
         t0 = [snapshots.times[k + shift] for k in held_out]
-        return moved(field, cells, t0, times, solver=solver, n_steps=n_steps, tolerance=tolerance, jitter=jitter)
+        return moved(
+            field, cells, t0, times, solver=solver, n_steps=n_steps, tolerance=tolerance, jitter=jitter, rng=rng
+        )
 
     before = from_side(-1)
     if start == "before":
@@ -152,6 +154,7 @@ def moved(
     n_steps: int,
     tolerance: float,
     jitter: float = 0.0,
+    rng: torch.Generator | None = None,
 ) -> list[Restoration]:
     """Move each member's cells from its time ``t0`` to ``t1``, all members at once.
 
@@ -166,6 +169,8 @@ def moved(
     jitter
         Standard deviation of normal noise on the cells, in bandwidths of a closed-form field. Its flow keeps the law of
         its pairs from starts as wide as its kernel, 1; cells themselves, 0, end up a little too close together.
+    rng
+        Of the jitter, on the CPU; there must be one if there is jitter.
 
     Returns
     -------
@@ -178,7 +183,7 @@ def moved(
     padded = torch.stack([torch.cat([x, x[:1].expand(largest - len(x), -1)]) for x in points])
     start, end = (torch.tensor(times).double() for times in (t0, t1))
     if jitter:
-        noise = torch.randn(padded.shape, generator=torch.Generator().manual_seed(DATA_SEED), dtype=dtype)
+        noise = torch.randn(padded.shape, generator=rng, dtype=dtype)
         padded = padded + jitter * field.bandwidth(start[:, None, None], padded) * noise.to(device)
     there = transport(field, padded, start, end, solver=solver, n_steps=n_steps, tolerance=tolerance)
     restorations = []

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import pandas as pd
+import torch
 
 from .. import _adata
 from .._log import logger
 from ..flow.flow_matching import pick_device
 from ..flow.hold_out import Restoration, Start, mixed, moved
 from ..flow.integrate import Solver
+from ..flow.problem import DATA_SEED
 from ._field import check_jitter
 from ._steps import steps_per_gap
 
@@ -97,6 +99,8 @@ def interpolate(
     per_gap = steps_per_gap(solver) if n_steps is None else n_steps
     k = max(i for i, t in enumerate(snapshots.times) if t <= time)
 
+    stream = torch.Generator().manual_seed(DATA_SEED)
+
     def from_snapshot(k: int) -> Restoration:
         gap = abs(time - snapshots.times[k])
         if gap == 0:
@@ -104,7 +108,7 @@ def interpolate(
         cells, steps = [(snapshots.points[k], snapshots.mass[k])], max(1, math.ceil(per_gap * gap / snapshots.mean_gap))
         (there,) = moved(
             field, cells, [snapshots.times[k]], [float(time)], solver=solver, n_steps=steps, tolerance=tolerance,
-            jitter=jitter,
+            jitter=jitter, rng=stream,
         )  # fmt: skip
         return there
 

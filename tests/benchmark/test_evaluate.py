@@ -427,8 +427,8 @@ def test_rows_are_tidy(course):
     assert set(found["bootstrap"]) == {-1, 0, 1}
     assert set(found["method"]) == {"uot-cfm (field=closed-form)"}
     assert found["value"].notna().all()
-    many = measured(course, unit("previous"), bootstraps=_evaluate.SOME + 2).groupby("metric")["bootstrap"].max()
-    assert (many["sinkhorn"], many["w1"]) == (_evaluate.SOME - 1, _evaluate.SOME + 1)
+    many = measured(course, unit("previous"), bootstraps=_evaluate.DIVERGENCES + 2).groupby("metric")["bootstrap"].max()
+    assert (many["sinkhorn"], many["w1"]) == (_evaluate.DIVERGENCES - 1, _evaluate.DIVERGENCES + 1)
     assert found["error"].isna().all()  # few cells: all distances are exact
     assert set(found["metric"]) == {*_evaluate.METRICS, "composition"}
     for seeds in ((), (1, 1)):

@@ -15,7 +15,7 @@ import pytest
 
 from sctraj import datasets
 from sctraj.benchmark import Data, _methods, grid_of, make_grid, read_grid, register, run_grid
-from sctraj.benchmark._evaluate import SOME
+from sctraj.benchmark._evaluate import DIVERGENCES
 from sctraj.benchmark._execute import Progress, duration
 from sctraj.benchmark._grid import FAMILIES, NAMES, data_of
 from sctraj.benchmark._plan import as_text, estimate, jobs_of, workers_that_fit
@@ -292,11 +292,11 @@ def test_half_samples_and_the_strict_form_take_their_time(planned):
     of = partial(estimate, adata=cells["cycle"], time_key="time", n_dims=5)
     baseline = jobs[1].unit
     assert baseline.method == "previous"
-    none, some, many = (of(baseline, bootstraps=b)[0] for b in (0, SOME, 3 * SOME))
+    none, some, many = (of(baseline, bootstraps=b)[0] for b in (0, DIVERGENCES, 3 * DIVERGENCES))
     assert some > 3 * none
     assert many - some < 2 * (some - none)  # without the divergence
     assert of(replace(baseline, seeds=tuple(range(9))))[0] == none  # judged once, as it has no seed
-    assert of(replace(baseline, strict=True), bootstraps=SOME)[0] > 1.5 * some  # in two spaces
+    assert of(replace(baseline, strict=True), bootstraps=DIVERGENCES)[0] > 1.5 * some  # in two spaces
 
 
 def test_the_plan_learns_from_what_the_folder_holds(planned, tmp_path):

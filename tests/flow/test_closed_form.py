@@ -414,11 +414,28 @@ def test_jittered_starts_are_as_wide_as_the_kernel():
     start = still[:1].expand(n, -1)
     for jitter in (0.5, 1.0):
         (there,) = moved(
-            field, [(start, torch.ones(n))], [1.5], [4.0], solver="rk4", n_steps=1, tolerance=1e-5, jitter=jitter
+            field,
+            [(start, torch.ones(n))],
+            [1.5],
+            [4.0],
+            solver="rk4",
+            n_steps=1,
+            tolerance=1e-5,
+            jitter=jitter,
+            rng=torch.Generator().manual_seed(0),
         )
         wanted = jitter * float(field.bandwidth(1.5, start[None, :1]))
         assert float(there.points.std(0).square().mean().sqrt()) == pytest.approx(wanted, rel=0.03)  # 8,000 numbers
         assert float((there.points.mean(0) - start[0]).norm()) < 4 * wanted * math.sqrt(2 / n)
+
+
+def test_both_sides_jitter_on_their_own():
+    still = make().points[1]  # 30 cells that stay where they are
+    snapshots = Snapshots((0.0, 1.0, 2.0), (still, still, still))
+    field = field_of(hand_made(still, still, torch.ones(30), torch.ones(30), Straight(0.1), t0=0.0, t1=2.0))
+    (there,) = restore(field, snapshots, [1], start="both", solver="rk4", n_steps=1, tolerance=1e-5, jitter=1.0)
+    before, after = ((there.points[rows] - still).flatten() for rows in (slice(30), slice(30, 60)))
+    assert abs(float(torch.corrcoef(torch.stack([before, after]))[0, 1])) < 0.5  # of 60 numbers, 4 sd; the same: 1
 
 
 @pytest.mark.parametrize("method", METHODS)
