@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 import importlib.util
 import inspect
 import json
@@ -271,6 +272,10 @@ def test_tasks_and_the_strict_form_go_in_units_and_are_resumed(source, here):
     again = well(sctraj(*run, "--plan"))
     assert "8 units, 8 of them there" in again.stdout
     assert "nothing left to do" in again.stdout
+    warning = "cells: strict beside published: the published form is in X_pca, not in the strict form's own recipe"
+    assert warning in first.stderr
+    assert html.escape(warning.partition(": the")[2]) in (folder / "report.html").read_text()
+    assert "differ by more than the leak" not in well(sctraj(*run, "--plan", "--use-rep", "recipe")).stderr
     assert "8 of 8 units were there" in well(sctraj(*run)).stderr
     assert (folder / "benchmark.csv").read_bytes() == before
 

@@ -128,7 +128,8 @@ def evaluate(
     ``space`` ("own", "common"), ``metric``, ``value``, ``error`` (standard error of a distance that was estimated; nan
     where exact), ``bootstrap`` (-1 for the estimate from all cells).
 
-    ``w1``, ``w2``, ``mmd`` (squared, unbiased), ``energy`` (unbiased), ``sinkhorn`` (divergence), ``variance_ratio``,
+    ``w1``, ``w2``, ``mmd`` (squared, unbiased), ``energy`` (unbiased), ``sinkhorn`` (divergence; nan where its
+    iterations do not converge, as with cells far from all others), ``variance_ratio``,
     weighted by the restoration's masses; ``w1_unweighted``, ``energy_unweighted``; ``composition``, total variation
     between the label shares of the restored cells (those of the kept cells nearest to each) and of the held-out cells;
     ``gene_mean`` and ``gene_variance``, root mean square over genes of the error of log-expression's mean (against the
@@ -145,7 +146,7 @@ def evaluate(
     TypeError
         Settings that a method does not have.
     """
-    check(unit, adata, use_rep=use_rep, n_dims=n_dims, bootstraps=bootstraps)
+    check(unit, adata, use_rep=use_rep, n_dims=n_dims, bootstraps=bootstraps, labels=labels)
     task = find_task(unit.task)
     course = read_course(adata, time_key, use_rep, n_dims, labels, strict=unit.strict)
     task.check(len(course.times), unit.start)
@@ -165,7 +166,9 @@ def evaluate(
     return pd.DataFrame([fixed | row for row in rows], columns=list(COLUMNS))
 
 
-def check(unit: Unit, adata: AnnData, *, use_rep: str, n_dims: int | None, bootstraps: int) -> None:
+def check(
+    unit: Unit, adata: AnnData, *, use_rep: str, n_dims: int | None, bootstraps: int, labels: str | None = None
+) -> None:
     """Raise what `evaluate` would raise, as far as it can be known at a glance: before anything is computed."""
     find_task(unit.task)
     if not unit.seeds or len(set(unit.seeds)) < len(unit.seeds):
@@ -174,6 +177,7 @@ def check(unit: Unit, adata: AnnData, *, use_rep: str, n_dims: int | None, boots
         raise ValueError(f"expected bootstraps of at least 0, found {bootstraps}")
     find_method(unit.method)
     check_settings(unit.method, dict(unit.settings))
+    _read_labels(adata, labels)
     if unit.strict:
         check_expression(adata)
     elif n_dims and use_rep in adata.obsm and n_dims > (size := adata.obsm[use_rep].shape[1]):
@@ -473,7 +477,7 @@ def _distances(judge: _Judge, *, divergence: bool) -> dict[str, _Value]:
     }
     found = {name: _Value(*distance(mass)[:2]) for name, distance in estimated.items()}
     if divergence and max(len(x), len(y)) <= LARGEST_EXACT:
-        found["sinkhorn"] = _Value(sinkhorn_divergence(x, y, epsilon=EPSILON * width**2, weights_x=mass), 0.0)
+        found["sinkhorn"] = _Value(_divergence(x, y, EPSILON * width**2, mass), 0.0)
     found["variance_ratio"] = _Value(variance_ratio(x, y, weights_x=mass), 0.0)
     for name in ("w1", "energy"):
         same = np.ptp(mass) < 1e-12
@@ -487,6 +491,13 @@ def _distances(judge: _Judge, *, divergence: bool) -> dict[str, _Value]:
         found["gene_mean"] = _Value(_rms(mass @ restored - measured.mean(axis=0)), 0.0)
         found["gene_variance"] = _Value(_rms(_variance(restored, mass) - _variance(seen, even)), 0.0)
     return found
+
+
+def _divergence(x: Array, y: Array, epsilon: float, mass: Array) -> float:
+    try:
+        return sinkhorn_divergence(x, y, epsilon=epsilon, weights_x=mass)
+    except RuntimeError:  # not converged: the other distances are none the worse
+        return float("nan")
 
 
 def _variance(x: Array, mass: Array) -> Array:

@@ -103,6 +103,12 @@ class Data:
 
     def ready(self, adata: AnnData) -> AnnData:
         """Return cells that have the representation: themselves, or where it is the recipe a copy with it."""
+        if self.use_rep not in ("X", RECIPE, *adata.obsm) and adata.X is not None and adata.n_vars:
+            there = ", ".join(adata.obsm) or "none"
+            raise KeyError(
+                f'No representation "{self.use_rep}" in obsm of {self.name}; there are: {there}. '
+                f'Pass one of them as use_rep, or "{RECIPE}": components of the expression in X.'
+            )
         if self.use_rep != RECIPE or RECIPE in adata.obsm:
             return adata
         if self.n_dims < 1:
@@ -340,6 +346,7 @@ def _combinations(settings: Mapping[str, Any]) -> Iterable[tuple[tuple[str, Sett
     for name, options in zip(names, values):
         if not options or not all(isinstance(v, get_args(Setting)) for v in options):
             raise ValueError(f"expected a number, text or truth value, or a list of these, for {name}, found {options}")
+        _distinct(f"values of {name}", options)
     return (tuple(zip(names, chosen)) for chosen in itertools.product(*values))
 
 

@@ -10,6 +10,7 @@ import inspect
 import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -133,7 +134,8 @@ def call(
     """Ask a callable for each of a job's times, and check what comes back."""
     clouds = []
     for time in job.times:
-        answer = method(job.snapshots, time, rng, **settings)
+        # copies: what a method does to its cells in place must not reach the next time, seed or judge
+        answer = method(deepcopy(job.snapshots), time, rng, **settings)
         points, weights = answer if isinstance(answer, tuple) else (answer, None)
         # the first two baselines are whole snapshots
         copied = dict(zip(BASELINES, neighbours(job.snapshots, time))).get(name)
@@ -144,8 +146,10 @@ def call(
 
 def _checked(points: Any, weights: Any, d: int, name: str) -> Cloud:
     x = np.array(_plain(points), dtype=np.float64)
-    if x.ndim != 2 or x.shape[1] != d or len(x) < 2 or not np.isfinite(x).all():
-        raise ValueError(f"expected at least two finite points (n, {d}) from {name}, found shape {x.shape}")
+    if x.ndim != 2 or x.shape[1] != d or len(x) < 2:
+        raise ValueError(f"expected at least two points (n, {d}) from {name}, found shape {x.shape}")
+    if bad := int((~np.isfinite(x)).any(1).sum()):
+        raise ValueError(f"expected finite points from {name}, found {bad} of {len(x)} with NaN or inf")
     mass = np.full(len(x), 1.0) if weights is None else np.array(_plain(weights), dtype=np.float64)
     if mass.shape != (len(x),) or not (mass >= 0).all() or not 0 < mass.sum() < math.inf:
         raise ValueError(f"expected {len(x)} weights, not below zero, from {name}, found shape {mass.shape}")

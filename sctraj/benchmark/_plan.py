@@ -17,13 +17,13 @@ import pandas as pd
 
 from .. import _adata, tl
 from ..flow.distance import LARGEST_EXACT
-from ..flow.hold_out import BASELINES
+from ..flow.hold_out import BASELINES, NOISE_REFERENCE
 from ..flow.problem import METHODS as OWN
 from ._evaluate import DIVERGENCES, check
 from ._execute import Job, duration, n_gpus
 from ._methods import find_method, is_known_here_alone
 from ._store import Store, fingerprint, key_of
-from ._tasks import find_task
+from ._tasks import SMALLEST_SHARE, find_task
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -60,14 +60,17 @@ def jobs_of(grid: Grid, cells: Mapping[str, AnnData]) -> list[Job]:
     for unit in grid.units:
         data = grid.names[unit.data]
         try:
-            check(unit, cells[data.name], use_rep=data.use_rep, n_dims=data.n_dims, bootstraps=grid.bootstraps)
+            check(
+                unit, cells[data.name], use_rep=data.use_rep, n_dims=data.n_dims, bootstraps=grid.bootstraps,
+                labels=data.labels,
+            )  # fmt: skip
+            work, size = estimate(unit, cells[unit.data], data.time_key, n_dims=data.n_dims, bootstraps=grid.bootstraps)
         except ValueError as reason:
             raise ValueError(f"{data.name}: {reason}") from reason
         reading = {"time_key": data.time_key, "use_rep": data.use_rep, "n_dims": data.n_dims, "labels": data.labels}
         how: dict[str, Any] = {"fingerprint": prints[unit.data], "device": grid.device, "threads": grid.threads}
         how["bootstraps"] = grid.bootstraps
         key = key_of(unit, reading | how | {"source": _source(unit.method)})
-        work, size = estimate(unit, cells[unit.data], data.time_key, n_dims=data.n_dims, bootstraps=grid.bootstraps)
         jobs.append(Job(key, unit, reading, work, size, **how))
     return jobs
 
@@ -101,6 +104,11 @@ def estimate(unit: Unit, adata: AnnData, time_key: str, *, n_dims: int, bootstra
     """Return the seconds and the bytes of memory that a unit is expected to take.
 
     Of a method from elsewhere only the judging is known.
+
+    Raises
+    ------
+    ValueError
+        If the course is too short for the task, or a held-out snapshot too small.
     """
     times, which = np.unique(_adata.read_times(adata, time_key), return_inverse=True)
     index = np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1])
@@ -115,6 +123,12 @@ def estimate(unit: Unit, adata: AnnData, time_key: str, *, n_dims: int, bootstra
     genes = adata.n_vars if adata.X is not None else 0
     for fold in task.folds(times.tolist(), index, unit.seeds[0]):
         sizes, held_out = [len(rows) for rows in fold.kept], [len(rows) for rows in fold.held_out]
+        if unit.method == NOISE_REFERENCE and min(held_out) < SMALLEST_SHARE:
+            raise ValueError(
+                f"expected at least {SMALLEST_SHARE} cells in every held-out snapshot, for two halves of two in the "
+                f"{NOISE_REFERENCE}, found {min(held_out)} at time {fold.held_out_times[np.argmin(held_out)]:g}; merge "
+                f"or leave out that time, or say references = false in a grid file"
+            )
         restored = sides * max(sizes) if unit.method in OWN else max(sizes)
         # what is larger is met in blocks
         most = max(most, min(restored, LARGEST_EXACT) * min(max(*sizes, *held_out), LARGEST_EXACT))
@@ -174,8 +188,8 @@ def as_text(jobs: Sequence[Job], store: Store | None, workers: int) -> str:
     left = [pace * job.work for job, done in zip(jobs, there) if not done]
     most = max((job.bytes for job in jobs), default=0) * workers / 2**30
     known = "measured units of this folder" if store is not None and store.records() else "another machine's pace"
-    total = duration(WARM + max(sum(left) / workers, max(left))) if left else "nothing left to do"
-    return (
-        f"{table.to_string(index=False)}\n\n{len(jobs)} units, {sum(there)} of them there; with {workers} at a time "
-        f"about {total} (from {known}) and up to {most:.1f} GiB"
-    )
+    counted = f"{table.to_string(index=False)}\n\n{len(jobs)} units, {sum(there)} of them there; "
+    if not left:
+        return f"{counted}nothing left to do"
+    total = duration(WARM + max(sum(left) / workers, max(left)))
+    return f"{counted}with {workers} at a time about {total} (from {known}) and up to {most:.1f} GiB"

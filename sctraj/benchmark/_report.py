@@ -74,18 +74,20 @@ def wide(table: pd.DataFrame, *, metric: str = METRIC) -> pd.DataFrame:
     Returns
     -------
     DataFrame of text, in the order of the rows: the block's columns, `method`, one column per held-out time (empty
-    where a block has no such time), and `mean`: over held-out times, ± the standard deviation over seeds of that mean.
+    where a block has no such time, "-" where a value is not known), and `mean`: over held-out times, ± the standard
+    deviation over seeds of that mean.
     """
     rows = points(table, metric)
     times = sorted(rows["held_out"].unique())
+    named = {t: f"{t:g}" for t in times}
+    if len(set(named.values())) < len(times):  # six digits do not tell them apart
+        named = {t: repr(float(t)) for t in times}
     out = []
     for names, own in rows.groupby([*BLOCK, "method"], sort=False):
-        by_time = own.groupby("held_out")["value"]
-        cells = {f"{t:g}": _mean_sd(values) for t, values in by_time}
+        cells = {named[t]: _mean_sd(values) for t, values in own.groupby("held_out")["value"]}
         row = dict(zip([*BLOCK, "method"], names))
-        out.append(row | {f"{t:g}": cells.get(f"{t:g}", "") for t in times} | {"mean": _mean_sd(_by_seed(own))})
-    columns = [*BLOCK, "method", *dict.fromkeys(f"{t:g}" for t in times), "mean"]
-    return pd.DataFrame(out, columns=columns)
+        out.append(row | {name: cells.get(name, "") for name in named.values()} | {"mean": _mean_sd(_by_seed(own))})
+    return pd.DataFrame(out, columns=[*BLOCK, "method", *named.values(), "mean"])
 
 
 def side_by_side(table: pd.DataFrame, *, metric: str = METRIC) -> pd.DataFrame:
@@ -116,10 +118,12 @@ def side_by_side(table: pd.DataFrame, *, metric: str = METRIC) -> pd.DataFrame:
 
 def _by_seed(rows: pd.DataFrame) -> pd.Series:
     """Return the mean over held-out times of every seed."""
-    return rows.groupby("seed")["value"].mean()
+    return rows.groupby("seed")["value"].agg(lambda own: own.mean(skipna=False))
 
 
 def _mean_sd(values: pd.Series) -> str:
+    if values.isna().any():  # a divergence that did not converge
+        return "-"
     mean = f"{values.mean():.3f}"
     return mean if np.ptp(values) == 0 else f"{mean} ± {values.std(ddof=1):.3f}"  # what has no seed has no spread
 
@@ -268,7 +272,7 @@ def html_table(table: pd.DataFrame, *, caption: str = "", kind: str = "") -> str
 
 
 def _like_numbers(column: pd.Series) -> bool:
-    return all(re.fullmatch(r"|[+-]?[\d.]+( ± [\d.]+)?", str(value)) for value in column)
+    return all(re.fullmatch(r"|-|[+-]?[\d.]+( ± [\d.]+)?", str(value)) for value in column)
 
 
 def _shown(value: Any) -> str:

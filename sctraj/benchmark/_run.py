@@ -17,7 +17,7 @@ from ..tl._leave_one_out import EULER_STEPS
 from . import _plan, _report
 from ._evaluate import evaluate
 from ._execute import Evaluate, Job, described, execute
-from ._grid import Data, Grid, make_grid
+from ._grid import RECIPE, Data, Grid, make_grid
 from ._published import beside_published, published_data, published_grid
 from ._store import Store, code_hash, to_text, versions, write_durably
 from ._tasks import Start
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 FOLDER = "sctraj_benchmark"
 
+GRID_FILES = (
+    "benchmark.csv", "wide.csv", "summary.csv", "paired.csv", "published.csv", "failures.csv", "benchmark.parquet",
+    "report.html",
+)  # fmt: skip
 PRINTED = {
     "w1": "Wasserstein-1 distance",
     "energy": "energy distance, unbiased: 0 on average for two samples of one law",
@@ -143,7 +147,8 @@ def run_grid(
     Each unit is stored when it is done. A run that was killed goes on where it stopped when it is called again, with
     the same table in the end, bit for bit; two runs into one folder share the work. Writes ``benchmark.csv`` (tidy;
     also ``benchmark.parquet`` where pyarrow is there), ``wide.csv`` (methods x held-out times, mean ± sd over seeds),
-    ``summary.csv``, ``paired.csv`` and ``report.html``; ``failures.csv`` where units failed.
+    ``summary.csv``, ``paired.csv`` and ``report.html``; ``failures.csv`` where units failed. Tables and report of an
+    earlier run in the folder are replaced, or removed; its units are kept.
 
     Parameters
     ----------
@@ -182,6 +187,14 @@ def run_grid(
     there |= {one.name: one.ready(there[one.name]) for one in grid.data}
     work = _plan.jobs_of(grid, there)
     workers = _plan.workers_that_fit(work, jobs, grid.device)
+    told = {
+        f"{one.name}: strict beside published": f"the published form is in {one.use_rep}, not in the strict form's own "
+        f'recipe, so that they differ by more than the leak; use_rep = "{RECIPE}" makes that their only difference'
+        for one in grid.data
+        if one.use_rep != RECIPE and {unit.strict for unit in grid.units if unit.data == one.name} == {False, True}
+    }
+    for name, what in told.items():
+        click.echo(f"{name}: {what}", err=True)
     if plan:
         known = Store(folder) if (folder / "units").is_dir() else None
         click.echo(_plan.as_text(work, known, workers))
@@ -195,12 +208,13 @@ def run_grid(
         for job in work
         if not store.has(job.key)
     ]
-    written = _write(grid, there, work, store, failures, beside, notes or {})
+    written = _write(grid, there, work, store, failures, beside, {**(notes or {}), **told})
     click.echo(f"{time.perf_counter() - begun:.1f} s; wrote {', '.join(written)} to {folder}")
     if failures:
         raise RuntimeError(
             f"{len(failures)} of {len(work)} units failed, the first with {failures[0]['error']}; see failures.csv in "
-            f"{folder}. Run the same again to try these once more."
+            f"{folder}, and for where an error comes from the traces in {folder / 'failed'}. Run the same again to try "
+            f"these once more."
         )
 
 
@@ -278,8 +292,6 @@ def _write(
         )  # fmt: skip
     if failures:
         files["failures"] = pd.DataFrame(failures)
-    else:
-        (store.folder / "failures.csv").unlink(missing_ok=True)
     for name, rows in files.items():
         write_durably(store.folder / f"{name}.csv", to_text(rows, typed=False))
     written = [f"{name}.csv" for name in files]
@@ -290,6 +302,8 @@ def _write(
     if page is not None:
         write_durably(store.folder / "report.html", page)
         written.append("report.html")
+    for name in set(GRID_FILES) - set(written):  # an earlier run's, of which this one has none
+        (store.folder / name).unlink(missing_ok=True)
     return written
 
 

@@ -274,6 +274,8 @@ def _read(rows: pd.DataFrame, metric: str) -> _Method:
 # --- skill and ranks
 def _best_baseline(values: dict[str, _Method]) -> _Values | None:
     there = [values[name].loss for name in BASELINES if name in values]
+    if any(np.isnan(one.mean) for one in there):  # not known, so neither is which is best
+        return None
     return min(there, key=lambda v: v.mean, default=None)
 
 

@@ -177,12 +177,12 @@ def test_strict_rows_stand_in_both_spaces_and_others_in_the_common_one_alone(cou
 
 def test_a_finished_representation_is_refused_where_the_recipe_must_be_refitted(course):
     bare = ad.AnnData(obs=course.obs, obsm={"X_pca": course.obsm["X_pca"]})
-    with pytest.raises(ValueError, match=r"finished representation alone.*strict=False"):
+    with pytest.raises(ValueError, match=r"finished representation alone.*Leave strict out"):
         measured(bare, unit(strict=True))
     assert len(measured(bare, unit()))
     scaled = course.copy()
     scaled.X = (scaled.X - scaled.X.mean(axis=0)).astype(np.float32)
-    with pytest.raises(ValueError, match=r"negative values.*strict=False"):
+    with pytest.raises(ValueError, match=r"negative values.*leave strict out"):
         measured(scaled, unit(strict=True))
 
 
@@ -305,6 +305,13 @@ def like_previous(snapshots, time, rng):
     return snapshots.points[max(k for k, t in enumerate(snapshots.times) if t < time)]
 
 
+def moved_in_place(snapshots, time, rng):
+    x = snapshots.points[0]
+    for _ in range(3):
+        x += 0.5
+    return x
+
+
 def random_cells(snapshots, time, rng):
     return rng.standard_normal((9, snapshots.dimension))
 
@@ -324,6 +331,16 @@ def test_any_callable_is_a_method_registered_or_by_its_path(course, monkeypatch)
         register("text", "moving")
 
 
+def test_a_method_that_moves_cells_in_place_meets_them_unmoved(course):
+    found = measured(course, unit(f"{__name__}:moved_in_place", task="every-4th", seeds=(0, 1)))
+    first, second = (found.query(f"seed == {seed}")["value"].to_numpy() for seed in (0, 1))
+    np.testing.assert_array_equal(first, second)
+    job = Job(Snapshots((0.0, 3.0), (torch.zeros(3, 2), torch.ones(3, 2))), (1.0, 2.0), 0)
+    clouds = call(moved_in_place, job, np.random.default_rng(0), {}, name="it")
+    assert [np.unique(cloud.points) for cloud in clouds] == [1.5, 1.5]
+    assert not job.snapshots.points[0].any()
+
+
 def test_a_random_method_depends_on_the_seed_alone(course):
     path = f"{__name__}:random_cells"
     one, again = (measured(course, unit(path, seeds=(0, 1))) for _ in range(2))
@@ -335,7 +352,7 @@ def test_a_random_method_depends_on_the_seed_alone(course):
     ("answer", "message"),
     [
         (np.zeros((5, 4)), r"points \(n, 2\) from it, found shape \(5, 4\)"),
-        (np.full((5, 2), np.nan), "finite"),
+        (np.array([[0.0, np.nan], [1.0, 2.0]]), "finite points from it, found 1 of 2 with NaN or inf"),
         ((np.zeros((5, 2)), np.ones(4)), "5 weights"),
         ((np.zeros((5, 2)), -np.ones(5)), "not below zero"),
     ],
@@ -434,6 +451,16 @@ def test_rows_are_tidy(course):
     for seeds in ((), (1, 1)):
         with pytest.raises(ValueError, match="at least one seed"):
             measured(course, dataclasses.replace(one, seeds=seeds))
+
+
+def test_a_divergence_that_does_not_converge_costs_no_other_distance(course, monkeypatch):
+    def hopeless(*_, **__):
+        raise RuntimeError("Sinkhorn: expected marginals to within 0.0001")
+
+    monkeypatch.setattr(_evaluate, "sinkhorn_divergence", hopeless)
+    found = measured(course, unit("previous"), bootstraps=1)
+    assert found.query("metric == 'sinkhorn'")["value"].isna().all()
+    assert found.query("metric != 'sinkhorn'")["value"].notna().all()
 
 
 # --- half-samples

@@ -116,6 +116,7 @@ def test_references_come_along_where_they_exist():
         ("device = 'gpu'\n", "a device of auto, cpu, cuda, mps, found 'gpu'"),
         ("[settings]\nn_step = 3\n", r'no setting "n_step"; there are: .*mean n_steps'),
         ("[settings]\nn_steps = []\n", "for n_steps, found"),
+        ("[settings]\nn_steps = [10, 10]\n", r"distinct values of n_steps, found \[10, 10\]"),
         ("[settings.uot-cfm]\nn_steps = 3\n", 'no method "uot-cfm"; there are: ot-cfm, sb-cfm'),
         ("seeds = \n", "expected TOML"),
     ],
@@ -238,7 +239,7 @@ def test_a_task_that_a_course_is_too_short_for_is_refused_before_anything_runs(p
         ("ot-cfm", {"settings": {"path": "bent"}}, "expected a path of .*found 'bent'"),
         ("sb-cfm", {"settings": {"path": "straight"}}, "no path for sb-cfm"),
         (f"{__name__}:a_method", {"settings": {f"{__name__}:a_method": {"sped": 1}}}, "unexpected keyword.*'sped'"),
-        ("ot-cfm", {"strict": True}, "^cycle: .*found a finished representation alone.*strict=False"),
+        ("ot-cfm", {"strict": True}, "^cycle: .*found a finished representation alone.*Leave strict out"),
         ("ot-cfm", {"n_dims": 50}, '^cycle: expected n_dims up to 5, the size of "X_pca", found 50'),
         ("given", {}, r'workers? processes can import, found "given".*"module:function"'),
         ("__main__:given", {}, r'can import, found "__main__:given".*"module:function"'),
@@ -255,6 +256,27 @@ def test_what_would_fail_in_a_worker_is_refused_before_any_starts(tmp_path, monk
     with pytest.raises((ValueError, TypeError), match=message):
         run_grid(grid, tmp_path / "out", cells={"cycle": bare})
     assert not (tmp_path / "out").exists()
+
+
+def test_so_are_cells_without_a_label_and_snapshots_too_small_for_two_halves(tmp_path):
+    cells = datasets.simulated_course("cycle", 90, times=(0, 1, 2))
+    cells.obs["type"] = pd.Categorical(["a"] * 80 + [None] * 10)
+    grid = grid_of(Data("cycle", "cycle", labels="type"), methods=["ot-cfm"])
+    with pytest.raises(ValueError, match=r'^cycle: expected a label for every cell in obs\["type"\]; 10 have none'):
+        run_grid(grid, tmp_path / "out", cells={"cycle": cells})
+    few = cells[[*np.flatnonzero(cells.obs["time"] != 1), *np.flatnonzero(cells.obs["time"] == 1)[:3]]].copy()
+    grid = grid_of(Data("cycle", "cycle"), methods=["ot-cfm"])
+    with pytest.raises(ValueError, match=r"^cycle: expected at least 4 cells .*found 3 at time 1; .*references"):
+        run_grid(grid, tmp_path / "out", cells={"cycle": few})
+    assert not (tmp_path / "out").exists()
+    assert len(jobs_of(grid_of(Data("cycle", "cycle"), methods=["ot-cfm"], references=False), {"cycle": few})) == 1
+
+
+def test_where_genes_are_there_and_no_components_the_recipe_is_offered(cells):
+    cells = ad.AnnData(cells.X, cells.obs)
+    with pytest.raises(KeyError, match=r'No representation "X_pca".*there are: none.*or "recipe"'):
+        Data("x", "simulated").ready(cells)
+    assert Data("x", "simulated", use_rep="X").ready(cells) is cells
 
 
 def test_a_changed_method_is_computed_anew(tmp_path, monkeypatch):

@@ -102,6 +102,22 @@ def test_what_has_one_seed_or_depends_on_none_has_no_spread():
     assert wide(table.assign(value=0.25))["mean"].tolist() == ["0.250", "0.250"]
 
 
+def test_held_out_times_that_six_digits_do_not_tell_apart_have_columns_of_their_own():
+    table = pd.DataFrame(rows())
+    found = wide(table.assign(held_out=table["held_out"] + 1e6))
+    assert found.loc[0, ["1000001.0", "1000002.5"]].tolist() == wide(table).loc[0, ["1", "2.5"]].tolist()
+
+
+def test_a_value_that_is_not_known_is_no_mean_of_the_others():
+    table = pd.DataFrame(rows())
+    table.loc[(table["method"] == "m") & (table["held_out"] == 1) & (table["seed"] == 0), "value"] = np.nan
+    found = wide(table, metric="w1").set_index("method")
+    assert found.loc["m", ["1", "mean"]].tolist() == ["-", "-"]
+    assert found.loc["m", "2.5"] == wide(pd.DataFrame(rows())).loc[0, "2.5"]
+    assert "-" not in set(found.loc["n"])
+    assert page(table)
+
+
 def test_a_held_out_time_that_a_data_set_does_not_have_stays_empty():
     table = wide(pd.DataFrame(rows("a") + [row | {"held_out": row["held_out"] + 1} for row in rows("b")]))
     assert table.loc[table["data"] == "a", "3.5"].tolist() == ["", ""]

@@ -304,11 +304,15 @@ def test_parquet_holds_the_same_table(runs, whole):
 
 def test_units_that_fail_or_take_their_process_along_do_not_stop_the_others(runs, tmp_path):
     out, fatal = tmp_path / "out", "kill:previous-leave-one-out,raise:ot-interpolation-extrapolation"
+    out.mkdir()
+    (out / "published.csv").write_text("of an earlier run\n")
     log = finish(runs.start(out, runs.marks("fatal"), fatal=fatal), 1)
     assert stored(out) == {
         "i-cfm-leave-one-out", "ot-interpolation-leave-one-out", "i-cfm-extrapolation", "previous-extrapolation",
     }  # fmt: skip
     assert "2 of 6 units failed" in log
+    assert f"traces in {out / 'failed'}" in log
+    assert not (out / "published.csv").exists()
     failures = pd.read_csv(out / "failures.csv")["error"].tolist()
     assert "killed twice" in failures[0]
     assert failures[1] == "ValueError: too few cells of <b>this</b> kind"

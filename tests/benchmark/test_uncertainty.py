@@ -235,6 +235,18 @@ def test_no_rank_without_an_interval():
     assert np.isnan(of(partly, "good", "rank"))
 
 
+def test_what_is_not_known_has_no_interval_skill_or_rank():
+    rows = table(LEVELS)
+    rows.loc[(rows["method"] == "good") & (rows["held_out"] == 1.0) & (rows["bootstrap"] < 0), "value"] = np.nan
+    found = summary(rows)
+    assert found.query("method == 'good'")[["mean", "low", "skill", "rank"]].isna().all(axis=None)
+    assert of(found, "bad", "skill") == pytest.approx(of(summary(table(LEVELS)), "bad", "skill"))
+    for baseline in ("previous", "ot-interpolation"):  # nobody can say which is best
+        rows = table(LEVELS)
+        rows.loc[(rows["method"] == baseline) & (rows["bootstrap"] < 0), "value"] = np.nan
+        assert summary(rows)["skill"].isna().all()
+
+
 def test_ranks_are_shared_by_those_that_cannot_be_told_apart():
     found = summary(table(LEVELS))
     assert [of(found, m, "rank") for m in ("good", "ot-interpolation", "previous", "bad")] == [1, 2, 3, 4]
