@@ -179,34 +179,47 @@ def fit(
     if shape[:2] != (members, 2) or shape[-1] - velocity_and_score not in (0, grows):
         wanted = f"(2, {velocity_and_score + grows})" + (f", or without growth (2, {velocity_and_score})" * grows)
         raise ValueError(f"expected a module that maps (2, 1), (2, {d}) to {wanted}, found {tuple(shape[1:])}")
-    weights: list[Tensor] = list(network.parameters())
-    optimiser = _AdamW(weights, training.weight_decay)
-    average = [w.detach().clone() for w in weights]
-    stopping = _EarlyStopping(average, members, training.patience or n_steps, device)
-
-    losses, validation_losses = [], []
-    for step in _steps(n_steps, members, progress=progress):
-        loss = _loss(field, next(batches))  # (M,)
-        loss.sum().backward()  # members share nothing: each gets the gradient of its own loss
-        optimiser.step(training.learning_rate * one_cycle(step / n_steps))
-        decay = min(training.ema_decay, (1 + step) / (10 + step))  # a short memory while the weights still travel
-        torch._foreach_lerp_(average, [w.detach() for w in weights], 1 - decay)
-        losses.append(loss.detach())
-        if held_back is not None and (step + 1) % EVALUATE_EVERY == 0:
-            with torch.no_grad(), _swapped(weights, average):
-                validation_losses.append(_loss(field, held_back))
-            if stopping.all_done(validation_losses[-1], average):
-                break
-    with torch.no_grad():
-        best = stopping.best if validation_losses else average
-        for w, value in zip(weights, best):
-            w.copy_(value)
+    losses, validation_losses = _train(field, batches, held_back, training=training, progress=progress)
     history = torch.stack(losses).cpu()
     if not bool(history[-1].isfinite().all()):
         raise RuntimeError(f"expected a finite loss, found {history[-1].tolist()}; take a lower learning_rate")
     empty = history.new_zeros(0, members)
     field.eval().requires_grad_(False)
     return Fit(field, history, torch.stack(validation_losses).cpu() if validation_losses else empty)
+
+
+def _train(
+    field: NeuralField, batches: Iterator[_Batch], held_back: _Batch | None, *, training: Training, progress: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Train the field's network in place; return training losses and validation losses, each ``(M,)``, on its device.
+
+    The host never waits for the device but to ask whether all members are done, where there is a ``held_back`` batch.
+    """
+    members = field.members
+    weights: list[Tensor] = list(field.network.parameters())
+    optimiser = _AdamW(weights, training.weight_decay)
+    average = [w.detach().clone() for w in weights]
+    stopping = _EarlyStopping(average, members, training.patience or training.n_steps)
+
+    losses, validation_losses = [], []
+    for step in _steps(training.n_steps, members, progress=progress):
+        loss = _loss(field, next(batches))  # (M,)
+        loss.sum().backward()  # members share nothing: each gets the gradient of its own loss
+        optimiser.step(training.learning_rate * one_cycle(step / training.n_steps))
+        decay = min(training.ema_decay, (1 + step) / (10 + step))  # a short memory while the weights still travel
+        torch._foreach_lerp_(average, [w.detach() for w in weights], 1 - decay)
+        losses.append(loss.detach())
+        if held_back is not None and (step + 1) % EVALUATE_EVERY == 0:
+            with torch.no_grad(), _swapped(weights, average):
+                validation_losses.append(_loss(field, held_back))
+            stopping.look(validation_losses[-1], average)
+            if stopping.done():
+                break
+    with torch.no_grad():
+        best = stopping.best if validation_losses else average
+        for w, value in zip(weights, best):
+            w.copy_(value)
+    return losses, validation_losses
 
 
 def _steps(n_steps: int, members: int, *, progress: bool) -> Iterable[int]:
@@ -340,13 +353,14 @@ class _swapped:
 class _EarlyStopping:
     """Each member's best weights so far; a member that has not improved for ``patience`` looks is done for good."""
 
-    def __init__(self, weights: list[Tensor], members: int, patience: int, device: torch.device) -> None:
-        self.best = [w.clone() for w in weights]
+    def __init__(self, weights: list[Tensor], members: int, patience: int) -> None:
+        self.best, device = [w.clone() for w in weights], weights[0].device
         self.lowest = torch.full((members,), math.inf, device=device)
         self.waited = torch.zeros(members, dtype=torch.long, device=device)
         self.patience = patience
 
-    def all_done(self, loss: Tensor, weights: list[Tensor]) -> bool:
+    def look(self, loss: Tensor, weights: list[Tensor]) -> None:
+        """Take the members' losses with these weights into account."""
         better = (loss < self.lowest) & (self.waited < self.patience)
         self.lowest = torch.where(better, loss.to(self.lowest), self.lowest)
         done = self.waited >= self.patience
@@ -354,4 +368,7 @@ class _EarlyStopping:
         self.waited = torch.where(done, self.patience, self.waited)
         for best, w in zip(self.best, weights):
             best.copy_(torch.where(better.view(-1, *[1] * (w.dim() - 1)), w, best))
+
+    def done(self) -> bool:
+        """Ask whether all members are; the host waits for the answer."""
         return bool((self.waited >= self.patience).all())

@@ -329,7 +329,7 @@ class NeuralField(VectorField):
 
     def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
         """Return velocity, score and growth."""
-        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        t = torch.as_tensor(t, dtype=x.dtype).to(x.device, non_blocking=True)  # the host need not wait
         output = self.network(
             ((t - self.origin) / self.gap).expand(*x.shape[:-1], 1).to(x.dtype), (x - self.shift) / self.scale
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..snapshots import Interval
-from .independent import draw
+from .independent import draw, draw_each
 from .kernel import fits, split, squared_distances, tiles
 from .pairs import WeightedPairs, heaviest, rescaled
 from .sinkhorn import SHARPEST, prepare, sinkhorn
@@ -70,7 +70,7 @@ class EntropicPlan:
         columns = []
         for rows in split(i, len(self.x1)):
             conditional = (self._log_rows(rows) - self.log_mass0[rows, None]).exp()  # (tile, n1)
-            columns.append(torch.multinomial(conditional, 1, generator=rng).squeeze(1))
+            columns.append(draw_each(conditional, rng))
         return i, torch.cat(columns)
 
     def pairs(self, *, share: float = 0.99) -> WeightedPairs:

@@ -17,6 +17,14 @@ def draw(cumulative: Tensor, n: int, rng: torch.Generator) -> Tensor:
     return torch.searchsorted(cumulative, u * cumulative[-1], right=True).clamp_(max=len(cumulative) - 1)
 
 
+def draw_each(mass: Tensor, rng: torch.Generator) -> Tensor:
+    """Draw for each row of masses ``(m, n)`` one column by its masses, ``(m,)``.
+
+    As ``torch.multinomial`` does, which first has the host wait for a look at all masses.
+    """
+    return (mass / torch.empty_like(mass).exponential_(1, generator=rng)).argmax(1)
+
+
 @dataclass(frozen=True)
 class IndependentPlan:
     """The product of the two marginals, as their cumulative masses ``(n0,)`` and ``(n1,)``."""

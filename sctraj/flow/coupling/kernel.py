@@ -41,12 +41,22 @@ def fits(x0: Tensor, x1: Tensor) -> bool:
 
 def split(cells: Tensor, n: int) -> tuple[Tensor, ...]:
     """Split indices of cells such that a part against ``n`` others has at most ``WHOLE`` entries, fewer on a CPU."""
-    return cells.split(max(1, (min(WHOLE, TILE) if cells.device.type == "cpu" else WHOLE) // n))
+    return cells.split(_rows(cells.device, n))
+
+
+def _rows(device: torch.device, n: int) -> int:
+    return max(1, (min(WHOLE, TILE) if device.type == "cpu" else WHOLE) // n)
 
 
 def tiles(x0: Tensor, x1: Tensor) -> Iterator[Tensor]:
     """Yield row indices of ``x0`` in parts small enough to be met against all of ``x1`` at once."""
     return iter(split(torch.arange(len(x0), device=x0.device), len(x1)))
+
+
+def slices(x0: Tensor, x1: Tensor) -> Iterator[slice]:
+    """Yield the same parts as slices, whose bounds the host knows without asking the device."""
+    step = _rows(x0.device, len(x1))
+    return (slice(first, first + step) for first in range(0, len(x0), step))
 
 
 class Kernel:
@@ -90,7 +100,7 @@ class Kernel:
                 absorbed = self.absorbed[there]  # of far cells the best for the other side, where marginals are soft
         weight = self.log_mass[there] + potential / epsilon
         parts = []
-        for tile in tiles(self.cells[here], self.cells[there]):
+        for tile in slices(self.cells[here], self.cells[there]):
             exponent = self._exponent(tile, here, weight, epsilon)
             largest = exponent.amax(1, keepdim=True)
             parts.append(exponent.sub_(largest).exp_().sum(1).log_().add_(largest.squeeze(1)))
@@ -104,17 +114,17 @@ class Kernel:
         if self.kept is None:
             log_a, log_b = self.log_mass
 
-            def make(rows: Tensor) -> Tensor:
+            def make(rows: slice) -> Tensor:
                 return self._exponent(rows, 0, g / epsilon, epsilon).add_((f / epsilon)[rows, None]).exp_()
 
-            return Plan(make, list(tiles(*self.cells)), log_a.exp(), log_b.exp())
+            return Plan(make, list(slices(*self.cells)), log_a.exp(), log_b.exp())
         kept = self.kept
         if epsilon != self.epsilon or any(
             float(self._scaling(h, side)[1].abs().max()) > REACH for side, h in enumerate((f, g))
         ):
             self._absorb(f, g, epsilon)
         scalings = (self._scaling(h, side)[0] for side, h in enumerate((f, g)))
-        return Plan(lambda _: kept, [torch.arange(len(f), device=f.device)], *scalings)
+        return Plan(lambda _: kept, [slice(0, len(f))], *scalings)
 
     def _scaling(self, potential: Tensor, side: int) -> tuple[Tensor, Tensor]:
         """Return a side's masses times scalings, and the scalings' logarithms (0 for cells without mass): ``(n,)``."""
@@ -125,23 +135,22 @@ class Kernel:
     def _absorb(self, f: Tensor, g: Tensor, epsilon: float) -> None:
         assert self.kept is not None
         self.absorbed, self.epsilon = (f, g), epsilon
-        for rows in tiles(*self.cells):
-            part = self.kept[int(rows[0]) : int(rows[-1]) + 1]
-            self._exponent(rows, 0, g / epsilon, epsilon, out=part).add_((f / epsilon)[rows, None]).exp_()
+        for rows in slices(*self.cells):
+            self._exponent(rows, 0, g / epsilon, epsilon, out=self.kept[rows]).add_((f / epsilon)[rows, None]).exp_()
 
-    def _exponent(self, tile: Tensor, here: int, weight: Tensor, epsilon: float, out: Tensor | None = None) -> Tensor:
-        """Return ``weight_j - C_ij / epsilon`` of a side's cells ``(m,)``, consecutive ones, and all of the other's.
+    def _exponent(self, tile: slice, here: int, weight: Tensor, epsilon: float, out: Tensor | None = None) -> Tensor:
+        """Return ``weight_j - C_ij / epsilon`` of a slice of a side's ``m`` cells and of all of the other's.
 
         ``(m, n)``, in ``out`` or where the next call will write.
         """
-        there, first = 1 - here, int(tile[0])
-        out = self.room(len(tile), len(weight)) if out is None else out
+        there = 1 - here
+        own, other = self.cells[here][tile], self.cells[there]
+        out = self.room(len(own), len(weight)) if out is None else out
         if self.cost is not None:
-            cost = (self.cost if here == 0 else self.cost.T).narrow(0, first, len(tile))
+            cost = (self.cost if here == 0 else self.cost.T)[tile]
             return torch.add(weight, cost, alpha=-1 / epsilon, out=out)
-        own, other = self.cells[here].narrow(0, first, len(tile)), self.cells[there]
         torch.addmm(weight - self.squares[there] / epsilon, own, other.T, alpha=2 / epsilon, out=out)
-        return out.sub_((self.squares[here].narrow(0, first, len(tile)) / epsilon)[:, None])
+        return out.sub_((self.squares[here][tile] / epsilon)[:, None])
 
 
 class Plan:
@@ -150,7 +159,7 @@ class Plan:
     A tile need not outlast the making of the next.
     """
 
-    def __init__(self, make: Callable[[Tensor], Tensor], tiles: list[Tensor], left: Tensor, right: Tensor) -> None:
+    def __init__(self, make: Callable[[slice], Tensor], tiles: list[slice], left: Tensor, right: Tensor) -> None:
         self.make, self.tiles, self.left, self.right = make, tiles, left, right
 
     def columns(self, u: Tensor) -> Tensor:

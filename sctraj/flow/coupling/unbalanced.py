@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..snapshots import Interval
-from .independent import draw
+from .independent import draw, draw_each
 from .kernel import Room, fits, split, squared_distances, tiles
 from .pairs import WeightedPairs, heaviest, rescaled
 from .sinkhorn import SHARPEST, prepare, sinkhorn
@@ -252,7 +252,4 @@ def _means(here: Tensor, there: Tensor, weight: Tensor, epsilon: float, values: 
 
 def _partners(log_plan: Callable[[Tensor], Tensor], cells: Tensor, n: int, rng: torch.Generator) -> Tensor:
     """Draw for each cell ``(m,)`` one of its ``n`` partners by the plan's masses, in tiles; returns ``(m,)`` int64."""
-    drawn = [
-        torch.multinomial(torch.softmax(log_plan(part), 1), 1, generator=rng).squeeze(1) for part in split(cells, n)
-    ]
-    return torch.cat(drawn)
+    return torch.cat([draw_each(torch.softmax(log_plan(part), 1), rng) for part in split(cells, n)])
