@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from sctraj.datasets import simulated_course
-from sctraj.flow import distance
-from sctraj.flow.distance import Estimate
+from sctraj.flow import distance, distance_estimates, pairwise_estimates
+from sctraj.flow.clouds import Estimate
 
 FAMILIES = {5: "branching", 50: "high-dimensional"}
 MEASURES: dict[str, tuple[Callable[..., float], Callable[..., Estimate]]] = {
@@ -55,7 +55,7 @@ def main() -> None:
     torch.set_num_threads(1)
     n, repeats, names = (1500, 1, ["W1"]) if args.quick else (args.cells, args.repeats, args.measures)
     # what is compared are the estimators, also at sizes at which the package would not call them
-    distance.LARGEST_EXACT = distance.LARGEST_PAIRWISE = 0
+    distance_estimates.LARGEST_EXACT = pairwise_estimates.LARGEST_PAIRWISE = 0
     print(f"{n} cells a side, {repeats} repeats\n")
     print("| | d | laws | exact | miss, mean | miss, rms | said error | z, rms | seconds exact | seconds estimate |")
     print("|---|---|---|---|---|---|---|---|---|---|")

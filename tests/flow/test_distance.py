@@ -12,15 +12,12 @@ from scipy.spatial.distance import cdist, pdist
 from scipy.stats import energy_distance as scipy_energy
 from scipy.stats import wasserstein_distance
 
-from sctraj.flow import distance
+from sctraj.flow import clouds, distance
 from sctraj.flow.distance import (
     energy_distance,
-    estimated_energy_distance,
-    estimated_mmd,
     estimated_wasserstein,
     median_distance,
     mmd,
-    restoration_plan,
     sinkhorn_divergence,
     sliced_wasserstein,
     variance_ratio,
@@ -47,34 +44,34 @@ ALL = [*SYMMETRIC, variance_ratio]
 SHIFT = np.array([3.0, -4.0, 0.0])  # of length 5
 
 
-def clouds(n=40, m=30, d=3, seed=0):
+def two_clouds(n=40, m=30, d=3, seed=0):
     rng = np.random.default_rng(seed)
     return rng.normal(size=(n, d)), 1.5 * rng.normal(size=(m, d)) + 1
 
 
 @pytest.mark.parametrize("measure", TRANSPORT)
 def test_identical_clouds_are_at_zero(measure):
-    x, _ = clouds()
+    x, _ = two_clouds()
     # rounding of squares of the order of one, whose root W2 takes; Sinkhorn's three problems to its tolerance of 1e-4
     assert measure(x, x[::-1]) == pytest.approx(0, abs=1e-4 if measure is sinkhorn else 1e-7)
 
 
 @pytest.mark.parametrize("measure", SYMMETRIC)
 def test_symmetry(measure):
-    x, y = clouds()
+    x, y = two_clouds()
     # rounding; Sinkhorn solves for the other side first, to its tolerance of 1e-4 of potentials of the order of ten
     assert measure(x, y) == pytest.approx(measure(y, x), rel=1e-3 if measure is sinkhorn else 1e-10)
 
 
 @pytest.mark.parametrize("p", [1, 2])
 def test_a_shifted_cloud_is_as_far_as_its_shift(p):
-    x, _ = clouds()
+    x, _ = two_clouds()
     assert wasserstein(x, x + SHIFT, p=p) == pytest.approx(5, rel=1e-12)  # optimal for any cloud: rounding
 
 
 @pytest.mark.parametrize("measure", ALL)
 def test_moving_both_clouds_changes_nothing(measure):
-    x, y = clouds()
+    x, y = two_clouds()
     # the coordinates lose eleven bits; Sinkhorn stops within its tolerance
     assert measure(x + 1000, y + 1000) == pytest.approx(measure(x, y), rel=1e-6 if measure is sinkhorn else 1e-10)
 
@@ -83,12 +80,12 @@ def test_moving_both_clouds_changes_nothing(measure):
     ("measure", "power"), [(wasserstein, 1), (w2, 1), (sliced_wasserstein, 1), (energy_distance, 1)]
 )
 def test_units(measure, power):
-    x, y = clouds()
+    x, y = two_clouds()
     assert measure(24 * x, 24 * y) == pytest.approx(24**power * measure(x, y), rel=1e-10)  # rounding
 
 
 def test_units_of_those_with_a_scale_of_their_own():
-    x, y = clouds()
+    x, y = two_clouds()
     assert mmd(24 * x, 24 * y) == pytest.approx(mmd(x, y), rel=1e-10)  # the bandwidth follows the data
     assert sinkhorn_divergence(24 * x, 24 * y) == pytest.approx(24**2 * sinkhorn_divergence(x, y), rel=1e-6)  # so here
 
@@ -103,14 +100,14 @@ def test_w2_between_gaussians():
 
 
 def test_w1_and_w2_in_one_dimension():
-    x, y = clouds(d=1, n=30)
+    x, y = two_clouds(d=1, n=30)
     assert wasserstein(x, y) == pytest.approx(wasserstein_distance(x[:, 0], y[:, 0]), rel=1e-12)  # the same, sorted
     assert w2(x, y) == pytest.approx(math.sqrt(np.mean((np.sort(x[:, 0]) - np.sort(y[:, 0])) ** 2)), rel=1e-12)
 
 
 @pytest.mark.parametrize("p", [1, 2])
 def test_sliced_in_one_dimension_is_the_whole(p):
-    x, y = clouds(d=1)
+    x, y = two_clouds(d=1)
     a, b = (np.random.default_rng(s).exponential(size=n) for s, n in ((1, 40), (2, 30)))
     whole = wasserstein(x, y, p=p, weights_x=a, weights_y=b)
     # two directions, one law; rounding
@@ -118,7 +115,7 @@ def test_sliced_in_one_dimension_is_the_whole(p):
 
 
 def test_sliced_of_a_shift_is_the_mean_projection():
-    x, _ = clouds()
+    x, _ = two_clouds()
     value = sliced_wasserstein(x, x + SHIFT, n_projections=4000)
     # E (direction . shift)^2 = |shift|^2 / d; relative error of the mean of 4000 squares: sqrt(0.8/4000), halved
     assert value == pytest.approx(5 / math.sqrt(3), rel=0.03)
@@ -127,7 +124,7 @@ def test_sliced_of_a_shift_is_the_mean_projection():
 
 @pytest.mark.parametrize("measure", TRANSPORT)
 def test_whole_weights_are_repeated_points(measure):
-    x, y = clouds()
+    x, y = two_clouds()
     a, b = (np.random.default_rng(s).integers(1, 4, size=n) for s, n in ((1, 40), (2, 30)))
     weighted = measure(x, y, weights_x=a, weights_y=b)
     # one law written twice: rounding, and Sinkhorn's tolerance
@@ -136,7 +133,7 @@ def test_whole_weights_are_repeated_points(measure):
 
 @pytest.mark.parametrize("measure", ALL)
 def test_equal_weights_are_no_weights_and_zero_weight_is_no_point(measure):
-    x, y = clouds()
+    x, y = two_clouds()
     plain = measure(x, y)
     tolerance = 1e-6 if measure is sinkhorn else 1e-9  # Sinkhorn stops within its tolerance; else rounding
     assert measure(x, y, weights_x=np.full(40, 7.0), weights_y=torch.full((30,), 0.1)) == pytest.approx(plain, rel=1e-6)
@@ -159,20 +156,20 @@ def test_two_samples_of_one_law_give_zero_on_average(measure, weighted):
 
 
 def test_energy_is_the_mean_over_distinct_pairs():
-    x, y = clouds()
+    x, y = two_clouds()
     truth = 2 * cdist(x, y).mean() - pdist(x).mean() - pdist(y).mean()
     assert energy_distance(x, y) == pytest.approx(truth, rel=1e-10)  # rounding
 
 
 def test_energy_against_scipy_in_one_dimension():
-    x, y = clouds(d=1)
+    x, y = two_clouds(d=1)
     # scipy's is the root of the V-statistic, which counts each cell's zero distance to itself
     excess = pdist(x).mean() / 40 + pdist(y).mean() / 30
     assert scipy_energy(x[:, 0], y[:, 0]) ** 2 - excess == pytest.approx(energy_distance(x, y), rel=1e-9)  # rounding
 
 
 def test_weighted_energy_is_an_expectation_over_distinct_draws():
-    x, y = clouds(n=5, m=4)
+    x, y = two_clouds(n=5, m=4)
     a, b = np.array([0.1, 0.3, 0.2, 0.25, 0.15]), np.array([0.4, 0.3, 0.2, 0.1])
 
     def within(points, mass):
@@ -194,7 +191,7 @@ def test_mmd_of_gaussians_in_closed_form():
 
 
 def test_the_bandwidth_is_the_observed_cells_own():
-    x, y = clouds()
+    x, y = two_clouds()
     h = median_distance(y)
     assert h == pytest.approx(np.median(pdist(y)), rel=0.02)  # of 435 distances torch takes the lower of the middle
     for restored in (x, 5 * x, x[:7]):
@@ -202,14 +199,8 @@ def test_the_bandwidth_is_the_observed_cells_own():
     assert mmd(x, y) != pytest.approx(mmd(y, x), rel=1e-3)  # so the order of the arguments matters
 
 
-def test_median_distance_of_a_thinned_cloud():
-    y = np.random.default_rng(0).normal(size=(1500, 2))
-    # an even selection of independent cells is a sample of 400: 1.25 sd / sqrt(n) or so
-    assert median_distance(y, n_cells=400) == pytest.approx(median_distance(y), rel=0.1)
-
-
 def test_sinkhorn_tends_to_w2_squared():
-    x, y = clouds(n=25, m=25)
+    x, y = two_clouds(n=25, m=25)
     truth = w2(x, y) ** 2
     gaps = [abs(sinkhorn_divergence(x, y, epsilon=e) - truth) for e in (3.0, 0.3, 0.03)]
     assert gaps[0] > gaps[1] > gaps[2]
@@ -217,41 +208,41 @@ def test_sinkhorn_tends_to_w2_squared():
 
 
 def test_sinkhorn_tends_to_the_distance_of_means():
-    x, y = clouds()
+    x, y = two_clouds()
     truth = float(np.square(x.mean(0) - y.mean(0)).sum())
     assert sinkhorn_divergence(x, y, epsilon=1e5) == pytest.approx(truth, rel=1e-3)  # Feydy et al.: cost / epsilon
 
 
 @pytest.mark.parametrize("factor", [0.1, 3.0])
 def test_variance_ratio_goes_with_the_square(factor):
-    _, y = clouds()
+    _, y = two_clouds()
     assert variance_ratio(factor * y + 7, y) == pytest.approx(factor**2, rel=1e-12)  # rounding
 
 
 def test_variance_ratio_is_of_unbiased_variances():
-    x, y = clouds()
+    x, y = two_clouds()
     assert variance_ratio(x, y) == pytest.approx(x.var(0, ddof=1).sum() / y.var(0, ddof=1).sum(), rel=1e-12)  # rounding
 
 
 @pytest.mark.parametrize("measure", UNBIASED)
 @pytest.mark.parametrize("tile", [1, 100])
 def test_tiles_change_nothing(monkeypatch, measure, tile):
-    x, y = clouds()
+    x, y = two_clouds()
     weights = {"weights_x": np.random.default_rng(1).exponential(size=40)}
     whole = measure(x, y, **weights)
-    monkeypatch.setattr(distance, "TILE", tile)
+    monkeypatch.setattr(clouds, "TILE", tile)
     assert measure(x, y, **weights) == pytest.approx(whole, rel=1e-10)  # the order of a sum
 
 
 @pytest.mark.parametrize("measure", ALL)
 def test_tensors_of_any_precision_do(measure):
-    x, y = (v.astype(np.float32) for v in clouds())
+    x, y = (v.astype(np.float32) for v in two_clouds())
     assert measure(torch.tensor(x), torch.tensor(y)) == measure(x.astype(np.float64), y.astype(np.float64))
 
 
 @pytest.mark.parametrize("measure", ALL)
 def test_arrays_of_any_layout_do(measure):
-    x, y = clouds()
+    x, y = two_clouds()
     truth = measure(x, y)
     frozen = np.asfortranarray(x)
     frozen.flags.writeable = False
@@ -262,7 +253,7 @@ def test_arrays_of_any_layout_do(measure):
 
 @pytest.mark.parametrize("measure", ALL)
 def test_what_is_no_cloud_is_an_error(measure):
-    x, y = clouds()
+    x, y = two_clouds()
     for bad in (x[:, :2], x[:0], x[:, 0], np.where(x > 2, np.nan, x), np.where(x > 2, np.inf, x)):
         with pytest.raises(ValueError, match="expected"):
             measure(bad, y)
@@ -273,7 +264,7 @@ def test_what_is_no_cloud_is_an_error(measure):
 
 @pytest.mark.parametrize("measure", [*UNBIASED, variance_ratio])
 def test_unbiased_distances_need_pairs(measure):
-    x, y = clouds()
+    x, y = two_clouds()
     with pytest.raises(ValueError, match="two points"):
         measure(x[:1], y)
     with pytest.raises(ValueError, match="two points"):
@@ -281,7 +272,7 @@ def test_unbiased_distances_need_pairs(measure):
 
 
 def test_powers_and_bandwidths_out_of_range():
-    x, y = clouds()
+    x, y = two_clouds()
     for p in (0, 3, 1.5):
         with pytest.raises(ValueError, match="p of 1 or 2"):
             wasserstein(x, y, p=p)
@@ -292,150 +283,9 @@ def test_powers_and_bandwidths_out_of_range():
         mmd(x, np.ones((5, 3)))
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_shares_average_to_w1_and_barycentres_to_the_restored_mean(weighted):
-    x, y = (torch.tensor(v) for v in clouds())
-    a, b = (torch.tensor(np.random.default_rng(s).exponential(size=n)) for s, n in ((1, 40), (2, 30)))
-    if not weighted:
-        a, b = torch.ones(40), torch.ones(30)
-    plan = restoration_plan(x, y, weights_x=a if weighted else None, weights_y=b if weighted else None)
-    truth = wasserstein(x, y, weights_x=a, weights_y=b)
-    assert plan.distance == pytest.approx(truth, rel=1e-7)  # rounding of single-precision uniform weights
-    assert np.average(plan.share, weights=b) == pytest.approx(plan.distance, rel=1e-12)  # rounding
-    mean = np.average(plan.barycentre, weights=b, axis=0)
-    np.testing.assert_allclose(mean, np.average(x, weights=a, axis=0), rtol=1e-10, atol=1e-12)  # rounding
-
-
-def test_a_shift_is_shared_evenly_and_undone_by_the_barycentre():
-    x = torch.tensor(clouds()[0])
-    plan = restoration_plan(x + torch.tensor(SHIFT), x, weights_x=None, weights_y=None)
-    assert plan.distance == pytest.approx(5, rel=1e-12)
-    # W1 has many plans for a shift; all agree on the cost, not on the pairs, so only the mean is bound
-    assert float(plan.share.mean()) == pytest.approx(5, rel=1e-12)
-    same = restoration_plan(x.flip(0), x, weights_x=None, weights_y=None)
-    torch.testing.assert_close(same.barycentre, x, rtol=0, atol=1e-15)  # each cell meets itself
-    assert float(same.share.max()) == 0.0
-
-
-# --- large clouds: the estimators, on clouds for which all pairs can still be met
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """The estimators at an eighth of their size."""
-    for name, value in (("LARGEST_EXACT", 300), ("LARGEST_PAIRWISE", 300), ("SIZES", (16, 32, 64, 128)),
-                        ("PLAN_BLOCK", 64), ("PAIR_BLOCK", 128)):  # fmt: skip
-        monkeypatch.setattr(distance, name, value)
-
-
-def large_clouds(law, seed, n=700):
-    """Two samples of one law, or of two far laws; of equal or of exponential weights, and unequal in number."""
-    rng = np.random.default_rng(seed)
-    x, y = rng.normal(size=(n, 5)), rng.normal(size=(n, 5))
-    if law == "far":
-        y = 0.5 * y + 1
-    if law == "weighted":
-        x = np.concatenate([x, 2 * x[: n // 2]])
-        return x, y, {"weights_x": rng.exponential(size=len(x)), "weights_y": rng.exponential(size=n)}
-    return x, y, {}
-
-
-@pytest.mark.parametrize("p", [1, 2])
-@pytest.mark.parametrize("law", ["near", "far", "weighted"])
-@pytest.mark.usefixtures("small_blocks")
-def test_the_estimate_is_as_near_to_the_exact_distance_as_it_says(law, p):
-    misses, said, blocks_miss = [], [], []
-    for seed in range(4):
-        x, y, weights = large_clouds(law, seed)
-        truth = wasserstein(x, y, p=p, **weights)
-        found = estimated_wasserstein(x, y, p=p, rng=seed, **weights)
-        a, b = (distance._cloud(v, w) for v, w in ((x, weights.get("weights_x")), (y, weights.get("weights_y"))))
-        largest = [distance._cost(*pair, p) for pair in distance._some_blocks(a, b, 128, 99, np.random.default_rng(0))]
-        misses.append(found.value - truth)
-        said.append(found.error)
-        blocks_miss.append(np.mean(largest) ** (1 / p) - truth)
-    # of four misses in units of the error each came with, the rms; at most twice one says too little, but seldom
-    assert np.sqrt(np.mean(np.square(misses) / np.square(said))) < 2
-    # far nearer than the blocks' own distance, which is too large by what a sample of 128 is worth
-    assert np.mean(blocks_miss) > 0
-    assert np.sqrt(np.mean(np.square(misses))) < 0.7 * np.mean(blocks_miss)
-    assert max(said) < 0.2 * truth
-
-
-@pytest.mark.parametrize("estimated", [estimated_wasserstein, estimated_energy_distance, estimated_mmd])
-@pytest.mark.usefixtures("small_blocks")
-def test_estimates_are_exact_where_they_can_be_and_repeat(estimated):
-    exact = getattr(distance, estimated.__name__.removeprefix("estimated_"))
-    x, y, _ = large_clouds("far", 0, n=290)
-    assert estimated(x, y, rng=0) == (pytest.approx(exact(x, y), rel=1e-12), 0.0, 290)  # rounding
-    x, y, _ = large_clouds("far", 0)
-    assert estimated(x, y, rng=3) == estimated(x, y, rng=np.random.default_rng(3))
-    assert estimated(x, y, rng=3).value != estimated(x, y, rng=4).value
-    assert estimated(x, y, rng=3).error > 0
-
-
-@pytest.mark.usefixtures("small_blocks")
-def test_no_estimate_is_below_the_distance_of_the_means():
-    x, _, _ = large_clouds("near", 0)
-    shift = np.full(5, 100.0)
-    found = estimated_wasserstein(x, x + shift, rng=0)
-    assert found.value == pytest.approx(100 * math.sqrt(5), abs=max(4 * found.error, 1e-9))
-    assert found.value >= 100 * math.sqrt(5) * (1 - 1e-12)  # rounding
-
-
-@pytest.mark.parametrize("n_blocks", [1, 2, 7, 30])
-@pytest.mark.parametrize("weights", ["equal", "exponential", "one heavy", "many zero"])
-def test_blocks_together_are_the_clouds(n_blocks, weights):
-    rng = np.random.default_rng(0)
-    mass = {
-        "equal": np.ones(45), "exponential": rng.exponential(size=45), "one heavy": np.r_[50.0, np.ones(44)],
-        "many zero": np.r_[np.ones(9), np.zeros(36)],
-    }[weights]  # fmt: skip
-    a, b = distance._cloud(rng.normal(size=(45, 2)), mass), distance._cloud(rng.normal(size=(100, 2)), None)
-    for cloud, side in ((a, 0), (b, 1)):
-        together = torch.zeros(len(cloud.mass), dtype=torch.float64)
-        for block in (pair[side] for pair in distance._blocks(a, b, n_blocks, np.random.default_rng(1))):
-            assert float(block.mass.sum()) == pytest.approx(1, rel=1e-12)  # rounding
-            assert bool((block.mass > 0).all()) or n_blocks == 1
-            assert torch.equal(block.points, cloud.points[block.rows])
-            together.index_add_(0, block.rows, block.whole * block.mass)
-        torch.testing.assert_close(together, cloud.mass, rtol=0, atol=1e-9)  # slivers at the cuts
-
-
-@pytest.mark.parametrize("law", ["far", "weighted"])
-@pytest.mark.usefixtures("small_blocks")
-def test_shares_of_a_large_restoration_average_to_the_estimate(law):
-    x, y, weights = large_clouds(law, 0)
-    a, b = weights.get("weights_x"), weights.get("weights_y")
-    plan = restoration_plan(torch.tensor(x), torch.tensor(y), rng=0,
-                            weights_x=None if a is None else torch.tensor(a),
-                            weights_y=None if b is None else torch.tensor(b))  # fmt: skip
-    truth = wasserstein(x, y, **weights)
-    assert 0 < plan.error < 0.1 * truth
-    assert abs(plan.distance - truth) < 3 * plan.error
-    assert np.average(plan.share, weights=b) == pytest.approx(plan.distance, rel=1e-9)  # rounding
-    mean = np.average(plan.barycentre, weights=b, axis=0)
-    np.testing.assert_allclose(mean, np.average(x, weights=a, axis=0), atol=1e-7)  # slivers at the cuts
-    assert bool((plan.share >= 0).all())
-
-
-@pytest.mark.parametrize("estimated", [estimated_energy_distance, estimated_mmd])
-@pytest.mark.parametrize("law", ["near", "far", "weighted"])
-@pytest.mark.usefixtures("small_blocks")
-def test_estimates_over_pairs_are_unbiased_and_say_their_error(estimated, law):
-    x, y, weights = large_clouds(law, 0)
-    options = weights | ({"bandwidth": 2.0} if estimated is estimated_mmd else {})
-    truth = getattr(distance, estimated.__name__.removeprefix("estimated_"))(x, y, **options)
-    found = [estimated(x, y, rng=seed, **options) for seed in range(30)]
-    values, errors = np.array([e.value for e in found]), np.array([e.error for e in found])
-    assert abs(values.mean() - truth) < 3 * values.std() / math.sqrt(30)  # three standard errors
-    # squares: errors from eight partitions scatter, by half in square, their mean by a tenth
-    assert 0.5 < np.mean(errors**2) / values.var() < 2
-
-
 def test_an_exact_plan_too_large_is_refused(monkeypatch):
     monkeypatch.setattr(distance, "LARGEST_PLAN", 34)
-    x, y = clouds()
+    x, y = two_clouds()
     with pytest.raises(ValueError, match=r"at most 34 points a side.*found 35.*estimated_wasserstein"):
         wasserstein(x, y)
     with pytest.raises(ValueError, match="p of 1 or 2"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sctraj.flow import hold_out
+from sctraj.flow import distance_estimates, hold_out, pairwise_estimates
 from sctraj.flow import problem as problem_module
 from sctraj.flow.coupling import blocked
 from sctraj.flow.distance import median_distance, mmd, wasserstein
@@ -19,6 +19,7 @@ from sctraj.flow.hold_out import (
     CONTROLS,
     METRICS,
     UNWEIGHTED,
+    Observed,
     Restoration,
     baseline,
     halves,
@@ -247,7 +248,7 @@ def test_halves_are_random():
 def test_the_judge_measures_what_it_says(weighted):
     x, y = make().points[:2]
     a, b = ((torch.arange(1.0, len(v) + 1) if weighted else None) for v in (x, y))
-    judgement = judge(Restoration(x, a), y, mass=b)
+    judgement = judge(Restoration(x, a), Observed(y, b))
     assert tuple(judgement.values) == METRICS
     weights = {"weights_x": a, "weights_y": b}
     assert judgement.values["w1"] == wasserstein(x, y, **weights)
@@ -260,8 +261,8 @@ def test_the_judge_measures_what_it_says(weighted):
 def test_unweighted_is_what_uniform_weights_give(mass):
     x, y = make(speed=0.5).points[:2]
     weights = torch.arange(1.0, 31).double() ** 2
-    judgement = judge(Restoration(x, weights), y, mass=mass)
-    uniform = judge(Restoration(x), y, mass=mass)
+    judgement = judge(Restoration(x, weights), Observed(y, mass))
+    uniform = judge(Restoration(x), Observed(y, mass))
     assert tuple(judgement.unweighted) == UNWEIGHTED == tuple(uniform.unweighted)
     for name in UNWEIGHTED:
         assert judgement.unweighted[name] == pytest.approx(uniform.values[name], rel=1e-12)  # rounding
@@ -269,9 +270,28 @@ def test_unweighted_is_what_uniform_weights_give(mass):
         assert judgement.values[name] != pytest.approx(judgement.unweighted[name], rel=0.01)  # masses matter here
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_every_estimate_says_its_error(monkeypatch, weighted):
+    monkeypatch.setattr(distance_estimates, "LARGEST_EXACT", 300)
+    monkeypatch.setattr(distance_estimates, "SIZES", (16, 32, 64, 128))
+    monkeypatch.setattr(distance_estimates, "PLAN_BLOCK", 64)
+    monkeypatch.setattr(pairwise_estimates, "LARGEST_PAIRWISE", 300)
+    x, y = make(sizes=(700, 600), times=(0.0, 1.0)).points
+    judgement = judge(Restoration(x, torch.arange(1.0, 701) if weighted else None), Observed(y))
+    assert set(judgement.errors) == {"w1", "w2", "mmd", "energy", "w1_unweighted", "energy_unweighted"}
+    assert (judgement.errors["w1"] != judgement.errors["w1_unweighted"]) == weighted
+
+
+def test_what_folds_share_changes_no_bit():
+    x, y = make(speed=0.5).points[:2]
+    tasks = [(Restoration(x), y), (Restoration(x[:9] + 1), y), (Restoration(y), x)]
+    for (restoration, observed), judgement in zip(tasks, hold_out.judge_all(tasks), strict=True):
+        assert judgement.values == judge(restoration, Observed(observed.clone())).values
+
+
 def test_a_perfect_restoration_is_at_zero():
     y = make().points[0]
-    values = judge(Restoration(y.flip(0)), y).values
+    values = judge(Restoration(y.flip(0)), Observed(y)).values
     assert values["w1"] == values["w2"] == 0
     assert values["variance_ratio"] == pytest.approx(1, rel=1e-14)  # rounding
     assert values["energy"] < 0  # closer than two samples of one law, whose unbiased distance is zero on average
@@ -280,7 +300,10 @@ def test_a_perfect_restoration_is_at_zero():
 
 def test_one_neighbour_is_not_the_other():
     snapshots = make(speed=1.0)
-    w1 = {name: judge(baseline(snapshots, 1, name), snapshots.points[1]).values["w1"] for name in hold_out.BASELINES}
+    w1 = {
+        name: judge(baseline(snapshots, 1, name), Observed(snapshots.points[1])).values["w1"]
+        for name in hold_out.BASELINES
+    }
     # one, three units of time away, and none
     assert w1["ot-interpolation"] < w1["previous"] < w1["next"]
 
@@ -348,7 +371,9 @@ def test_smoothing_goes_half_way_to_the_mean_of_the_ten_nearest_others():
 def test_controls_gain_by_w1_and_lose_by_the_energy_distance(name):
     # what they are for: two samples of one law in many dimensions, one of them with variance taken away
     x, y = torch.randn(2, 150, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    honest, control = (judge(restoration, y).values for restoration in (Restoration(x), CONTROLS[name](Restoration(x))))
+    honest, control = (
+        judge(restoration, Observed(y)).values for restoration in (Restoration(x), CONTROLS[name](Restoration(x)))
+    )
     assert control["variance_ratio"] < 0.9 < honest["variance_ratio"]
     assert control["w1"] < honest["w1"]
     assert control["energy"] > honest["energy"] + 0.05  # sampling moves it by about .02
@@ -397,6 +422,6 @@ def test_judging_at_once_is_judging_one_by_one():
     finally:
         torch.set_num_threads(n_threads)
     for (restoration, observed), found in zip(tasks, together, strict=True):
-        alone = judge(restoration, observed)
+        alone = judge(restoration, Observed(observed))
         assert (found.values, found.unweighted) == (alone.values, alone.unweighted)
         assert torch.equal(found.share, alone.share)

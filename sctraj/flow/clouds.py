@@ -1,0 +1,151 @@
+"""Weighted clouds of cells, and means of kernels over all pairs of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+TILE = 2**20  # entries of a distance matrix held at once: what a CPU's caches hold
+# pairs; of more, squared distances come from products of coordinates, which take a tenth of the time
+LARGEST_BY_DIFFERENCES = 2**22
+
+Kernel = Callable[[Tensor], Tensor]  # of distances, which it leaves alone
+
+
+class Cloud(NamedTuple):
+    """Points ``(n, d)`` and their masses ``(n,)``, summing to one; float64 on the CPU."""
+
+    points: Tensor
+    mass: Tensor
+
+
+class Estimate(NamedTuple):
+    """A distance between two clouds, as measured or as estimated.
+
+    Attributes
+    ----------
+    value
+        What all points of both clouds give.
+    error
+        Its standard error: 0 where all points were used.
+    n_points
+        Points a side (the geometric mean of both) that were met at once: of all of both clouds where the value is
+        exact, else of a block.
+    """
+
+    value: float
+    error: float
+    n_points: int
+
+
+def as_cloud(x: ArrayLike, weights: ArrayLike | None, *, like: ArrayLike | None = None) -> Cloud:
+    """Return checked points and normalised weights, in the dimension of ``like``."""
+    points = as_double(x)
+    if points.dim() != 2 or len(points) == 0 or not bool(points.isfinite().all()):
+        raise ValueError(f"expected finite points (n, d), found shape {tuple(points.shape)}")
+    if like is not None and points.shape[1] != (d := as_double(like).shape[1]):
+        raise ValueError(f"expected points of one dimension, found {d}, {points.shape[1]}")
+    if weights is None:
+        return Cloud(points, torch.full((len(points),), 1 / len(points), dtype=torch.float64))
+    mass = as_double(weights)
+    if mass.shape != (len(points),) or not bool((mass >= 0).all()) or not 0 < float(mass.sum()) < math.inf:
+        raise ValueError(f"expected {len(points)} non-negative weights, some above zero, found {tuple(mass.shape)}")
+    return Cloud(points, mass / mass.sum())
+
+
+def as_double(values: ArrayLike) -> Tensor:
+    """Return values as a float64 tensor on the CPU."""
+    if isinstance(values, Tensor):
+        return values.detach().double().cpu()
+    # a copy: torch takes neither negative strides nor, without a warning, what is read-only; lists it takes as float32
+    return torch.from_numpy(np.array(values, dtype=np.float64))
+
+
+def distinct(cloud: Cloud) -> float:
+    """Probability that two draws are distinct points: ``1 - 1/n`` for equal masses."""
+    share = 1 - float(cloud.mass.square().sum())
+    if not share > 1e-12:
+        raise ValueError("expected at least two points with mass, found one; an unbiased distance needs pairs")
+    return share
+
+
+def median_distance(y: ArrayLike, *, n_cells: int = 3000) -> float:
+    """Median distance between distinct cells of ``y`` ``(m, d)``; of more than ``n_cells``, an even selection."""
+    points = as_cloud(y, None).points
+    thinned = points[torch.linspace(0, len(points) - 1, min(len(points), n_cells)).round().long()]
+    return float(torch.pdist(thinned).median()) if len(thinned) > 1 else 0.0
+
+
+def points_a_side(a: Cloud, b: Cloud) -> float:
+    """Points a side: the geometric mean of the numbers of points with mass."""
+    return math.sqrt(int((a.mass > 0).sum()) * int((b.mass > 0).sum()))
+
+
+def identity(distance: Tensor) -> Tensor:
+    """Return distances as they are: the kernel of the energy distance."""
+    return distance
+
+
+def gaussian(bandwidth: float) -> Kernel:
+    """Return the kernel ``exp(-distance^2 / (2 bandwidth^2))``."""
+    if not bandwidth > 0:
+        raise ValueError(f"expected a positive bandwidth, found {bandwidth}; are all observed cells the same?")
+    return lambda distance: distance.square().neg_().div_(2 * bandwidth * bandwidth).exp_()
+
+
+def mean_kernels(
+    us: Sequence[Cloud], vs: Sequence[Cloud], kernels: Sequence[Kernel], *, by_products: bool | None = None
+) -> NDArray[np.float64]:
+    """Return weighted means of kernels over all pairs of two clouds, met once for all kernels and weightings.
+
+    Parameters
+    ----------
+    us, vs
+        Weightings of each cloud, as many of one as of the other, all of the same points. Where ``vs`` is ``us`` the
+        pairs are those of one cloud with itself, and each is met once for both of its orders.
+    kernels
+        Of the distances.
+    by_products
+        Whether squared distances are sums and products of coordinates, for which the clouds should lie about the
+        origin; None: where there are many pairs.
+
+    Returns
+    -------
+    ``(kernels, weightings)``.
+    """
+    itself = us is vs
+    x, y = us[0].points, vs[0].points
+    if by_products is None and (by_products := len(x) * len(y) > LARGEST_BY_DIFFERENCES):
+        centre = y.mean(0)
+        x, y = x - centre, y - centre  # squares of small numbers: nothing is lost far from the origin
+    mode = "use_mm_for_euclid_dist" if by_products else "donot_use_mm_for_euclid_dist"
+    total, start = np.zeros((len(kernels), len(us))), 0
+    while start < len(x):
+        first = start if itself else 0  # what lies before was met from the other side
+        stop = min(len(x), start + max(1, TILE // (len(y) - first)))
+        distance = torch.cdist(x[start:stop], y[first:], compute_mode=mode)
+        for k, kernel in enumerate(kernels):
+            values = kernel(distance)
+            for w, (u, v) in enumerate(zip(us, vs, strict=True)):
+                mass = v.mass[first:]
+                if itself and stop < len(x):
+                    mass = torch.cat([mass[: stop - start], 2 * mass[stop - start :]])
+                total[k, w] += float(u.mass[start:stop] @ values @ mass)
+        start = stop
+    return total
+
+
+def distinct_means(
+    us: Sequence[Cloud], kernels: Sequence[Kernel], *, by_products: bool | None = None
+) -> NDArray[np.float64]:
+    """Return the same over pairs of distinct points of one cloud: all pairs less each point with itself."""
+    whole = mean_kernels(us, us, kernels, by_products=by_products)
+    zero = torch.zeros(1, dtype=torch.float64)
+    itself = np.outer([float(kernel(zero)) for kernel in kernels], [float(u.mass.square().sum()) for u in us])
+    return (whole - itself) / [distinct(u) for u in us]

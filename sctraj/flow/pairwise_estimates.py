@@ -1,0 +1,197 @@
+"""Energy distance and MMD, which are means over pairs, for clouds of any size: of large ones over some of the pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from .clouds import (
+    Cloud,
+    Estimate,
+    Kernel,
+    as_cloud,
+    distinct_means,
+    gaussian,
+    identity,
+    mean_kernels,
+    median_distance,
+    points_a_side,
+)
+
+LARGEST_PAIRWISE = 10_000  # points a side; all pairs take 2 s, and four times as long for twice the points
+PARTITIONS = 8  # of all points into blocks, for distances that average over pairs
+PAIR_BLOCK = 200  # points a side of such a block
+
+
+def estimated_energy_distance(
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    rng: int | np.random.Generator = 0,
+    weights_x: ArrayLike | None = None,
+    weights_y: ArrayLike | None = None,
+) -> Estimate:
+    """Energy distance of clouds of any size: all pairs up to ``LARGEST_PAIRWISE`` points a side, else pairs in blocks.
+
+    Both clouds are cut at random into blocks of ``PAIR_BLOCK`` points, ``PARTITIONS`` times anew: every point enters
+    each time, but only the pairs within blocks do. An incomplete U-statistic (Blom 1976), unbiased for the whole one.
+
+    Parameters
+    ----------
+    x, y
+        Points ``(n, d)`` and ``(m, d)``, at least two each.
+    rng
+        Seed or Generator of the blocks.
+    weights_x, weights_y
+        ``(n,)`` and ``(m,)``.
+
+    Returns
+    -------
+    Value, in units of x, its standard error (between partitions), and the points a side of a block.
+    """
+    a, b = as_cloud(x, weights_x), as_cloud(y, weights_y, like=x)
+    return _pairwise([a], [b], [identity], rng)[0][0]
+
+
+def estimated_mmd(
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    rng: int | np.random.Generator = 0,
+    bandwidth: float | None = None,
+    weights_x: ArrayLike | None = None,
+    weights_y: ArrayLike | None = None,
+) -> Estimate:
+    """Squared maximum mean discrepancy of clouds of any size, estimated as in `estimated_energy_distance`.
+
+    Parameters
+    ----------
+    x, y
+        Points ``(n, d)`` and ``(m, d)``, at least two each; ``y`` the observed ones.
+    rng
+        Seed or Generator of the blocks.
+    bandwidth
+        Of the kernel; by default as in `mmd`.
+    weights_x, weights_y
+        ``(n,)`` and ``(m,)``.
+
+    Returns
+    -------
+    Value, squared as that of `mmd`, its standard error (between partitions), and the points a side of a block.
+    """
+    a, b = as_cloud(x, weights_x), as_cloud(y, weights_y, like=x)
+    kernel = gaussian(median_distance(y) if bandwidth is None else float(bandwidth))
+    return _negated(_pairwise([a], [b], [kernel], rng)[0][0])
+
+
+class Pairwise(NamedTuple):
+    """The distances that are means over pairs."""
+
+    energy: Estimate
+    mmd: Estimate
+
+
+def estimated_pairwise(
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    bandwidth: float,
+    weights_x: Sequence[ArrayLike | None],
+    weights_y: ArrayLike | None,
+    rng: int | np.random.Generator,
+    within_y: NDArray[np.float64] | None,
+) -> list[Pairwise]:
+    """Energy distance and MMD under several weightings of ``x``, as each alone would be, every pair being met once.
+
+    Parameters
+    ----------
+    x, y
+        Points ``(n, d)`` and ``(m, d)``, at least two each.
+    bandwidth
+        Of the kernel of `mmd`.
+    weights_x
+        Weightings, each ``(n,)`` or None.
+    weights_y
+        ``(m,)``.
+    rng
+        Seed or Generator of the blocks.
+    within_y
+        What `within` gives for ``y``, where it is known already.
+
+    Returns
+    -------
+    One for each weighting.
+    """
+    us, b = [as_cloud(x, weights) for weights in weights_x], as_cloud(y, weights_y, like=x)
+    energy, mmd = _pairwise(us, [b] * len(us), [identity, gaussian(bandwidth)], rng, within_y)
+    return [Pairwise(one, _negated(other)) for one, other in zip(energy, mmd)]
+
+
+def within(y: ArrayLike, *, bandwidth: float, weights: ArrayLike | None) -> NDArray[np.float64] | None:
+    """Return ``y``'s own part of energy distance and MMD, which all that is compared with it shares: ``(2, 1)``.
+
+    None for more than ``LARGEST_PAIRWISE`` points, whose pairs are never all met.
+    """
+    cloud = as_cloud(y, weights)
+    if points_a_side(cloud, cloud) > LARGEST_PAIRWISE:
+        return None
+    return distinct_means([cloud], [identity, gaussian(bandwidth)])
+
+
+def _pairwise(
+    us: Sequence[Cloud],
+    vs: Sequence[Cloud],
+    kernels: Sequence[Kernel],
+    rng: int | np.random.Generator,
+    within_v: NDArray[np.float64] | None = None,
+) -> list[list[Estimate]]:
+    """``2 E k(X, Y) - E k(X, X') - E k(Y, Y')`` over distinct points, of each kernel under each weighting."""
+    sides = [points_a_side(u, v) for u, v in zip(us, vs, strict=True)]
+    if max(sides) <= LARGEST_PAIRWISE:
+        of_v = distinct_means(vs[:1], kernels) if within_v is None else within_v
+        values = 2 * mean_kernels(us, vs, kernels) - distinct_means(us, kernels) - of_v
+        return [[Estimate(float(v), 0.0, round(side)) for v, side in zip(row, sides)] for row in values]
+    found = np.stack(list(_partitioned(us, vs[0], kernels, round(max(sides) / PAIR_BLOCK), rng)))
+    error = found.std(0, ddof=1) / math.sqrt(PARTITIONS)
+    return [[Estimate(float(v), float(e), PAIR_BLOCK) for v, e in zip(*rows)] for rows in zip(found.mean(0), error)]
+
+
+def _partitioned(
+    us: Sequence[Cloud], v: Cloud, kernels: Sequence[Kernel], n_blocks: int, rng: int | np.random.Generator
+) -> Iterator[NDArray[np.float64]]:
+    """Yield the same ``(kernels, weightings)`` for each of the partitions, from the pairs within its blocks alone."""
+    stream = np.random.default_rng(rng)
+    centre = v.points.mean(0)
+    us, vs = [Cloud(u.points - centre, u.mass) for u in us], [Cloud(v.points - centre, v.mass)]
+    itself = np.array([float(kernel(torch.zeros(1, dtype=torch.float64))) for kernel in kernels])[:, None]
+    for _ in range(PARTITIONS):
+        totals, pairs = [np.zeros(1)] * 3, [np.zeros(1)] * 3  # of the pairs x-y, x-x, y-y within blocks
+        for part_u, part_v in zip(*(_by_number(clouds, n_blocks, stream) for clouds in (us, vs))):
+            masses, squares = (
+                [np.array([float(f(part.mass)) for part in parts]) for parts in (part_u, part_v)]
+                for f in (torch.sum, lambda mass: mass.square().sum())
+            )
+            cross = mean_kernels(part_u, part_v * len(part_u), kernels, by_products=True)
+            of_u, of_v = (mean_kernels(part, part, kernels, by_products=True) for part in (part_u, part_v))
+            inside = (cross, of_u - itself * squares[0], of_v - itself * squares[1])
+            weight = (masses[0] * masses[1], masses[0] ** 2 - squares[0], masses[1] ** 2 - squares[1])
+            totals = [total + part for total, part in zip(totals, inside)]
+            pairs = [total + part for total, part in zip(pairs, weight)]
+        cross, of_u, of_v = (total / weight for total, weight in zip(totals, pairs))
+        yield 2 * cross - of_u - of_v
+
+
+def _by_number(clouds: Sequence[Cloud], n_blocks: int, rng: np.random.Generator) -> Iterator[list[Cloud]]:
+    """Cut weightings of a cloud in random order into equal numbers of points: all pairs are met equally likely."""
+    for rows in torch.from_numpy(rng.permutation(len(clouds[0].mass))).tensor_split(n_blocks):
+        points = clouds[0].points[rows]
+        yield [Cloud(points, cloud.mass[rows]) for cloud in clouds]
+
+
+def _negated(estimate: Estimate) -> Estimate:
+    return estimate._replace(value=-estimate.value)
