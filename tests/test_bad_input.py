@@ -105,6 +105,9 @@ def test_leave_one_out_refuses(cells: AnnData) -> None:
             sctraj.tl.leave_one_out(cells, methods=methods, **QUICK)
     with pytest.raises(ValueError, match="found 0"):
         sctraj.tl.leave_one_out(cells, n_seeds=0, **QUICK)
+    few = cells[(cells.obs["time"] != 1.0) | (np.arange(cells.n_obs) < np.flatnonzero(cells.obs["time"] == 1.0)[3])]
+    with pytest.raises(ValueError, match="at least 4 cells in every held-out snapshot, found 3 at time 1"):
+        sctraj.tl.leave_one_out(few.copy(), **QUICK)
     assert "leave_one_out" not in cells.uns
 
 

@@ -17,13 +17,13 @@ import pandas as pd
 
 from .. import _adata, tl
 from ..flow.distance import LARGEST_EXACT
-from ..flow.hold_out import BASELINES, NOISE_REFERENCE
+from ..flow.hold_out import BASELINES, NOISE_REFERENCE, SMALLEST_HELD_OUT
 from ..flow.problem import METHODS as OWN
 from ._evaluate import DIVERGENCES, check
 from ._execute import Job, duration, n_gpus
 from ._methods import find_method, is_known_here_alone
 from ._store import Store, fingerprint, key_of
-from ._tasks import SMALLEST_SHARE, find_task
+from ._tasks import find_task
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -123,9 +123,9 @@ def estimate(unit: Unit, adata: AnnData, time_key: str, *, n_dims: int, bootstra
     genes = adata.n_vars if adata.X is not None else 0
     for fold in task.folds(times.tolist(), index, unit.seeds[0]):
         sizes, held_out = [len(rows) for rows in fold.kept], [len(rows) for rows in fold.held_out]
-        if unit.method == NOISE_REFERENCE and min(held_out) < SMALLEST_SHARE:
+        if unit.method == NOISE_REFERENCE and min(held_out) < SMALLEST_HELD_OUT:
             raise ValueError(
-                f"expected at least {SMALLEST_SHARE} cells in every held-out snapshot, for two halves of two in the "
+                f"expected at least {SMALLEST_HELD_OUT} cells in every held-out snapshot, for two halves of two in the "
                 f"{NOISE_REFERENCE}, found {min(held_out)} at time {fold.held_out_times[np.argmin(held_out)]:g}; merge "
                 f"or leave out that time, or say references = false in a grid file"
             )

@@ -9,10 +9,11 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ..flow.hold_out import SMALLEST_HELD_OUT
+
 Start = Literal["both", "before", "first"]
 STARTS = get_args(Start)
 SHARE = 5  # of a snapshot's cells one in so many is held out where single cells are
-SMALLEST_SHARE = 4  # held-out cells: two halves of two, of which the noise reference's distances can be taken
 
 Rows = NDArray[np.intp]
 
@@ -112,9 +113,9 @@ class Task:
 def _split(rows: Rows, time: float, rng: np.random.Generator) -> tuple[Rows, Rows]:
     """Split a snapshot's rows at random into those to keep and a fifth to hold out, each in its own order."""
     n = len(rows) // SHARE
-    if n < SMALLEST_SHARE:
+    if n < SMALLEST_HELD_OUT:
         raise ValueError(
-            f"expected at least {SHARE * SMALLEST_SHARE} cells in an interior snapshot to hold one in {SHARE} out, "
+            f"expected at least {SHARE * SMALLEST_HELD_OUT} cells in an interior snapshot to hold one in {SHARE} out, "
             f"found {len(rows)} at time {time:g}; merge times or take another task"
         )
     order = rng.permutation(len(rows))

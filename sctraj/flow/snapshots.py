@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+COARSEST = 2e-6  # gap over the time, at which a clock in single precision is off by a twentieth of the gap
+
 _Record = TypeVar("_Record")
 
 
@@ -61,8 +63,9 @@ class Snapshots:
     Raises
     ------
     ValueError
-        If times do not increase or are not finite, the numbers of times and snapshots differ, dimensions differ,
-        a snapshot is empty, a weight is negative or all are zero, or a growth rate is not finite.
+        If times do not increase, are not finite or too close together for single precision, the numbers of times and
+        snapshots differ, dimensions differ, a snapshot is empty, a weight is negative or all are zero, or a growth rate
+        is not finite.
     """
 
     times: tuple[float, ...]
@@ -76,6 +79,11 @@ class Snapshots:
             raise ValueError(f"expected one snapshot per time and at least one, found {len(times)}, {len(points)}")
         if any(not b > a for a, b in pairwise(times)) or not all(abs(t) < float("inf") for t in times):
             raise ValueError(f"expected finite, strictly increasing times, found {times}; merge or sort the snapshots")
+        if any(b - a < COARSEST * max(abs(a), abs(b)) for a, b in pairwise(times)):
+            raise ValueError(
+                f"expected times that single precision tells apart, found {times}, too close together for how far they "
+                f"are from zero; count from the first"
+            )
         shapes = [tuple(x.shape) for x in points]
         if any(len(s) != 2 or s[0] == 0 or s[1] != shapes[0][1] for s in shapes):
             raise ValueError(f"expected non-empty snapshots (n_k, d) of one dimension d, found shapes {shapes}")

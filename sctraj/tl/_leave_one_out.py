@@ -156,6 +156,12 @@ def leave_one_out(
     check_jitter(jitter, field)
     cells = _adata.read_snapshots(adata, time_key, use_rep, least=3, growth_key=growth_key)
     snapshots = cells.snapshots
+    for k in hold_out.interior(snapshots):
+        if (n := len(snapshots.points[k])) < hold_out.SMALLEST_HELD_OUT:
+            raise ValueError(
+                f"expected at least {hold_out.SMALLEST_HELD_OUT} cells in every held-out snapshot, found {n} at time "
+                f"{snapshots.times[k]:g}; merge it with another or leave its cells out"
+            )
     prepared = {
         method: hold_out.hold_out_problems(
             snapshots,

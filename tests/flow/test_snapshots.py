@@ -30,11 +30,16 @@ def make(times=TIMES, sizes=(4, 3, 6, 5), d=2, mass=()) -> Snapshots:
         ((0.0, 1.5, 2.0, math.inf), "finite"),
         ((-math.inf, 1.5, 2.0, 7.0), "finite"),
         ((0.0, 1.5, 2.0), "one snapshot per time"),
+        ((0.0, 1e6, 1e6 + 1, 2e6), "count from the first"),
     ],
 )
 def test_times_must_increase(times, message):
     with pytest.raises(ValueError, match=message):
         make(times)
+
+
+def test_small_gaps_near_zero_are_fine_beside_large_ones():
+    assert make((0.0, 1e-3, 1.0, 1e6)).times == (0.0, 1e-3, 1.0, 1e6)
 
 
 @pytest.mark.parametrize(
