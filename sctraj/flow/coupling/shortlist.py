@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from torch import Tensor
 
-SMALLEST = 2**19  # pairs in all, from which a list pays
-PAIRS = 30  # a cell of either side, to begin with
-SHARPNESS = (1 / 2, 1 / 8, 1 / 32)  # of the potentials that choose them, in standard deviations of the cost
+SMALLEST = 2**20  # pairs in all, from which a list pays
+PAIRS = 30  # a cell of either side, to begin with, and of those that would lower the cost, to add at most
+TIGHT = 10  # a cell, of those that are next to do so, to add
+SHARPNESS = (1 / 2, 1 / 8, 1 / 32, 1 / 128)  # of the potentials that choose them, in standard deviations of the cost
 ITERATIONS = 10  # of Sinkhorn's algorithm at each
-ROUNDS = 4  # of adding pairs; where groups of cells far apart differ in mass it may take more than all pairs at once
+ROUNDS = 6  # of adding pairs; where groups of cells far apart differ in mass it may take more than all pairs at once
 PROVEN = 1e-12  # gap between cost and dual value, over the largest cost, that is rounding
 SAMPLE = 2**17  # reduced costs by which the list's threshold is found
 
@@ -44,7 +45,7 @@ def shortlisted(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Ten
     f = (cost - g).amin(1)
     reduced = cost - f[:, None]
     reduced -= reduced.amin(0)
-    listed = reduced <= _threshold(reduced)
+    listed = reduced <= _threshold(reduced, PAIRS)
     listed[_staircase(a, b)] = True  # so that there is a plan at all
     tolerance = PROVEN * float(cost.max())
     for _ in range(ROUNDS):
@@ -62,7 +63,9 @@ def shortlisted(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Ten
             return _pairs(plan)
         reduced -= g
         # of many the worst: the next potentials set most others right
-        listed |= reduced < min(0.0, _threshold(reduced))
+        listed |= reduced < min(0.0, _threshold(reduced, PAIRS))
+        reduced += g - best
+        listed |= reduced <= _threshold(reduced, TIGHT)  # or a few at a time would take many rounds
     return None
 
 
@@ -84,10 +87,10 @@ def _potential(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return g.double()
 
 
-def _threshold(reduced: Tensor) -> float:
-    """Return the reduced cost below which there are about ``PAIRS`` pairs a cell, found on an even sample."""
+def _threshold(reduced: Tensor, pairs: int) -> float:
+    """Return the reduced cost below which there are about so many pairs a cell, found on an even sample."""
     some = reduced.flatten()[:: max(1, reduced.numel() // SAMPLE)].sort().values
-    share = PAIRS * sum(reduced.shape) / reduced.numel()
+    share = pairs * sum(reduced.shape) / reduced.numel()
     return float(some[min(len(some) - 1, int(share * len(some)))])
 
 
