@@ -17,6 +17,7 @@ from scipy.stats import chisquare
 
 from sctraj.flow.coupling import blocked, entropic, exact, independent, kernel, sinkhorn, unbalanced
 from sctraj.flow.coupling.blocked import sampled
+from sctraj.flow.coupling.independent import draw_each
 from sctraj.flow.snapshots import Interval
 
 
@@ -393,3 +394,9 @@ def test_far_from_the_origin_the_plan_is_the_same(coupling, dtype):
         for shift in (0, 10_000)
     ]
     np.testing.assert_allclose(plans[1], plans[0], rtol=0, atol=1e-10)  # rounding in float64
+
+
+def test_each_row_is_drawn_as_multinomial_draws_it():
+    mass = torch.rand(200, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    theirs = torch.multinomial(mass, 1, generator=torch.Generator().manual_seed(3)).squeeze(1)
+    assert torch.equal(draw_each(mass, torch.Generator().manual_seed(3)), theirs)

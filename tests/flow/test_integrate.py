@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torchdiffeq import odeint
 
 from sctraj.flow import integrate
 from sctraj.flow.integrate import push, simulate, transport
@@ -114,6 +115,21 @@ def test_a_cell_does_not_depend_on_its_companions(solver, atol):
     company = torch.cat([x, 100 * cells(seed=1)], 1)
     alone, among = (push(field, y, 0.3, 1.7, solver=solver, n_steps=20, tolerance=1e-6) for y in (x, company))
     torch.testing.assert_close(among[:, :50], alone, rtol=0, atol=atol)  # as above
+
+
+@pytest.mark.parametrize("solver", ["euler", "rk4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fixed_steps_are_those_of_torchdiffeq_bit_for_bit(solver, dtype):
+    def rate(s, y):
+        return torch.sin(3 * s) * y.flip(-1) - 0.1 * y.square()
+
+    def grid(rate, y, ends):
+        return torch.linspace(0, 1, 14, dtype=dtype)
+
+    y = torch.randn(2, 7, 4, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    ends = torch.tensor([0.0, 1.0], dtype=dtype)
+    theirs = odeint(rate, y, ends, method=solver, options={"grid_constructor": grid})[-1]
+    assert torch.equal(integrate._in_steps(rate, y, solver, 13), theirs)
 
 
 @pytest.mark.parametrize("n_steps", [0, -1, math.inf, math.nan])
