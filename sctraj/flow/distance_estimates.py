@@ -19,8 +19,8 @@ from torch import Tensor
 from .clouds import Cloud, Estimate, as_cloud, points_a_side
 from .coupling import optimal_plan
 
-# Points a side (the geometric mean of the two numbers). An exact plan of 5,000 x 5,000 takes 2 to 10 s on one core, of
-# 10,000 x 10,000 four times as long and 4 GiB.
+# Points a side (the geometric mean of the two numbers). An exact plan of 5,000 x 5,000 takes 3 to 5 s on one core, of
+# 10,000 x 10,000 15 to 30 s and 2 GiB.
 LARGEST_EXACT = 5_000  # above, an estimate takes seconds
 SIZES = (125, 250, 500, 1000)  # points a side of the blocks from which a larger W is extrapolated, doubling
 GROUPS = 12  # blocks of the largest size, each with all smaller ones within it
