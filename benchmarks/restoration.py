@@ -37,7 +37,7 @@ from sctraj.datasets import simulated_course, simulated_differentiation
 from sctraj.datasets._courses import Family, carried
 from sctraj.flow import hold_out
 from sctraj.flow.flow_matching import Training
-from sctraj.flow.hold_out import BASELINES, CONTROLS, NOISE_REFERENCE, Restoration, mixed
+from sctraj.flow.hold_out import BASELINES, CONTROLS, NOISE_REFERENCE, Observed, Restoration, mixed
 from sctraj.flow.problem import Problem
 from sctraj.flow.snapshots import Snapshots
 from sctraj.tl._field import make_field
@@ -159,21 +159,22 @@ def judged(name: str, seed: int, n_seeds: int, n_cells: int, real: Path, trainin
     adata, snapshots = load(name, seed, n_cells, real)
     seeds = member_seeds(0, n_seeds)  # those of tl.leave_one_out
     rows = []
+    observed = {k: Observed(snapshots.points[k]) for k in hold_out.interior(snapshots)}
 
-    def judge(row: str, number: int, k: int, restoration: Restoration, observed: torch.Tensor) -> None:
-        found = hold_out.judge(restoration, observed)
+    def judge(row: str, number: int, k: int, restoration: Restoration, cells: Observed) -> None:
+        found = hold_out.judge(restoration, cells)
         values = found.values | {"energy_unweighted": found.unweighted["energy"]}
         held_out = {"data": name, "method": row, "time": snapshots.times[k], "seed": seed + number}
         rows.append(held_out | {measure: values[measure] for measure in MEASURES})
 
-    for k in hold_out.interior(snapshots):
+    for k in observed:
         for number, one in enumerate(seeds):
             first, second = hold_out.halves(snapshots.points[k], torch.Generator().manual_seed(one + k))
-            judge(NOISE_REFERENCE, number, k, Restoration(first), second)
+            judge(NOISE_REFERENCE, number, k, Restoration(first), Observed(second))
         if name not in REAL and not name.startswith(DIFFUSE):
-            judge(TRUTH, 0, k, truth(adata, snapshots.times, k), snapshots.points[k])
+            judge(TRUTH, 0, k, truth(adata, snapshots.times, k), observed[k])
     for row, number, k, restoration in restorations(snapshots, seeds, training):
-        judge(row, number, k, restoration, snapshots.points[k])
+        judge(row, number, k, restoration, observed[k])
     print(f"{name}, seed {seed}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     return rows
 
