@@ -156,12 +156,7 @@ def leave_one_out(
     check_jitter(jitter, field)
     cells = _adata.read_snapshots(adata, time_key, use_rep, least=3, growth_key=growth_key)
     snapshots = cells.snapshots
-    for k in hold_out.interior(snapshots):
-        if (n := len(snapshots.points[k])) < hold_out.SMALLEST_HELD_OUT:
-            raise ValueError(
-                f"expected at least {hold_out.SMALLEST_HELD_OUT} cells in every held-out snapshot, found {n} at time "
-                f"{snapshots.times[k]:g}; merge it with another or leave its cells out"
-            )
+    _check_sizes(snapshots)
     prepared = {
         method: hold_out.hold_out_problems(
             snapshots,
@@ -223,6 +218,16 @@ def leave_one_out(
         f'uns["{table}"], uns["{_adata.PROTOCOL.format(table=table)}"], obsm["{w1}"], obsm["{name}"]'
     )
     return adata if copy else None
+
+
+def _check_sizes(snapshots: Snapshots) -> None:
+    """Raise where a snapshot has too few cells to be held out."""
+    for k in hold_out.interior(snapshots):
+        if (n := len(snapshots.points[k])) < hold_out.SMALLEST_HELD_OUT:
+            raise ValueError(
+                f"expected at least {hold_out.SMALLEST_HELD_OUT} cells in every held-out snapshot, found {n} at time "
+                f"{snapshots.times[k]:g}; merge it with another or leave its cells out"
+            )
 
 
 def _sigmas(held_out: Sequence[int], problems: Sequence[Problem]) -> list[float]:

@@ -112,8 +112,8 @@ def neural(made: list[Problem]) -> NeuralField:
     return NeuralField(network, [scaling(p.snapshots, std=p.std) for p in made]).float()
 
 
-def trained(method: str, plant: Any = None) -> None:
-    """Run the training loop on the pretend GPU."""
+def trained(method: str, plant: Any = None) -> set[torch.device]:
+    """Run the training loop on the pretend GPU; return where the losses are."""
     made = problems(method)
     streams = [torch.Generator().manual_seed(k) for k in range(len(made))]
     field, made = neural(made).to(GPU), there(made)
@@ -122,17 +122,18 @@ def trained(method: str, plant: Any = None) -> None:
     with Watched():
         batches = flow_matching._batches(made, streams, field, TRAINING.batch_size, TRAINING.n_steps)
         losses, _ = flow_matching._train(field, batches, None, training=TRAINING, progress=False)
-    assert {loss.device for loss in losses} == {GPU}
+    assert len(losses) == TRAINING.n_steps
+    return {loss.device for loss in losses}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_training_never_leaves_the_device_nor_waits(method):
-    trained(method)
+    assert trained(method) == {GPU}
 
 
 def test_training_draws_rows_of_a_large_entropic_plan_without_waiting(monkeypatch):
     monkeypatch.setattr(kernel, "WHOLE", 20)
-    trained("sb-cfm")
+    assert trained("sb-cfm") == {GPU}
 
 
 @pytest.mark.parametrize("at", ["tempo", "shift", "x0", "pairs"])
@@ -207,8 +208,8 @@ NEURAL = [name for name in FIELDS if name.startswith("neural")]
 TIMES = {"numbers": (0.5, 2.0), "tensors": (torch.tensor([0.5, 0.75]), torch.tensor([2.0, 1.0]))}
 
 
-def integrated(name: str, solver: str, times: str, *, ensemble: bool = False, plant: Any = None) -> None:
-    """Integrate on the pretend GPU."""
+def integrated(name: str, solver: str, times: str, *, ensemble: bool = False, plant: Any = None) -> torch.device:
+    """Integrate on the pretend GPU; return where the cells end up."""
     field, span, rng = FIELDS[name]().to(GPU), TIMES[times], torch.Generator()
     if plant is not None:
         plant(field)
@@ -220,22 +221,22 @@ def integrated(name: str, solver: str, times: str, *, ensemble: bool = False, pl
             found = integrate.simulate(field, x, *span, sigma=0.3, n_steps=4, rng=rng)
         else:
             found = integrate.push(field, x, *span, solver=solver, n_steps=4, tolerance=1e-3)
-    assert found.device == GPU
     assert found.shape == x.shape
+    return found.device
 
 
 @pytest.mark.parametrize("times", TIMES)
 @pytest.mark.parametrize("solver", ["euler", "rk4"])
 @pytest.mark.parametrize("name", FIELDS)
 def test_integration_in_fixed_steps_never_leaves_the_device_nor_waits(name, solver, times):
-    integrated(name, solver, times)
-    integrated(name, solver, times, ensemble=True)
+    assert integrated(name, solver, times) == GPU
+    assert integrated(name, solver, times, ensemble=True) == GPU
 
 
 @pytest.mark.parametrize("times", TIMES)
 @pytest.mark.parametrize("name", [name for name in FIELDS if "sb-cfm" in name])
 def test_simulation_never_leaves_the_device_nor_waits(name, times):
-    integrated(name, "sde", times)
+    assert integrated(name, "sde", times) == GPU
 
 
 @pytest.mark.parametrize("name", ["neural ot-cfm", "closed-form ot-cfm"])

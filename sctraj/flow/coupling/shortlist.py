@@ -2,7 +2,7 @@
 
 The network simplex spends its time looking for a pair to bring in. An optimal plan has at most ``n + m - 1`` pairs, all
 of them where the reduced cost ``C_ij - f_i - g_j`` of good potentials is small; over a few dozen such pairs a cell it
-takes a twentieth of the time. The potentials of that plan then either show that no pair left out would lower the
+takes a tenth of the time or less. The potentials of that plan then either show that no pair left out would lower the
 cost, or which would (column generation; Gottschlich & Schuhmacher 2014, Schmitzer 2016 on short lists).
 """
 
