@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .exponential import exp_
 from .metric_path import MetricPath
 from .probability_path import BrownianBridge, Hermite, Moments, Pairs, ProbabilityPath, Straight, Trigonometric
 from .problem import Problem
@@ -242,8 +243,9 @@ def _evaluate(part: _Member, t: float, x: Tensor) -> tuple[Tensor, Tensor, Tenso
     d, values = x.shape[1], torch.nn.functional.pad(values, (0, -values.shape[1] % 16))
     results = []
     for points, distance2, width2 in now.tiles(part.path, x - part.origin):
-        weight = torch.softmax(distance2.div_(-2 * width2).add_(log_mass), 1)
-        average = weight @ values
+        log_weight = distance2.div_(-2 * width2).add_(log_mass)
+        weight = exp_(log_weight.sub_(log_weight.amax(1, keepdim=True)))
+        average = weight @ values / weight.sum(1, keepdim=True)
         pull = average[:, :d] - points
         velocity = average[:, d : 2 * d]
         if not _local(part.path):

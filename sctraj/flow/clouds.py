@@ -11,6 +11,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from .exponential import exp_
+
 TILE = 2**20  # entries of a distance matrix held at once: what a CPU's caches hold
 # pairs; of more, squared distances come from products of coordinates, which take a tenth of the time
 LARGEST_BY_DIFFERENCES = 2**22
@@ -96,7 +98,7 @@ def gaussian(bandwidth: float) -> Kernel:
     """Return the kernel ``exp(-distance^2 / (2 bandwidth^2))``."""
     if not bandwidth > 0:
         raise ValueError(f"expected a positive bandwidth, found {bandwidth}; are all observed cells the same?")
-    return lambda distance: distance.square().neg_().div_(2 * bandwidth * bandwidth).exp_()
+    return lambda distance: exp_(distance.square().div_(-2 * bandwidth * bandwidth))
 
 
 def mean_kernels(

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from sctraj.flow import flow_matching, integrate
 from sctraj.flow.closed_form import closed_form
 from sctraj.flow.coupling import entropic, exact, growing, independent, kernel
+from sctraj.flow.coupling.sinkhorn import Mixing
 from sctraj.flow.flow_matching import Training
 from sctraj.flow.problem import METHODS, Problem, make_problems
 from sctraj.flow.snapshots import Snapshots
@@ -278,7 +279,6 @@ def test_pairs_are_drawn_without_waiting(monkeypatch, name, whole):
 def test_what_sinkhorn_multiplies_by_stays_on_the_device(monkeypatch, whole):
     """Its loop itself waits, by design: it ends where the error is small."""
     monkeypatch.setattr(kernel, "WHOLE", 2**24 if whole else 20)
-    monkeypatch.setattr(kernel, "KERNEL", 8 if whole else 0)
     ends = [torch.zeros(n, 3, dtype=torch.float64, device=GPU) for n in (12, 15)]
     log_masses = [torch.zeros(len(x), dtype=torch.float64, device=GPU) for x in ends]
     with Watched():
@@ -286,8 +286,10 @@ def test_what_sinkhorn_multiplies_by_stays_on_the_device(monkeypatch, whole):
         found = [made.soft_minimum(log_masses[int(side)], 1.0, rows=side) for side in (False, True)]
         plan = made.plan(*log_masses, 1.0)
         found += [plan.columns(log_masses[0]), plan.there_and_back(log_masses[1], log_masses[0])]
+        mix = Mixing(log_masses[1])
+        found += [mix(log_masses[1], log_masses[1]) for _ in range(3)]
         if whole:
             made = kernel.Kernel(*ends, *log_masses)
             made._absorb(*log_masses, 1.0)
     assert {part.device for part in found} == {GPU}
-    assert [len(part) for part in found] == [15, 12, 15, 15]
+    assert [len(part) for part in found] == [15, 12, 15, 15, 15, 15, 15]

@@ -234,12 +234,11 @@ def test_no_pair_kept_could_be_done_without():
 @pytest.mark.parametrize("whole", [100, 700])
 def test_tiles_give_the_whole(monkeypatch, whole):
     interval = with_empty_cells(make_interval(60, 45))
-    kept = unbalanced(interval, epsilon=0.2, penalty=4.0)
+    kept = unbalanced(interval, epsilon=0.2, penalty=4.0, tolerance=1e-11)
     assert kept.cumulative is not None
     monkeypatch.setattr(kernel, "WHOLE", whole)
-    tiled = unbalanced(interval, epsilon=0.2, penalty=4.0)
+    tiled = unbalanced(interval, epsilon=0.2, penalty=4.0, tolerance=1e-11)  # whose first steps are in float32
     assert tiled.cumulative is None
-    assert tiled.n_iterations == kept.n_iterations
     np.testing.assert_allclose(tiled.matrix(), kept.matrix(), rtol=1e-8, atol=1e-16)  # rounding of exponents
     np.testing.assert_allclose(tiled.log_growth0, kept.log_growth0, atol=1e-8)
     np.testing.assert_allclose(tiled.log_growth1, kept.log_growth1, atol=1e-8)

@@ -10,9 +10,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..exponential import exp_
 from ..snapshots import Interval
-from .independent import draw, draw_each
-from .kernel import fits, split, squared_distances, tiles
+from .conditional import partners
+from .independent import draw
+from .kernel import fits, squared_distances, tiles
 from .pairs import WeightedPairs, heaviest, rescaled
 from .sinkhorn import SHARPEST, prepare, sinkhorn
 
@@ -59,7 +61,7 @@ class EntropicPlan:
 
     def matrix(self) -> Tensor:
         """Return the whole plan, ``(n0, n1)`` float64."""
-        return torch.cat([self._log_rows(rows).exp() for rows in tiles(self.x0, self.x1)])
+        return torch.cat([exp_(self._log_rows(rows)) for rows in tiles(self.x0, self.x1)])
 
     def sample(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw ``n`` pairs: indices at the start and at the end, each ``(n,)``."""
@@ -67,11 +69,7 @@ class EntropicPlan:
             pairs = draw(self.cumulative, n, rng)
             return pairs // len(self.x1), pairs % len(self.x1)
         i = draw(self.log_mass0.exp().cumsum(0), n, rng)
-        columns = []
-        for rows in split(i, len(self.x1)):
-            conditional = (self._log_rows(rows) - self.log_mass0[rows, None]).exp()  # (tile, n1)
-            columns.append(draw_each(conditional, rng))
-        return i, torch.cat(columns)
+        return i, partners(self.x0[i], self.x1, self.g / self.epsilon + self.log_mass1, self.epsilon, rng)
 
     def pairs(self, *, share: float = 0.99) -> WeightedPairs:
         """Return the pairs that carry a share of every row's and column's mass, balanced anew; ``mass0`` is ``mass1``.

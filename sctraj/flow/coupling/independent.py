@@ -20,9 +20,12 @@ def draw(cumulative: Tensor, n: int, rng: torch.Generator) -> Tensor:
 def draw_each(mass: Tensor, rng: torch.Generator) -> Tensor:
     """Draw for each row of masses ``(m, n)`` one column by its masses, ``(m,)``.
 
-    As ``torch.multinomial`` does, which first has the host wait for a look at all masses.
+    By inversion, with one random number a row: ``torch.multinomial`` takes one an entry, and has the host wait.
     """
-    return (mass / torch.empty_like(mass).exponential_(1, generator=rng)).argmax(1)
+    cumulative = mass.cumsum(1)
+    u = torch.rand(len(mass), 1, generator=rng, device=mass.device, dtype=mass.dtype)
+    found = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).squeeze(1)
+    return found.clamp_(max=mass.shape[1] - 1)
 
 
 @dataclass(frozen=True)

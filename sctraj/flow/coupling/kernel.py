@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ..exponential import exp_
+
 WHOLE = 2**24  # entries: any matrix up to this size is kept (128 MiB in float64), a larger one is made anew row by row
-KERNEL = 8  # times that: the largest kernel that is kept (1 GiB), its costs being made anew when they are needed
 TILE = 2**20  # entries met at once on a CPU: what its caches hold
 REACH = 100.0  # potentials that exceed the absorbed ones by more epsilons than this are absorbed in their turn
 FAINTEST = 1e-200  # smallest sum over a row of the kernel that entries lost to underflow cannot have changed
@@ -62,10 +64,11 @@ def slices(x0: Tensor, x1: Tensor) -> Iterator[slice]:
 class Kernel:
     """Soft minima over the costs ``C_ij = |x0_i - x1_j|^2``, and plans as linear maps.
 
-    Where it fits, ``K_ij = exp((f_i + g_j - C_ij) / epsilon)`` is kept (a small one with the costs, a large one alone),
-    some potentials ``f, g`` being absorbed in it. A soft minimum is then a product of ``K`` and a vector, as long as
-    the potentials asked for are near the absorbed ones (Schmitzer 2019, stabilised scaling). Where they are not, it is
-    found in the log domain, and the potentials are absorbed anew.
+    Where it fits, ``K_ij = exp((f_i + g_j - C_ij) / epsilon)`` is kept, some potentials ``f, g`` being absorbed
+    in it. A soft minimum is then a product of ``K`` and a vector, as long as the potentials asked for are near
+    the absorbed ones (Schmitzer 2019, stabilised scaling). Where they are not, it is found in the log domain, and the
+    potentials are absorbed anew. Where it does not fit, entries are made in tiles, in float32 where rounding lets it,
+    and summed up in float64.
 
     Parameters
     ----------
@@ -75,16 +78,19 @@ class Kernel:
         Logarithms of their weights; ``-inf`` for a cell without mass.
     keep
         Whether there will be more products than one.
+
+    Attributes
+    ----------
+    rounding
+        Relative error of an entry that may pass, to be set by whoever knows it; 0: as small as float64 has it.
     """
 
     def __init__(self, x0: Tensor, x1: Tensor, log_a: Tensor, log_b: Tensor, *, keep: bool = True) -> None:
-        self.cells, self.log_mass = (x0, x1), (log_a, log_b)
-        self.cost = squared_distances(x0, x1) if keep and fits(x0, x1) else None
-        self.squares, self.room = (x0.square().sum(1), x1.square().sum(1)), Room(x0)
-        keep = keep and len(x0) * len(x1) <= KERNEL * WHOLE
-        self.kept = x0.new_empty(len(x0), len(x1)) if keep else None
+        self.cells, self.log_mass, self.rounding = (x0, x1), (log_a, log_b), 0.0
+        self.kept = x0.new_empty(len(x0), len(x1)) if keep and fits(x0, x1) else None
         self.absorbed = torch.zeros_like(log_a), torch.zeros_like(log_b)
         self.epsilon = 0.0  # of the kernel kept; none yet
+        self.rooms = {dtype: Room(x0.new_empty(0, dtype=dtype)) for dtype in (torch.float32, torch.float64)}
 
     def soft_minimum(self, potential: Tensor, epsilon: float, *, rows: bool) -> Tensor:
         """Return ``-epsilon log sum_j b_j exp((potential_j - C_ij) / epsilon)`` for every row (or column)."""
@@ -100,31 +106,63 @@ class Kernel:
                 absorbed = self.absorbed[there]  # of far cells the best for the other side, where marginals are soft
         weight = self.log_mass[there] + potential / epsilon
         parts = []
-        for tile in slices(self.cells[here], self.cells[there]):
-            exponent = self._exponent(tile, here, weight, epsilon)
+        for tile, exponent in self._exponents(here, weight, epsilon):
             largest = exponent.amax(1, keepdim=True)
-            parts.append(exponent.sub_(largest).exp_().sum(1).log_().add_(largest.squeeze(1)))
+            log_sum = exp_(exponent.sub_(largest)).sum(1).log_().add_(largest.squeeze(1))
+            parts.append(log_sum.double() - self.squares[here][tile] / epsilon)
         found = -epsilon * torch.cat(parts)
         if self.kept is not None:
             self._absorb(*((found, absorbed) if rows else (absorbed, found)), epsilon)
         return found
 
+    def soft_minima(self, g: Tensor, epsilon: float, softness: float) -> tuple[Tensor, Tensor]:
+        """Return ``f``, the rows' soft minima over ``g`` times ``softness``, and the columns' over that ``f``.
+
+        In tiles each entry is made once for both: a row's ``f`` is known when its tile is, so the plan's column sums
+        ``c`` grow tile by tile, and the columns' soft minima are ``g - epsilon log(c / b)``.
+        """
+        if self.kept is not None:
+            f = softness * self.soft_minimum(g, epsilon, rows=True)
+            return f, self.soft_minimum(f, epsilon, rows=False)
+        log_a, log_b = self.log_mass
+        weight = (g / epsilon).masked_fill(log_b == -math.inf, -math.inf)
+        b, f = log_b.exp(), torch.empty_like(log_a)
+        ratio, most = torch.zeros_like(g), torch.zeros_like(g[:1])  # c / b, and a bound of it
+        for tile, exponent in self._exponents(0, weight, epsilon):
+            largest = exponent.amax(1, keepdim=True)
+            entries = exp_(exponent.sub_(largest))
+            shift = largest.squeeze(1).double() - self.squares[0][tile] / epsilon
+            f[tile] = -softness * epsilon * ((entries @ b.to(entries)).double().log() + shift)
+            scaling = (log_a[tile] + f[tile] / epsilon + shift).exp()
+            ratio += (scaling.to(entries) @ entries).double()
+            most += scaling.sum()
+        best = g - epsilon * ratio.log()
+        # of a column without mass nothing was made, of one far from all rows nothing may be left
+        sound = (ratio > 1e8 * torch.finfo(self._dtype(epsilon)).tiny * (most + len(f))) & (ratio < math.inf)
+        lost = torch.nonzero(~sound).squeeze(1)
+        if len(lost):
+            there = Kernel(self.cells[0], self.cells[1][lost], log_a, log_b[lost], keep=False)
+            best[lost] = there.soft_minimum(f, epsilon, rows=False)
+        return f, best
+
     def plan(self, f: Tensor, g: Tensor, epsilon: float) -> Plan:
         """Return the plan ``a_i b_j exp((f_i + g_j - C_ij) / epsilon)`` as a linear map."""
         if self.kept is None:
             log_a, log_b = self.log_mass
+            rise = f / epsilon - self.squares[0] / epsilon
 
-            def make(rows: slice) -> Tensor:
-                return self._exponent(rows, 0, g / epsilon, epsilon).add_((f / epsilon)[rows, None]).exp_()
+            def made() -> Iterator[tuple[slice, Tensor]]:
+                for tile, exponent in self._exponents(0, g / epsilon, epsilon):
+                    yield tile, exp_(exponent.add_(rise[tile, None].to(exponent)))
 
-            return Plan(make, list(slices(*self.cells)), log_a.exp(), log_b.exp())
+            return Plan(made, log_a.exp(), log_b.exp())
         kept = self.kept
         if epsilon != self.epsilon or any(
             float(self._scaling(h, side)[1].abs().max()) > REACH for side, h in enumerate((f, g))
         ):
             self._absorb(f, g, epsilon)
         scalings = (self._scaling(h, side)[0] for side, h in enumerate((f, g)))
-        return Plan(lambda _: kept, [slice(0, len(f))], *scalings)
+        return Plan(lambda: iter([(slice(0, len(f)), kept)]), *scalings)
 
     def _scaling(self, potential: Tensor, side: int) -> tuple[Tensor, Tensor]:
         """Return a side's masses times scalings, and the scalings' logarithms (0 for cells without mass): ``(n,)``."""
@@ -135,43 +173,59 @@ class Kernel:
     def _absorb(self, f: Tensor, g: Tensor, epsilon: float) -> None:
         assert self.kept is not None
         self.absorbed, self.epsilon = (f, g), epsilon
-        for rows in slices(*self.cells):
-            self._exponent(rows, 0, g / epsilon, epsilon, out=self.kept[rows]).add_((f / epsilon)[rows, None]).exp_()
+        rise = f / epsilon - self.squares[0] / epsilon
+        for tile, exponent in self._exponents(0, g / epsilon, epsilon):
+            self.kept[tile] = exp_(exponent.add_(rise[tile, None]))
 
-    def _exponent(self, tile: slice, here: int, weight: Tensor, epsilon: float, out: Tensor | None = None) -> Tensor:
-        """Return ``weight_j - C_ij / epsilon`` of a slice of a side's ``m`` cells and of all of the other's.
+    @cached_property
+    def squares(self) -> tuple[Tensor, Tensor]:
+        """Squared lengths of the cells, ``(n0,)`` and ``(n1,)``."""
+        return self.cells[0].square().sum(1), self.cells[1].square().sum(1)
 
-        ``(m, n)``, in ``out`` or where the next call will write.
+    @cached_property
+    def largest_cost(self) -> float:
+        """A bound of the costs."""
+        return float((self.squares[0].max().sqrt() + self.squares[1].max().sqrt()) ** 2)
+
+    def _dtype(self, epsilon: float) -> torch.dtype:
+        """Return the precision of tiles: float32 where an exponent's rounding there may pass."""
+        single = self.kept is None and self.rounding > 0
+        if single and torch.finfo(torch.float32).eps * self.largest_cost / epsilon <= self.rounding:
+            return torch.float32
+        return torch.float64
+
+    def _exponents(self, here: int, weight: Tensor, epsilon: float) -> Iterator[tuple[slice, Tensor]]:
+        """Yield slices of a side's ``m`` cells with ``weight_j - (C_ij - |x_i|^2) / epsilon``, ``(m, n)``.
+
+        Each is written where the last one was.
         """
-        there = 1 - here
-        own, other = self.cells[here][tile], self.cells[there]
-        out = self.room(len(own), len(weight)) if out is None else out
-        if self.cost is not None:
-            cost = (self.cost if here == 0 else self.cost.T)[tile]
-            return torch.add(weight, cost, alpha=-1 / epsilon, out=out)
-        torch.addmm(weight - self.squares[there] / epsilon, own, other.T, alpha=2 / epsilon, out=out)
-        return out.sub_((self.squares[here][tile] / epsilon)[:, None])
+        there, dtype = 1 - here, self._dtype(epsilon)
+        own, other = (self.cells[side].to(dtype) for side in (here, there))
+        weight = (weight - self.squares[there] / epsilon).to(dtype)
+        for tile in slices(own, other):
+            out = self.rooms[dtype](len(own[tile]), len(other))
+            yield tile, torch.addmm(weight, own[tile], other.T, alpha=2 / epsilon, out=out)
 
 
 class Plan:
-    """A plan ``P = diag(left) K diag(right)``, ``(n0, n1)``, as a linear map; ``K`` is made in tiles of rows.
+    """A plan ``P = diag(left) K diag(right)``, ``(n0, n1)``, as a linear map.
 
-    A tile need not outlast the making of the next.
+    ``made`` yields slices of rows with ``K``'s entries there; a tile need not outlast the making of the next.
     """
 
-    def __init__(self, make: Callable[[slice], Tensor], tiles: list[slice], left: Tensor, right: Tensor) -> None:
-        self.make, self.tiles, self.left, self.right = make, tiles, left, right
+    def __init__(self, made: Callable[[], Iterator[tuple[slice, Tensor]]], left: Tensor, right: Tensor) -> None:
+        self.made, self.left, self.right = made, left, right
 
     def columns(self, u: Tensor) -> Tensor:
         """Return ``P^T u``, ``(n1,)``."""
-        u = u * self.left
-        return self.right * torch.stack([u[rows] @ self.make(rows) for rows in self.tiles]).sum(0)
+        found, u = torch.zeros_like(self.right), u * self.left
+        for rows, entries in self.made():
+            found += u[rows].to(entries) @ entries
+        return self.right * found
 
     def there_and_back(self, v: Tensor, weight: Tensor) -> Tensor:
         """Return ``P^T diag(weight) P v``, ``(n1,)``, each tile being made once."""
-        v, weight = v * self.right, weight * self.left * self.left
-        found = torch.zeros_like(v)
-        for rows in self.tiles:
-            tile = self.make(rows)
-            found += (weight[rows] * (tile @ v)) @ tile
+        found, v, weight = torch.zeros_like(v), v * self.right, weight * self.left * self.left
+        for rows, entries in self.made():
+            found += (weight[rows].to(entries) * (entries @ v.to(entries))) @ entries
         return self.right * found

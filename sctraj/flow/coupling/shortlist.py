@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from torch import Tensor
 
+from ..exponential import exp_
+
 SMALLEST = 2**20  # pairs in all, from which a list pays
 PAIRS = 30  # a cell of either side, to begin with, and of those that would lower the cost, to add at most
 TIGHT = 10  # a cell, of those that are next to do so, to add
@@ -78,7 +80,7 @@ def _potential(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
         if not epsilon > 0:
             break
         torch.sub(single, g, out=kernel)
-        kernel.neg_().add_(kernel.amax(1, keepdim=True).neg_()).div_(epsilon).exp_()  # every row's largest entry is 1
+        exp_(kernel.neg_().add_(kernel.amax(1, keepdim=True).neg_()).div_(epsilon))  # every row's largest entry is 1
         scaling = torch.ones_like(b)
         for _ in range(ITERATIONS):
             rows = 1 / (kernel @ (scaling * b)).clamp_(min=1e-30)

@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 ANNEALING = 10  # iterations at each epsilon on the way down
 SAMPLE = 1500  # cells a side at most that come first, where there are more than twice as many
 NEAR = 1e-2  # error at which these have served: their potentials are off by the sample's noise anyway
+MEMORY = 3  # last iterations from which the next is extrapolated
+ROUNDING = 0.05  # of the error so far, or the tolerance: relative error of a plan's entry for which float32 will do
+SLOW = 0.03  # of the error left after as many iterations as lie between Newton steps: if more is, one is taken
 CONJUGATE_GRADIENTS = 50  # iterations at most within a Newton step
 SHARPEST = 1e-6  # epsilon below this fraction of the mean cost is refused: rounding would rule
 
@@ -83,6 +86,7 @@ def sinkhorn(
     """
     log_a, log_b = ends.log_a, ends.log_b
     g, epsilons, iterations, error = torch.zeros_like(log_b), annealing(ends.scale, epsilon), 0, math.inf
+    mark = math.inf  # the error when it was last asked whether to take a Newton step
     if max(len(log_a), len(log_b)) > 2 * SAMPLE:
         some = _sample(ends)
         near = sinkhorn(
@@ -93,24 +97,67 @@ def sinkhorn(
         g, epsilons = _softness(penalty, epsilon) * across.soft_minimum(near.f, epsilon, rows=False), [epsilon]
     kernel = Kernel(ends.x0, ends.x1, log_a, log_b)
     for eps in epsilons:
-        softness = _softness(penalty, eps)
+        softness, mix = _softness(penalty, eps), Mixing(log_b.exp())
         for iterations in range(1, (max_iterations if eps == epsilon else ANNEALING) + 1):
             # Chizat et al. 2018, scaling algorithms: the rows' marginal is now a exp(-f / penalty)
-            f = softness * kernel.soft_minimum(g, eps, rows=True)
-            best = kernel.soft_minimum(f, eps, rows=False)  # the columns' is b exp((g - best) / eps)
+            kernel.rounding = ROUNDING * max(tolerance, min(error, NEAR))
+            f, best = kernel.soft_minima(g, eps, softness)  # the columns' is b exp((g - best) / eps)
             weight = torch.softmax(log_b - g / penalty, 0)
-            error = float(weight @ torch.expm1((g - best) / eps + g / penalty).abs())
+            last, error = error, float(weight @ torch.expm1((g - best) / eps + g / penalty).abs())
             if error < tolerance:
                 break
+            if iterations == 1:
+                mark = error
             if iterations % newton_every == 0:
-                g = _newton(kernel, f, g, eps, penalty)
-                continue
-            g = softness * best
+                slow, mark = error > SLOW * mark, error
+                if slow:
+                    g = _newton(kernel, f, g, eps, penalty)
+                    mix.forget()
+                    continue
+            then = softness * best
             if penalty < math.inf:
                 # the best of all (f + shift, g - shift), which share one plan (Sejourne et al. 2022)
-                log_masses = [torch.logsumexp(log_m - h / penalty, 0) for log_m, h in ((log_a, f), (log_b, g))]
-                g = g - penalty / 2 * (log_masses[0] - log_masses[1])
+                log_masses = [torch.logsumexp(log_m - h / penalty, 0) for log_m, h in ((log_a, f), (log_b, then))]
+                then = then - penalty / 2 * (log_masses[0] - log_masses[1])
+            if error > last:
+                mix.forget()
+            g = mix(g, then)
+    kernel.rounding = ROUNDING * tolerance
     return Potentials(kernel, f, g, best, error, iterations)
+
+
+class Mixing:
+    """Extrapolate a fixed-point iteration from its last steps (Anderson 1965; Walker & Ni 2011, type II).
+
+    Sinkhorn's error falls by a constant factor an iteration, whose direction a few steps tell.
+
+    Parameters
+    ----------
+    weight
+        Of the coordinates ``(n,)`` in the norm of a step.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.points: list[Tensor] = []
+        self.steps: list[Tensor] = []
+
+    def __call__(self, at: Tensor, then: Tensor) -> Tensor:
+        """Return where to go on from ``at``, for which the iteration has ``then``; both ``(n,)``."""
+        step = then - at
+        self.points, self.steps = [*self.points[-MEMORY:], at], [*self.steps[-MEMORY:], step]
+        if len(self.steps) == 1:
+            return then
+        changes = torch.stack([before - step for before in self.steps[:-1]])  # (m, n)
+        moves = torch.stack([before - at for before in self.points[:-1]])
+        gram = (changes * self.weight) @ changes.T
+        gram.diagonal().mul_(1 + 1e-12).add_(1e-300)
+        shares = torch.linalg.solve_ex(gram, (changes * self.weight) @ step).result  # which has no device wait
+        return then - shares @ (moves + changes)
 
 
 def _sample(ends: Ends) -> Ends:
@@ -157,6 +204,7 @@ def _newton(kernel: Kernel, f: Tensor, g: Tensor, epsilon: float, penalty: float
 
     step = epsilon * conjugate_gradients(hessian, gradient, diagonal)
     slope = float(gradient @ step)
+    kernel.rounding = 0.0  # a small step's gain would not be seen beside float32's rounding
     for halving in range(12):
         change = step / 2**halving
         f_trial = softness * kernel.soft_minimum(g + change, epsilon, rows=True)

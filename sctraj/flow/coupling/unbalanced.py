@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ..exponential import exp_
 from ..snapshots import Interval
-from .independent import draw, draw_each
-from .kernel import Room, fits, split, squared_distances, tiles
+from .conditional import conditional_means, partners
+from .independent import draw
+from .kernel import fits, squared_distances, tiles
 from .pairs import WeightedPairs, heaviest, rescaled
 from .sinkhorn import SHARPEST, prepare, sinkhorn
 
@@ -78,7 +79,7 @@ class UnbalancedPlan:
 
     def matrix(self) -> Tensor:
         """Return the whole plan ``Q``, ``(n0, n1)`` float64."""
-        return torch.cat([self._log_rows(rows).exp() for rows in tiles(self.x0, self.x1)])
+        return torch.cat([exp_(self._log_rows(rows)) for rows in tiles(self.x0, self.x1)])
 
     def pairs(self, *, share: float = 0.99) -> WeightedPairs:
         """Return the pairs that carry a share of every row's ``m0`` and of every column's ``m1``.
@@ -112,9 +113,9 @@ class UnbalancedPlan:
         forwards = torch.rand(n, generator=rng, device=device) < 0.5
         i, j = (torch.empty(n, dtype=torch.int64, device=device) for _ in range(2))
         i[forwards] = draw(self.log_mass0.exp().cumsum(0), int(forwards.sum()), rng)
-        j[forwards] = _partners(self._log_rows, i[forwards], len(self.x1), rng)
+        j[forwards] = partners(self.x0[i[forwards]], self.x1, self._weight1, self.epsilon, rng)
         j[~forwards] = draw(self.log_mass1.exp().cumsum(0), int((~forwards).sum()), rng)
-        i[~forwards] = _partners(self._log_columns, j[~forwards], len(self.x0), rng)
+        i[~forwards] = partners(self.x1[j[~forwards]], self.x0, self._weight0, self.epsilon, rng)
         return i, j
 
     def descendants(self, values: Tensor, x0: Tensor | None = None) -> Tensor:
@@ -122,21 +123,29 @@ class UnbalancedPlan:
 
         It goes by where a cell is; with ``x0`` ``(m, d)``, centred as the plan's own, those cells are asked for.
         """
-        weight = self.g / self.epsilon + self.log_mass1
-        return _means(self.x0 if x0 is None else x0, self.x1, weight, self.epsilon, values)
+        return conditional_means(self.x0 if x0 is None else x0, self.x1, self._weight1, self.epsilon, values)
 
     def ancestors(self, values: Tensor, x1: Tensor | None = None) -> Tensor:
         """Return the mean of source cells' values ``(n0, k)`` over where target cells' mass comes from, ``(n1, k)``.
 
         It goes by where a cell is; with ``x1`` ``(m, d)``, centred as the plan's own, those cells are asked for.
         """
-        weight = self.f / self.epsilon + self.log_mass0
-        return _means(self.x1 if x1 is None else x1, self.x0, weight, self.epsilon, values)
+        return conditional_means(self.x1 if x1 is None else x1, self.x0, self._weight0, self.epsilon, values)
+
+    @property
+    def _weight0(self) -> Tensor:
+        """Source cells' log mass, up to their distances, in what a target cell comes from, ``(n0,)``."""
+        return self.f / self.epsilon + self.log_mass0
+
+    @property
+    def _weight1(self) -> Tensor:
+        """Target cells' log mass, up to their distances, in where a source cell goes, ``(n1,)``."""
+        return self.g / self.epsilon + self.log_mass1
 
     def _middle(self, rows: Tensor) -> Tensor:
         """Return the rows' masses at mid-interval, ``(len(rows), n1)``."""
         log_mass = self._log_rows(rows)
-        return ((log_mass - self.log_ratio0[rows, None]).exp() + (log_mass - self.log_ratio1[None, :]).exp()) / 2
+        return (exp_(log_mass - self.log_ratio0[rows, None]) + exp_(log_mass - self.log_ratio1[None, :])) / 2
 
     def _log_rows(self, rows: Tensor) -> Tensor:
         """Return the logarithm of the plan's rows, ``(len(rows), n1)``."""
@@ -237,19 +246,3 @@ def unbalanced(
         residual=found.error,
         n_iterations=found.n_iterations,
     )
-
-
-def _means(here: Tensor, there: Tensor, weight: Tensor, epsilon: float, values: Tensor) -> Tensor:
-    """Return means of values ``(n, k)`` over softmax of ``weight - C / epsilon``, in tiles of rows; ``(m, k)``."""
-    parts, room = [here.new_zeros(0, values.shape[1])], Room(here)
-    weight = weight - there.square().sum(1) / epsilon  # the squares of `here` leave a softmax as it is
-    for cells in split(here, len(there)):
-        exponent = torch.addmm(weight, cells, there.T, alpha=2 / epsilon, out=room(len(cells), len(there)))
-        mass = exponent.sub_(exponent.amax(1, keepdim=True)).exp_()
-        parts.append(mass @ values / mass.sum(1, keepdim=True))
-    return torch.cat(parts)
-
-
-def _partners(log_plan: Callable[[Tensor], Tensor], cells: Tensor, n: int, rng: torch.Generator) -> Tensor:
-    """Draw for each cell ``(m,)`` one of its ``n`` partners by the plan's masses, in tiles; returns ``(m,)`` int64."""
-    return torch.cat([draw_each(torch.softmax(log_plan(part), 1), rng) for part in split(cells, n)])
