@@ -35,7 +35,7 @@ class EntropicPlan:
     log_mass0, log_mass1
         Logarithms of the marginals ``a`` ``(n0,)`` and ``b`` ``(n1,)``.
     f, g
-        Potentials ``(n0,)`` and ``(n1,)``, float64, in units of cost. The rows' marginal is exact.
+        Potentials ``(n0,)`` and ``(n1,)``, float64, in units of cost. The rows' marginal is exact, to rounding.
     epsilon
         Strength of the entropy, in units of cost.
     marginal_error
@@ -111,7 +111,8 @@ def entropic(
 
     With ``epsilon = 2 sigma^2 (t1 - t0)`` this is the static Schroedinger bridge of a Brownian motion of diffusivity
     ``sigma`` (Tong et al. 2023, proposition 3.5). Potentials are float64; epsilon is lowered by steps from the cost's
-    own scale; cells are met in tiles, so memory grows as ``n0 + n1`` where the plan does not fit.
+    own scale. Where the plan does not fit, cells are met in tiles, so memory grows as ``n0 + n1``; a tile is float32
+    where its rounding is a twentieth of the tolerance at most.
 
     Parameters
     ----------
