@@ -65,6 +65,8 @@ CASES: dict[str, tuple[Change, dict[str, object], type[Exception], str]] = {
     "sigma not finite": (lambda a: None, {"sigma": float("nan")}, ValueError, "finite sigma"),
     "no sigma for a score": (lambda a: None, {"sigma": 0.0, "method": "sb-cfm"}, ValueError, "positive sigma.*ot-cfm"),
     "sigma too small": (lambda a: None, {"sigma": 1e-5, "method": "sb-cfm"}, ValueError, "sigma at least .* larger"),
+    "blocks of one cell": (lambda a: None, {"block": 1}, ValueError, "block.*at least 2, found 1"),
+    "half a cell": (lambda a: None, {"block": 20.5}, ValueError, "whole number of cells.*20.5"),
     "unknown method": (lambda a: None, {"method": "ot"}, ValueError, "ot-cfm.*found 'ot'"),
     "unknown device": (lambda a: None, {"device": "tpu"}, ValueError, "auto, cpu, cuda, mps, found 'tpu'"),
     "no members": (lambda a: None, {"n_members": 0}, ValueError, "at least one member.*found 0"),
@@ -105,6 +107,8 @@ def test_leave_one_out_refuses(cells: AnnData) -> None:
             sctraj.tl.leave_one_out(cells, methods=methods, **QUICK)
     with pytest.raises(ValueError, match="found 0"):
         sctraj.tl.leave_one_out(cells, n_seeds=0, **QUICK)
+    with pytest.raises(ValueError, match=r"block.*found 0"):
+        sctraj.tl.leave_one_out(cells, block=0, **QUICK)
     few = cells[(cells.obs["time"] != 1.0) | (np.arange(cells.n_obs) < np.flatnonzero(cells.obs["time"] == 1.0)[3])]
     with pytest.raises(ValueError, match="at least 4 cells in every held-out snapshot, found 3 at time 1"):
         sctraj.tl.leave_one_out(few.copy(), **QUICK)

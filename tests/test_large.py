@@ -244,6 +244,30 @@ def test_free_memory_is_that_of_this_machine(monkeypatch) -> None:
         assert value is None or 2**26 < value < 2**46
 
 
+@pytest.mark.parametrize("method", ["uot-cfm", "ot-cfm"])
+def test_the_blocks_that_snapshots_are_coupled_in_are_said_and_can_be_chosen(few: AnnData, method, caplog) -> None:
+    def said(verb, **arguments) -> list[str]:
+        caplog.clear()
+        with caplog.at_level("INFO", logger="sctraj"):
+            verb(few, **arguments, **QUICK)
+        return [record.getMessage() for record in caplog.records if record.getMessage().startswith("coupling from")]
+
+    assert said(sctraj.tl.fit_flow, method=method, block=200) == []
+    assert few.uns["flow"]["params"]["block"] == 200
+    as_it_is = few.obsm["flow_velocity"]
+    assert said(sctraj.tl.fit_flow, method=method) == []
+    assert "block" not in few.uns["flow"]["params"]
+    np.testing.assert_array_equal(few.obsm["flow_velocity"], as_it_is)
+    sigma = few.uns["flow"]["params"]["sigma"]
+    told = said(sctraj.tl.fit_flow, method=method, block=20)
+    assert len(told) == 2  # intervals
+    assert all("blocks of" in line for line in told)
+    assert few.uns["flow"]["params"]["sigma"] == pytest.approx(sigma, rel=1e-12)  # measured whole
+    assert not np.array_equal(few.obsm["flow_velocity"], as_it_is)
+    assert len(said(sctraj.tl.leave_one_out, methods=(method,), n_seeds=1, block=20)) == 1  # the gap
+    assert few.uns["leave_one_out_protocol"]["block"] == 20
+
+
 @pytest.mark.parametrize("what", ["folder", "file", "group"])
 def test_a_store_that_holds_something_else_is_left_alone(fitted: AnnData, what, tmp_path) -> None:
     zarr = pytest.importorskip("zarr")

@@ -21,7 +21,7 @@ from torch import Tensor, zeros
 from .. import tl
 from ..flow.flow_matching import Training, pick_device
 from ..flow.hold_out import BASELINES, NOISE_REFERENCE, Restoration, interpolated, mixed, moved
-from ..flow.problem import METHODS, Problem, make_path, make_problems
+from ..flow.problem import METHODS, Plans, Problem, make_path, make_problems
 from ..flow.snapshots import Snapshots
 from ..flow.vector_field import VectorField
 from ..tl._field import check_field, make_field
@@ -218,7 +218,7 @@ def check_settings(name: str, settings: Mapping[str, Setting]) -> None:
 
 def own_settings(method: str, settings: Mapping[str, Setting]) -> dict[str, Any]:
     """Return all settings of one of sctraj's own methods, those not given as `sctraj.tl.leave_one_out` has them."""
-    names = ("field", "path", "sigma", *(f.name for f in fields(Training) if f.name != "module"))
+    names = ("field", "path", "sigma", "block", *(f.name for f in fields(Training) if f.name != "module"))
     unknown = [name for name in settings if name not in names]
     if unknown:
         raise TypeError(f"expected settings of {', '.join(names)} for {method}, found {', '.join(unknown)}")
@@ -230,7 +230,8 @@ def own_settings(method: str, settings: Mapping[str, Setting]) -> dict[str, Any]
             raise TypeError(f"expected {words} for {setting} of {method}, found {value!r}")
     # what follows is for its errors alone
     check_field(complete["field"], None)
-    Training(module=None, **{name: value for name, value in complete.items() if name not in ("field", "path", "sigma")})
+    Plans(complete["block"])
+    Training(module=None, **{f.name: complete[f.name] for f in fields(Training) if f.name != "module"})
     anywhere = Snapshots((0.0, 1.0), (zeros(1, 1), zeros(1, 1)))
     make_path(anywhere, method, complete["path"], 1.0 if complete["sigma"] is None else complete["sigma"])
     return complete
@@ -246,7 +247,7 @@ def restore_own(
     depend on a seed and is put together once for them.
     """
     chosen = own_settings(method, settings)
-    field, path, sigma = (chosen.pop(name) for name in ("field", "path", "sigma"))
+    field, path, sigma, block = (chosen.pop(name) for name in ("field", "path", "sigma", "block"))
     training = Training(module=None, **chosen)
     validate = training.patience is not None and field == "neural"
     problems: list[Problem] = []
@@ -256,7 +257,7 @@ def restore_own(
         seeds = [member_seeds(job.seed, 1)[0] for job in group]
         some = seeds if field == "neural" else seeds[:1]
         made = make_problems(
-            group[0].snapshots, method=method, path=path, sigma=sigma, seeds=some, validate=validate
+            group[0].snapshots, method=method, path=path, sigma=sigma, seeds=some, validate=validate, plans=Plans(block)
         )  # fmt: skip
         member += [len(problems) + n % len(some) for n in range(len(group))]
         problems += made[0]

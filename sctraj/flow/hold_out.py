@@ -62,6 +62,7 @@ def hold_out_problems(
     sigma: float | None,
     seeds: Sequence[int],
     validate: bool,
+    plans: Plans | None = None,
 ) -> tuple[list[int], list[Problem], list[Problem]]:
     """Build the problems of all folds and seeds: for every interior snapshot ``k``, those of the data without it.
 
@@ -71,7 +72,7 @@ def hold_out_problems(
     """
     held_out, problems, validation = [], [], []
     folds = {k: snapshots.without(k) for k in interior(snapshots)}
-    plans = Plans()
+    plans = plans or Plans()
     intervals = [interval for kept in folds.values() for interval in kept.intervals()]
     if sigma is None:
         measured = [i for i in intervals if max(len(i.x0), len(i.x1)) <= DISPLACEMENT_CELLS]

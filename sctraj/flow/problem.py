@@ -152,13 +152,26 @@ class Sample:
 
 
 class Plans:
-    """Couplings solved so far, for snapshots that share intervals, as those of the folds do.
+    """Couplings solved so far, for snapshots that share intervals, as those of the folds do, and how to solve them.
 
     A coupling is found again where the interval, what is asked of it and the state of the random numbers are the same:
     so the draws of blocks are those of couplings made one by one. It lives as long as its owner puts problems together.
+
+    Parameters
+    ----------
+    block
+        Cells a side of the blocks that larger snapshots are coupled in; None: as `couple` has it.
+
+    Raises
+    ------
+    ValueError
+        If that is not a whole number of at least 2.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, block: int | None = None) -> None:
+        if block is not None and (block != int(block) or block < 2):
+            raise ValueError(f"expected block to be a whole number of cells of at least 2, found {block}")
+        self.block = None if block is None else int(block)
         self._known: list[_Solved] = []
 
     def couple(self, interval: Interval, path: ProbabilityPath | None, method: str, rng: torch.Generator) -> Coupling:
@@ -169,7 +182,7 @@ class Plans:
             if known.what == what and _same(known.interval, interval) and torch.equal(known.before, before):
                 rng.set_state(known.after)
                 return known.coupling
-        coupling = couple(interval, path, method, rng)
+        coupling = couple(interval, path, method, rng, self.block)
         self._known.append(_Solved(interval, what, before, rng.get_state(), coupling))
         return coupling
 
@@ -177,7 +190,7 @@ class Plans:
         """Solve couplings of small snapshots, to which random numbers do not matter, on several threads at once."""
         distinct: list[Interval] = []
         for interval in intervals:
-            small = max(len(interval.x0), len(interval.x1)) <= BLOCK
+            small = max(len(interval.x0), len(interval.x1)) <= (self.block or BLOCK)
             if small and not any(_same(interval, other) for other in distinct):
                 distinct.append(interval)
 
@@ -214,7 +227,7 @@ def displacement(snapshots: Snapshots, plans: Plans) -> float:
     """
     squares = []
     for interval in snapshots.intervals():
-        if max(len(interval.x0), len(interval.x1)) <= DISPLACEMENT_CELLS:
+        if max(len(interval.x0), len(interval.x1)) <= min(DISPLACEMENT_CELLS, plans.block or DISPLACEMENT_CELLS):
             plan = plans.couple(interval, None, "ot-cfm", torch.Generator().manual_seed(DATA_SEED))
             assert isinstance(plan, SparsePlan)
             squares.append(plan.cost)
@@ -254,15 +267,18 @@ def make_path(snapshots: Snapshots, method: str, path: str | None, sigma: float)
     return Straight(sigma)
 
 
-def couple(interval: Interval, path: ProbabilityPath | None, method: str, rng: torch.Generator) -> Coupling:
+def couple(
+    interval: Interval, path: ProbabilityPath | None, method: str, rng: torch.Generator, block: int | None = None
+) -> Coupling:
     """Return a method's coupling of one interval; ``rng`` serves only where the whole plan does not fit.
 
-    The path serves only for ``"sb-cfm"``, whose coupling depends on its sigma.
+    The path serves only for ``"sb-cfm"``, whose coupling depends on its sigma. Snapshots of more than ``block`` cells
+    (by default 3,000) are met in blocks, except for ``"sb-cfm"``, whose potentials fit whatever the snapshots are.
     """
     if method == "uot-cfm":
-        return growing(interval, rng)
+        return growing(interval, rng, block=block)
     if method == "ot-cfm":
-        return blocked(interval, rng)
+        return blocked(interval, rng, block=block or BLOCK)
     if method == "sb-cfm":
         assert path is not None
         return entropic(interval, epsilon=2 * path.sigma**2 * interval.length)
@@ -300,7 +316,7 @@ def make_problems(
     validate
         Whether to hold back a tenth of each snapshot's cells.
     plans
-        Of other snapshots with which these share intervals; none by default.
+        Of other snapshots with which these share intervals, and how to solve them; none by default.
 
     Returns
     -------
@@ -321,7 +337,7 @@ def make_problems(
         couplings = tuple(plans.couple(interval, law, method, rng) for interval in cells.intervals())
         if isinstance(law, Straight) and path in ("land", "rbf"):  # learned once, on the cells to train on
             law = _learned(cells, couplings, "land" if path == "land" else "rbf", law.sigma)
-        velocities = _velocities(cells, couplings, rng) if isinstance(law, Hermite) else ()
+        velocities = _velocities(cells, couplings, rng, plans.block) if isinstance(law, Hermite) else ()
         part.extend(Problem(cells, couplings, law, seed, velocities) for seed in seeds)
     return problems[0], problems[1]
 
@@ -341,9 +357,14 @@ def _learned(snapshots: Snapshots, couplings: Sequence[Coupling], metric: Metric
     )
 
 
-def _velocities(snapshots: Snapshots, couplings: Sequence[Coupling], rng: torch.Generator) -> tuple[Tensor | None, ...]:
+def _velocities(
+    snapshots: Snapshots, couplings: Sequence[Coupling], rng: torch.Generator, block: int | None
+) -> tuple[Tensor | None, ...]:
     """Return the cells' velocities for curved paths; kin comes from the growing plan whatever the coupling is."""
-    plans = [c if isinstance(c, GrowingPlan) else growing(i, rng) for c, i in zip(couplings, snapshots.intervals())]
+    plans = [
+        c if isinstance(c, GrowingPlan) else growing(i, rng, block=block)
+        for c, i in zip(couplings, snapshots.intervals())
+    ]
     return tangents(snapshots, plans)
 
 

@@ -15,7 +15,7 @@ from .._log import logger
 from ..flow import hold_out
 from ..flow.flow_matching import Training, pick_device
 from ..flow.hold_out import Start
-from ..flow.problem import METHODS
+from ..flow.problem import METHODS, Plans
 from ._field import Field, check_field, check_jitter, make_field
 from ._fit_flow import Path
 from ._seeds import member_seeds, seed_of
@@ -50,6 +50,7 @@ def leave_one_out(
     jitter: float = 0.0,
     n_seeds: int = 5,
     sigma: float | None = None,
+    block: int | None = None,
     module: nn.Module | None = None,
     width: int = 64,
     depth: int = 3,
@@ -99,7 +100,7 @@ def leave_one_out(
         population's spread from starts as wide as its kernel (1); cells themselves (0) end up a little too close.
     n_seeds
         Fits per held-out snapshot and method. Closed-form fields do not depend on a seed and are put together once.
-    sigma, module, width, depth, n_steps, batch_size, learning_rate, weight_decay, ema_decay, patience
+    sigma, block, module, width, depth, n_steps, batch_size, learning_rate, weight_decay, ema_decay, patience
         As in `sctraj.tl.fit_flow`.
     device
         ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
@@ -148,6 +149,7 @@ def leave_one_out(
         raise ValueError(f"expected distinct methods of {METHODS}, found {methods}")
     where = pick_device(device)
     training = Training(module, width, depth, n_steps, batch_size, learning_rate, weight_decay, ema_decay, patience)
+    plans = Plans(block)
     seed = seed_of(rng)
     seeds = member_seeds(seed, n_seeds)
     if start not in get_args(Start):
@@ -165,6 +167,7 @@ def leave_one_out(
             sigma=sigma,
             seeds=seeds if field == "neural" else seeds[:1],
             validate=patience is not None and field == "neural",
+            plans=plans,
         )
         for method in methods
     }
@@ -202,6 +205,7 @@ def leave_one_out(
         "held_out_times": np.array([snapshots.times[k] for k in hold_out.interior(snapshots)]),
         "noise_reference_sizes": np.array(halves),
         "sigma": np.array([_sigmas(held_out, problems) for held_out, problems, _ in prepared.values()]),
+        **({} if block is None else {"block": block}),
         "n_steps": n_steps,
         "batch_size": batch_size,
         "learning_rate": learning_rate,

@@ -371,6 +371,9 @@ def test_unknown_methods_and_settings_are_refused(course):
         own_settings("ot-cfm", {"widht": 3})
     with pytest.raises(TypeError, match="speed"):
         measured(course, unit("noise-reference", settings=(("speed", 1),)))
+    with pytest.raises(ValueError, match=r"block.*found 1"):
+        own_settings("ot-cfm", {"block": 1})
+    assert own_settings("ot-cfm", {"block": 100})["block"] == 100
     assert own_settings("ot-cfm", {})["n_steps"] == 500  # tl.leave_one_out's own
 
 
