@@ -13,6 +13,7 @@ from ..exponential import exp_
 
 WHOLE = 2**24  # entries: any matrix up to this size is kept (128 MiB in float64), a larger one is made anew row by row
 TILE = 2**20  # entries met at once on a CPU: what its caches hold
+FEWEST = 8  # rows of a tile: each reads all of the other side
 REACH = 100.0  # potentials that exceed the absorbed ones by more epsilons than this are absorbed in their turn
 FAINTEST = 1e-200  # smallest sum over a row of the kernel that entries lost to underflow cannot have changed
 
@@ -47,7 +48,8 @@ def split(cells: Tensor, n: int) -> tuple[Tensor, ...]:
 
 
 def _rows(device: torch.device, n: int) -> int:
-    return max(1, (min(WHOLE, TILE) if device.type == "cpu" else WHOLE) // n)
+    rows = WHOLE // n
+    return max(1, min(rows, max(TILE // n, FEWEST)) if device.type == "cpu" else rows)
 
 
 def tiles(x0: Tensor, x1: Tensor) -> Iterator[Tensor]:
