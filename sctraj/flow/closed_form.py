@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .exponential import exp_
 from .metric_path import MetricPath
 from .probability_path import BrownianBridge, Hermite, Moments, Pairs, ProbabilityPath, Straight, Trigonometric
 from .problem import Problem
@@ -243,9 +242,8 @@ def _evaluate(part: _Member, t: float, x: Tensor) -> tuple[Tensor, Tensor, Tenso
     d, values = x.shape[1], torch.nn.functional.pad(values, (0, -values.shape[1] % 16))
     results = []
     for points, distance2, width2 in now.tiles(part.path, x - part.origin):
-        log_weight = distance2.div_(-2 * width2).add_(log_mass)
-        weight = exp_(log_weight.sub_(log_weight.amax(1, keepdim=True)))
-        average = weight @ values / weight.sum(1, keepdim=True)
+        weight = torch.softmax(distance2.div_(-2 * width2).add_(log_mass), 1)
+        average = weight @ values
         pull = average[:, :d] - points
         velocity = average[:, d : 2 * d]
         if not _local(part.path):

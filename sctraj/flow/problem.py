@@ -169,7 +169,7 @@ class Plans:
     """
 
     def __init__(self, block: int | None = None) -> None:
-        if block is not None and (block != int(block) or block < 2):
+        if block is not None and not (block >= 2 and block % 1 == 0):
             raise ValueError(f"expected block to be a whole number of cells of at least 2, found {block}")
         self.block = None if block is None else int(block)
         self._known: list[_Solved] = []

@@ -257,16 +257,19 @@ def test_mixing_ends_a_linear_iteration_in_as_many_steps_as_it_has_rates():
     basis = torch.linalg.qr(torch.randn(50, 50, generator=rng, dtype=torch.float64)).Q
     rates = torch.tensor([0.99, 0.9, 0.5]).double().repeat(17)[:50]
     matrix, goal = basis @ torch.diag(rates) @ basis.T, torch.randn(50, generator=rng, dtype=torch.float64)
-    mix, at = sinkhorn.Mixing(torch.ones(50).double() / 50), torch.zeros(50).double()
+    mix, at = sinkhorn.Mixing(torch.ones(50).double() / 50, math.inf), torch.zeros(50).double()
     errors = []
     for _ in range(6):
         at = mix(at, goal + matrix @ (at - goal))
         errors.append(float((at - goal).norm()))
     assert errors[0] > 0.5 * float(goal.norm())
     assert errors[4] < 1e-6 * errors[0]
-    mix.forget()
-    there = goal + matrix @ (at - goal)
-    assert torch.equal(mix(at, there), there)  # nothing remembered
+    short = sinkhorn.Mixing(torch.ones(50).double() / 50, 1e-3)
+    at = torch.zeros(50).double()
+    for _ in range(3):
+        there = goal + matrix @ (at - goal)
+        at = short(at, there)
+        assert torch.equal(at, there)  # farther than it may
 
 
 def test_extrapolation_spares_most_iterations(monkeypatch):
@@ -317,7 +320,7 @@ def test_starting_from_a_sample_changes_the_way_and_not_the_plan(monkeypatch, ab
     )
 
     def of_all_cells() -> int:
-        return sum(len(one.log_mass[0]) == 400 for one in absorbed)
+        return sum(len(one.log_mass[0]) == 200 for one in absorbed)  # that have mass
 
     plan = solved(interval, penalty, 0.05)
     many = of_all_cells()
@@ -326,6 +329,32 @@ def test_starting_from_a_sample_changes_the_way_and_not_the_plan(monkeypatch, ab
     assert 0 < of_all_cells() - many < many  # whole kernels: none on the way down to the last epsilon
     assert not bool((plan.f == other.f).all())  # it did start elsewhere
     torch.testing.assert_close(plan.matrix(), other.matrix(), rtol=1e-5, atol=1e-12)  # the tolerance, over the least
+
+
+@pytest.mark.parametrize("whole", [2**24, 1000])
+@pytest.mark.parametrize("penalty", [1.0, math.inf])
+def test_cells_without_mass_far_from_all_that_have_some_do_no_harm(monkeypatch, whole, penalty):
+    interval, far = make_interval(60, 45, weighted=True), torch.arange(10)
+    interval.x0[far] += 300.0  # between them and those of the other side an entry of the plan is beyond all numbers
+    interval.x1[far] += 300.0
+    few = replace(
+        interval, x0=interval.x0[10:], x1=interval.x1[10:],
+        mass0=interval.mass0[10:] / interval.mass0[10:].sum(), mass1=interval.mass1[10:] / interval.mass1[10:].sum(),
+    )  # fmt: skip
+    interval = replace(
+        interval,
+        mass0=torch.cat([torch.zeros(10).double(), few.mass0]),
+        mass1=torch.cat([torch.zeros(10).double(), few.mass1]),
+    )
+    monkeypatch.setattr(kernel, "WHOLE", whole)
+    made, columns = [], kernel.Plan.columns
+    monkeypatch.setattr(kernel.Plan, "columns", lambda self, u: made.append(columns(self, u)) or made[-1])
+    plan, without = solved(interval, penalty, 0.02), solved(few, penalty, 0.02)
+    assert made  # Newton steps were taken
+    assert all(bool(part.isfinite().all()) for part in made)
+    assert plan.n_iterations <= 2 * without.n_iterations
+    torch.testing.assert_close(plan.matrix()[10:, 10:], without.matrix(), rtol=1e-5, atol=1e-12)
+    assert float(plan.matrix()[:10].sum() + plan.matrix()[:, :10].sum()) == 0
 
 
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-6])

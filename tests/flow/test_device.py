@@ -286,7 +286,7 @@ def test_what_sinkhorn_multiplies_by_stays_on_the_device(monkeypatch, whole):
         found = [made.soft_minimum(log_masses[int(side)], 1.0, rows=side) for side in (False, True)]
         plan = made.plan(*log_masses, 1.0)
         found += [plan.columns(log_masses[0]), plan.there_and_back(log_masses[1], log_masses[0])]
-        mix = Mixing(log_masses[1])
+        mix = Mixing(log_masses[1], 1.0)
         found += [mix(log_masses[1], log_masses[1]) for _ in range(3)]
         if whole:
             made = kernel.Kernel(*ends, *log_masses)

@@ -112,7 +112,7 @@ def entropic(
     With ``epsilon = 2 sigma^2 (t1 - t0)`` this is the static Schroedinger bridge of a Brownian motion of diffusivity
     ``sigma`` (Tong et al. 2023, proposition 3.5). Potentials are float64; epsilon is lowered by steps from the cost's
     own scale. Where the plan does not fit, cells are met in tiles, so memory grows as ``n0 + n1``; a tile is float32
-    where its rounding is a twentieth of the tolerance at most.
+    where its rounding is a twentieth of the error so far at most, or of the tolerance.
 
     Parameters
     ----------

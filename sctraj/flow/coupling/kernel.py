@@ -127,20 +127,18 @@ class Kernel:
             f = softness * self.soft_minimum(g, epsilon, rows=True)
             return f, self.soft_minimum(f, epsilon, rows=False)
         log_a, log_b = self.log_mass
-        weight = (g / epsilon).masked_fill(log_b == -math.inf, -math.inf)
-        b, f = log_b.exp(), torch.empty_like(log_a)
-        ratio, most = torch.zeros_like(g), torch.zeros_like(g[:1])  # c / b, and a bound of it
-        for tile, exponent in self._exponents(0, weight, epsilon):
+        f, sums, most = torch.empty_like(log_a), torch.zeros_like(g), torch.zeros_like(g[:1])
+        for tile, exponent in self._exponents(0, log_b + g / epsilon, epsilon):
             largest = exponent.amax(1, keepdim=True)
             entries = exp_(exponent.sub_(largest))
             shift = largest.squeeze(1).double() - self.squares[0][tile] / epsilon
-            f[tile] = -softness * epsilon * ((entries @ b.to(entries)).double().log() + shift)
+            f[tile] = -softness * epsilon * (entries.sum(1).double().log() + shift)
             scaling = (log_a[tile] + f[tile] / epsilon + shift).exp()
-            ratio += (scaling.to(entries) @ entries).double()
-            most += scaling.sum()
-        best = g - epsilon * ratio.log()
+            sums += (scaling.to(entries) @ entries).double()
+            most += scaling.sum()  # entries being one at most, no sum is more
+        best = g - epsilon * (sums.log() - log_b)
         # of a column without mass nothing was made, of one far from all rows nothing may be left
-        sound = (ratio > 1e8 * torch.finfo(self._dtype(epsilon)).tiny * (most + len(f))) & (ratio < math.inf)
+        sound = (sums > 1e8 * torch.finfo(self._dtype(epsilon)).tiny * (most + len(f))) & (sums < math.inf)
         lost = torch.nonzero(~sound).squeeze(1)
         if len(lost):
             there = Kernel(self.cells[0], self.cells[1][lost], log_a, log_b[lost], keep=False)

@@ -19,8 +19,9 @@ ANNEALING = 10  # iterations at each epsilon on the way down
 SAMPLE = 1500  # cells a side at most that come first, where there are more than twice as many
 NEAR = 1e-2  # error at which these have served: their potentials are off by the sample's noise anyway
 MEMORY = 3  # last iterations from which the next is extrapolated
+FARTHEST = 30.0  # epsilons that a potential is extrapolated by at most
 ROUNDING = 0.05  # of the error so far, or the tolerance: relative error of a plan's entry for which float32 will do
-SLOW = 0.03  # of the error left after as many iterations as lie between Newton steps: if more is, one is taken
+SLOW = 0.1  # of the error left after as many iterations as lie between Newton steps: if more is, those are taken
 CONJUGATE_GRADIENTS = 50  # iterations at most within a Newton step
 SHARPEST = 1e-6  # epsilon below this fraction of the mean cost is refused: rounding would rule
 
@@ -82,11 +83,21 @@ def sinkhorn(
     """Find the potentials of the entropic plan, whose marginals hold at the strength ``penalty`` (infinity: are hard).
 
     Epsilon is lowered by steps from the cost's own scale; of large snapshots on a sample of the cells, whose potentials
-    then start all others. The caller judges whether ``error`` is below ``tolerance``.
+    then start all others. Iterations at the last one are extrapolated; where that does not serve they begin again, as
+    plain ones and Newton steps. The caller judges whether ``error`` is below ``tolerance``.
     """
+    held = [log_m > -math.inf for log_m in (ends.log_a, ends.log_b)]
+    if not all(bool(cells.all()) for cells in held):
+        few = replace(
+            ends, x0=ends.x0[held[0]], x1=ends.x1[held[1]], log_a=ends.log_a[held[0]], log_b=ends.log_b[held[1]]
+        )
+        found = sinkhorn(
+            few, epsilon=epsilon, penalty=penalty, tolerance=tolerance, max_iterations=max_iterations,
+            newton_every=newton_every,
+        )  # fmt: skip
+        return _extended(found, few, ends, held, epsilon, penalty)
     log_a, log_b = ends.log_a, ends.log_b
     g, epsilons, iterations, error = torch.zeros_like(log_b), annealing(ends.scale, epsilon), 0, math.inf
-    mark = math.inf  # the error when it was last asked whether to take a Newton step
     if max(len(log_a), len(log_b)) > 2 * SAMPLE:
         some = _sample(ends)
         near = sinkhorn(
@@ -97,7 +108,9 @@ def sinkhorn(
         g, epsilons = _softness(penalty, epsilon) * across.soft_minimum(near.f, epsilon, rows=False), [epsilon]
     kernel = Kernel(ends.x0, ends.x1, log_a, log_b)
     for eps in epsilons:
-        softness, mix = _softness(penalty, eps), Mixing(log_b.exp())
+        softness, start, plain = _softness(penalty, eps), g, g
+        mix = Mixing(log_b.exp(), FARTHEST * eps) if eps == epsilon else None
+        error = mark = math.inf  # the latter: when it was last asked whether to take a Newton step
         for iterations in range(1, (max_iterations if eps == epsilon else ANNEALING) + 1):
             # Chizat et al. 2018, scaling algorithms: the rows' marginal is now a exp(-f / penalty)
             kernel.rounding = ROUNDING * max(tolerance, min(error, NEAR))
@@ -106,22 +119,25 @@ def sinkhorn(
             last, error = error, float(weight @ torch.expm1((g - best) / eps + g / penalty).abs())
             if error < tolerance:
                 break
-            if iterations == 1:
-                mark = error
+            if mix is not None and not error <= last:  # too far: on from where the plain iteration had come to
+                g, mix = plain, Mixing(log_b.exp(), FARTHEST * eps)
+                continue
             if iterations % newton_every == 0:
-                slow, mark = error > SLOW * mark, error
-                if slow:
+                if mix is None:
                     g = _newton(kernel, f, g, eps, penalty)
-                    mix.forget()
                     continue
+                if error > SLOW * mark:  # it led nowhere: from the start again, without
+                    g, mix = start, None
+                    continue
+                mark = error
+            mark = min(mark, error) if iterations == 1 else mark
             then = softness * best
             if penalty < math.inf:
                 # the best of all (f + shift, g - shift), which share one plan (Sejourne et al. 2022)
                 log_masses = [torch.logsumexp(log_m - h / penalty, 0) for log_m, h in ((log_a, f), (log_b, then))]
                 then = then - penalty / 2 * (log_masses[0] - log_masses[1])
-            if error > last:
-                mix.forget()
-            g = mix(g, then)
+            plain = then
+            g = then if mix is None else mix(g, then)
     kernel.rounding = ROUNDING * tolerance
     return Potentials(kernel, f, g, best, error, iterations)
 
@@ -135,14 +151,12 @@ class Mixing:
     ----------
     weight
         Of the coordinates ``(n,)`` in the norm of a step.
+    farthest
+        Extrapolation by more than this, in any coordinate, is none.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-        self.forget()
-
-    def forget(self) -> None:
-        """Begin anew."""
+    def __init__(self, weight: Tensor, farthest: float) -> None:
+        self.weight, self.farthest = weight, farthest
         self.points: list[Tensor] = []
         self.steps: list[Tensor] = []
 
@@ -157,7 +171,24 @@ class Mixing:
         gram = (changes * self.weight) @ changes.T
         gram.diagonal().mul_(1 + 1e-12).add_(1e-300)
         shares = torch.linalg.solve_ex(gram, (changes * self.weight) @ step).result  # which has no device wait
-        return then - shares @ (moves + changes)
+        change = shares @ (moves + changes)
+        return then - torch.where(change.abs().amax() <= self.farthest, change, 0)
+
+
+def _extended(
+    found: Potentials, few: Ends, ends: Ends, held: list[Tensor], epsilon: float, penalty: float
+) -> Potentials:
+    """Return the potentials of all cells, those without mass having the best for the other side's, from the others'."""
+    softness = _softness(penalty, epsilon)
+    rows = Kernel(ends.x0, few.x1, ends.log_a, few.log_b, keep=False)
+    columns = Kernel(few.x0, ends.x1, few.log_a, ends.log_b, keep=False)
+    f = softness * rows.soft_minimum(found.g, epsilon, rows=True)
+    best = columns.soft_minimum(found.f, epsilon, rows=False)
+    g = softness * best
+    f[held[0]], best[held[1]], g[held[1]] = found.f, found.best, found.g
+    kernel = Kernel(ends.x0, ends.x1, ends.log_a, ends.log_b, keep=False)
+    kernel.rounding = found.kernel.rounding
+    return replace(found, kernel=kernel, f=f, g=g, best=best)
 
 
 def _sample(ends: Ends) -> Ends:

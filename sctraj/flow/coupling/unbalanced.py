@@ -175,7 +175,7 @@ def unbalanced(
     the mass ``exp(-C / (epsilon + 2 penalty))`` moves, the rest is destroyed and made; a large penalty gives the
     entropic coupling. Potentials are float64; epsilon is lowered by steps from the cost's own scale. Where the plan
     does not fit, cells are met in tiles, so memory grows as ``n0 + n1``; a tile is float32 where its rounding is a
-    twentieth of the tolerance at most.
+    twentieth of the error so far at most, or of the tolerance.
 
     Parameters
     ----------
