@@ -30,7 +30,7 @@ def main() -> None:
     logging.getLogger("sctraj").setLevel(logging.WARNING)
     cells = simulated_differentiation(n_cells=300) if quick else simulated_differentiation()
     snapshots = read_snapshots(cells, "time", "X_pca", least=2).snapshots.without(1)
-    ways = {"plain": (False, 10**9), "extrapolated": (True, 10**9), "+ Newton": (True, solver.NEWTON_EVERY)}
+    ways = {"plain": (False, 10**9), "extrapolated": (True, 10**9), "or Newton": (True, solver.NEWTON_EVERY)}
     rows = []
     for interval in snapshots.intervals():
         cost = exact(interval).cost

@@ -66,6 +66,7 @@ CASES: dict[str, tuple[Change, dict[str, object], type[Exception], str]] = {
     "no sigma for a score": (lambda a: None, {"sigma": 0.0, "method": "sb-cfm"}, ValueError, "positive sigma.*ot-cfm"),
     "sigma too small": (lambda a: None, {"sigma": 1e-5, "method": "sb-cfm"}, ValueError, "sigma at least .* larger"),
     "blocks of one cell": (lambda a: None, {"block": 1}, ValueError, "block.*at least 2, found 1"),
+    "endless blocks": (lambda a: None, {"block": float("inf")}, ValueError, "whole number of cells.*inf"),
     "half a cell": (lambda a: None, {"block": 20.5}, ValueError, "whole number of cells.*20.5"),
     "unknown method": (lambda a: None, {"method": "ot"}, ValueError, "ot-cfm.*found 'ot'"),
     "unknown device": (lambda a: None, {"device": "tpu"}, ValueError, "auto, cpu, cuda, mps, found 'tpu'"),

@@ -331,6 +331,31 @@ def test_starting_from_a_sample_changes_the_way_and_not_the_plan(monkeypatch, ab
     torch.testing.assert_close(plan.matrix(), other.matrix(), rtol=1e-5, atol=1e-12)  # the tolerance, over the least
 
 
+@pytest.mark.parametrize("whole", [2**24, 100])
+@pytest.mark.parametrize("seed", [3, 4, 7])
+def test_extrapolation_does_not_lead_astray_where_many_cells_are_at_few_places(monkeypatch, seed, whole):
+    rng = torch.Generator().manual_seed(seed)
+    x0, x1 = (torch.randn(n, 3, generator=rng, dtype=torch.float64).repeat(m, 1) for n, m in ((5, 8), (4, 9)))
+    equal = [torch.full((len(x),), 1 / len(x), dtype=torch.float64) for x in (x0, x1)]
+    interval = Interval(0.0, 1.0, x0, x1, *equal)
+    monkeypatch.setattr(kernel, "WHOLE", whole)
+    scale = sinkhorn.prepare(interval, None).scale
+    for fraction in (1e-2, 3e-3, 1e-3, 1e-4, 1e-5):
+        assert entropic(interval, epsilon=fraction * scale, max_iterations=100).marginal_error < 1e-3
+
+
+def test_a_cell_whose_mass_is_no_float32_is_met_in_tiles(monkeypatch):
+    monkeypatch.setattr(kernel, "WHOLE", 1)
+    x0, x1 = torch.zeros(1, 1).double(), torch.tensor([[0.0], [10.0]]).double()
+    found = kernel.Kernel(x0, x1, torch.zeros(1).double(), torch.tensor([1e-50, 1.0], dtype=torch.float64).log())
+    found.rounding = 1e-3
+    f, best = found.soft_minima(torch.zeros(2).double(), 0.5, 1.0)
+    assert found._dtype(0.5) == torch.float32
+    expected = 50 * math.log(10) / 2  # it is near, which outweighs that it has next to no mass
+    torch.testing.assert_close(f, torch.tensor([expected]).double(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(best, torch.tensor([-expected, 100 - expected]).double(), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("whole", [2**24, 1000])
 @pytest.mark.parametrize("penalty", [1.0, math.inf])
 def test_cells_without_mass_far_from_all_that_have_some_do_no_harm(monkeypatch, whole, penalty):

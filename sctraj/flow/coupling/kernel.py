@@ -70,7 +70,7 @@ class Kernel:
     in it. A soft minimum is then a product of ``K`` and a vector, as long as the potentials asked for are near
     the absorbed ones (Schmitzer 2019, stabilised scaling). Where they are not, it is found in the log domain, and the
     potentials are absorbed anew. Where it does not fit, entries are made in tiles, in float32 where rounding lets it,
-    and summed up in float64.
+    and tiles are summed up in float64.
 
     Parameters
     ----------
