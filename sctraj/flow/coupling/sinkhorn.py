@@ -110,7 +110,7 @@ def sinkhorn(
     for eps in epsilons:
         softness, start, plain = _softness(penalty, eps), g, g
         mix = Mixing(log_b.exp(), FARTHEST * eps) if eps == epsilon else None
-        error = mark = math.inf  # the latter: when it was last asked whether to take a Newton step
+        error = math.inf
         for iterations in range(1, (max_iterations if eps == epsilon else ANNEALING) + 1):
             # Chizat et al. 2018, scaling algorithms: the rows' marginal is now a exp(-f / penalty)
             kernel.rounding = ROUNDING * max(tolerance, min(error, NEAR))
@@ -119,9 +119,8 @@ def sinkhorn(
             last, error = error, float(weight @ torch.expm1((g - best) / eps + g / penalty).abs())
             if error < tolerance:
                 break
-            if mix is not None and not error <= last:  # too far: on from where the plain iteration had come to
-                g, mix = plain, Mixing(log_b.exp(), FARTHEST * eps)
-                continue
+            if iterations == 1:
+                mark = error  # and then that of every Newton step's turn
             if iterations % newton_every == 0:
                 if mix is None:
                     g = _newton(kernel, f, g, eps, penalty)
@@ -130,7 +129,9 @@ def sinkhorn(
                     g, mix = start, None
                     continue
                 mark = error
-            mark = min(mark, error) if iterations == 1 else mark
+            if mix is not None and not error <= last:  # too far: on from where the plain iteration had come to
+                g, mix = plain, Mixing(log_b.exp(), FARTHEST * eps)
+                continue
             then = softness * best
             if penalty < math.inf:
                 # the best of all (f + shift, g - shift), which share one plan (Sejourne et al. 2022)
