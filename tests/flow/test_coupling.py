@@ -303,7 +303,6 @@ def solved(interval: Interval, penalty: float, epsilon: float):
 @pytest.mark.parametrize(("penalty", "epsilon"), [(1.0, 0.1), (math.inf, 0.5)])
 def test_absorbing_potentials_changes_the_way_and_not_the_plan(monkeypatch, absorbed, penalty, epsilon):
     interval = with_far_cells(make_interval(60, 45, weighted=True))
-    monkeypatch.setattr(sinkhorn, "Mixing", lambda *_: None)  # extrapolation makes something of rounding
     plan = solved(interval, penalty, epsilon)
     few = len(absorbed)
     monkeypatch.setattr(kernel, "REACH", -1.0)  # nothing is near enough: all in the log domain

@@ -66,8 +66,8 @@ def slices(x0: Tensor, x1: Tensor) -> Iterator[slice]:
 class Kernel:
     """Soft minima over the costs ``C_ij = |x0_i - x1_j|^2``, and plans as linear maps.
 
-    Where it fits, ``K_ij = exp((f_i + g_j - C_ij) / epsilon)`` is kept, some potentials ``f, g`` being absorbed
-    in it. A soft minimum is then a product of ``K`` and a vector, as long as the potentials asked for are near
+    Where it fits, ``K_ij = exp((f_i + g_j - C_ij) / epsilon)`` is kept beside the costs, some potentials ``f, g`` being
+    absorbed in it. A soft minimum is then a product of ``K`` and a vector, as long as the potentials asked for are near
     the absorbed ones (Schmitzer 2019, stabilised scaling). Where they are not, it is found in the log domain, and the
     potentials are absorbed anew. Where it does not fit, entries are made in tiles, in float32 where rounding lets it,
     and tiles are summed up in float64.
@@ -89,7 +89,9 @@ class Kernel:
 
     def __init__(self, x0: Tensor, x1: Tensor, log_a: Tensor, log_b: Tensor, *, keep: bool = True) -> None:
         self.cells, self.log_mass, self.rounding = (x0, x1), (log_a, log_b), 0.0
-        self.kept = x0.new_empty(len(x0), len(x1)) if keep and fits(x0, x1) else None
+        keep = keep and fits(x0, x1)
+        self.cost = squared_distances(x0, x1) if keep else None  # the same from both sides, to the last bit
+        self.kept = x0.new_empty(len(x0), len(x1)) if keep else None
         self.absorbed = torch.zeros_like(log_a), torch.zeros_like(log_b)
         self.epsilon = 0.0  # of the kernel kept; none yet
         self.rooms = {dtype: Room(x0.new_empty(0, dtype=dtype)) for dtype in (torch.float32, torch.float64)}
@@ -110,7 +112,7 @@ class Kernel:
         parts = []
         for tile, exponent in self._exponents(here, weight, epsilon):
             largest = exponent.amax(1, keepdim=True)
-            log_sum = exp_(exponent.sub_(largest)).sum(1).log_().add_(largest.squeeze(1))
+            log_sum = self._exp_(exponent.sub_(largest)).sum(1).log_().add_(largest.squeeze(1))
             parts.append(log_sum.double() - self.squares[here][tile] / epsilon)
         found = -epsilon * torch.cat(parts)
         if self.kept is not None:
@@ -175,12 +177,17 @@ class Kernel:
         self.absorbed, self.epsilon = (f, g), epsilon
         rise = f / epsilon - self.squares[0] / epsilon
         for tile, exponent in self._exponents(0, g / epsilon, epsilon):
-            self.kept[tile] = exp_(exponent.add_(rise[tile, None]))
+            self.kept[tile] = self._exp_(exponent.add_(rise[tile, None]))
+
+    def _exp_(self, x: Tensor) -> Tensor:
+        """Replace ``x`` by its exponential: to the last bit where a kernel is kept, for tolerances near rounding."""
+        return exp_(x) if self.kept is None else x.exp_()
 
     @cached_property
     def squares(self) -> tuple[Tensor, Tensor]:
-        """Squared lengths of the cells, ``(n0,)`` and ``(n1,)``."""
-        return self.cells[0].square().sum(1), self.cells[1].square().sum(1)
+        """Squared lengths of the cells, ``(n0,)`` and ``(n1,)``; zero where costs are kept, which have them."""
+        first, second = ((x.square() if self.cost is None else torch.zeros_like(x)).sum(1) for x in self.cells)
+        return first, second
 
     @cached_property
     def largest_cost(self) -> float:
@@ -195,10 +202,16 @@ class Kernel:
         return torch.float64
 
     def _exponents(self, here: int, weight: Tensor, epsilon: float) -> Iterator[tuple[slice, Tensor]]:
-        """Yield slices of a side's ``m`` cells with ``weight_j - (C_ij - |x_i|^2) / epsilon``, ``(m, n)``.
+        """Yield slices of a side's ``m`` cells with ``weight_j - (C_ij - squares_i) / epsilon``, ``(m, n)``.
 
         Each is written where the last one was.
         """
+        if self.cost is not None:
+            cost = self.cost if here == 0 else self.cost.T
+            for tile in slices(self.cells[here], self.cells[1 - here]):
+                out = self.rooms[torch.float64](len(cost[tile]), len(weight))
+                yield tile, torch.add(weight, cost[tile], alpha=-1 / epsilon, out=out)
+            return
         there, dtype = 1 - here, self._dtype(epsilon)
         own, other = (self.cells[side].to(dtype) for side in (here, there))
         weight = (weight - self.squares[there] / epsilon).to(dtype)
