@@ -1,5 +1,6 @@
 from ._evaluate import Unit as Unit
 from ._evaluate import evaluate as evaluate
+from ._files import written_whole as written_whole
 from ._grid import Data as Data
 from ._grid import Grid as Grid
 from ._grid import known_settings as known_settings
@@ -10,7 +11,6 @@ from ._run import grid_of as grid_of
 from ._run import run as run
 from ._run import run_grid as run_grid
 from ._run import run_published as run_published
-from ._run import written_whole as written_whole
 from ._tasks import TASKS as TASKS
 from ._uncertainty import paired as paired
 from ._uncertainty import summary as summary

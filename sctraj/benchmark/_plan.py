@@ -19,11 +19,13 @@ from .. import _adata, tl
 from ..flow.distance import LARGEST_EXACT
 from ..flow.hold_out import BASELINES, NOISE_REFERENCE, SMALLEST_HELD_OUT
 from ..flow.problem import METHODS as OWN
-from ._evaluate import DIVERGENCES, check
-from ._execute import Job, duration, n_gpus
+from ._evaluate import check
+from ._execute import duration
+from ._judge import DIVERGENCES
 from ._methods import find_method, is_known_here_alone
 from ._store import Store, fingerprint, key_of
 from ._tasks import find_task
+from ._workers import Job, n_gpus
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +11,16 @@ import click
 
 from .. import pl, tl
 from ..flow.flow_matching import pick_device
-from ..tl._leave_one_out import EULER_STEPS
-from . import _plan, _report
+from . import _plan
 from ._evaluate import evaluate
-from ._execute import Evaluate, Job, described, execute
+from ._execute import described, execute
+from ._files import written_whole
 from ._grid import RECIPE, Data, Grid, make_grid
 from ._published import beside_published, published_data, published_grid
-from ._store import Store, code_hash, to_text, versions, write_durably
+from ._results import write_results
+from ._store import Store
 from ._tasks import Start
-from ._uncertainty import paired, summary
+from ._workers import Evaluate, Job
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,11 +28,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FOLDER = "sctraj_benchmark"
-
-GRID_FILES = (
-    "benchmark.csv", "wide.csv", "summary.csv", "paired.csv", "published.csv", "failures.csv", "benchmark.parquet",
-    "report.html",
-)  # fmt: skip
 PRINTED = {
     "w1": "Wasserstein-1 distance",
     "energy": "energy distance, unbiased: 0 on average for two samples of one law",
@@ -41,6 +35,7 @@ PRINTED = {
 }
 
 
+# --- one data set at once ------------------------------------------------------------------------------------------
 def run(
     adata: AnnData,
     folder: str | Path = FOLDER,
@@ -90,6 +85,36 @@ def run(
         adata.write_h5ad(path)
     seconds = time.perf_counter() - start
     click.echo(f"{seconds:.1f} s; wrote leave_one_out.csv, leave_one_out.png and benchmark.h5ad to {folder}")
+
+
+def _as_text(table: Any) -> str:
+    names = {column: f"t = {column:g}" for column in table.columns if not isinstance(column, str)}
+    table = table.rename(columns=names | {"sd": "sd over seeds"})
+    table.index.name = None
+    return table.to_string(float_format=lambda value: f"{value:.3f}", na_rep="-")
+
+
+def _protocol_line(adata: AnnData, key: str) -> str:
+    from .._adata import PROTOCOL, table_name
+
+    record = adata.uns[PROTOCOL.format(table=table_name(key))]
+    return (
+        f"Protocol: each interior snapshot left out in turn, restored from {record['start']} "
+        f"({record['integration']}); {adata.n_obs} cells in {record['use_rep']}, {record['n_seeds']} seed(s). "
+        f"Distances are to all cells of the held-out snapshot; the noise reference's are between halves of it. "
+        f"{record['leak'][0].upper()}{record['leak'][1:]}."
+    )
+
+
+def _draw(adata: AnnData, key: str) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(17, 4.5), layout="constrained")  # of its own: pyplot keeps no hold of it
+    left, middle, right = figure.subplots(1, 3)
+    pl.leave_one_out(adata, metric="w1", key=key, ax=left)
+    pl.leave_one_out(adata, metric="energy", key=key, ax=middle)
+    pl.leave_one_out(adata, kind="map", key=key, ax=right)
+    return figure
 
 
 # --- grids ---------------------------------------------------------------------------------------------------------
@@ -187,12 +212,7 @@ def run_grid(
     there |= {one.name: one.ready(there[one.name]) for one in grid.data}
     work = _plan.jobs_of(grid, there)
     workers = _plan.workers_that_fit(work, jobs, grid.device)
-    told = {
-        f"{one.name}: strict beside published": f"the published form is in {one.use_rep}, not in the strict form's own "
-        f'recipe, so that they differ by more than the leak; use_rep = "{RECIPE}" makes that their only difference'
-        for one in grid.data
-        if one.use_rep != RECIPE and {unit.strict for unit in grid.units if unit.data == one.name} == {False, True}
-    }
+    told = _unlike_forms(grid)
     for name, what in told.items():
         click.echo(f"{name}: {what}", err=True)
     if plan:
@@ -203,12 +223,8 @@ def run_grid(
     execute(
         work, store, there, evaluate=compute, workers=workers, dask=dask, say=lambda line: click.echo(line, err=True)
     )
-    failures = [
-        {"unit": described(job.unit), "error": str((store.failure(job.key) or {}).get("error", "unknown"))}
-        for job in work
-        if not store.has(job.key)
-    ]
-    written = _write(grid, there, work, store, failures, beside, {**(notes or {}), **told})
+    failures = _failures(work, store)
+    written = write_results(grid, there, work, store, failures, beside, {**(notes or {}), **told})
     click.echo(f"{time.perf_counter() - begun:.1f} s; wrote {', '.join(written)} to {folder}")
     if failures:
         raise RuntimeError(
@@ -216,6 +232,25 @@ def run_grid(
             f"{folder}, and for where an error comes from the traces in {folder / 'failed'}. Run the same again to try "
             f"these once more."
         )
+
+
+def _unlike_forms(grid: Grid) -> dict[str, str]:
+    """Say of which data sets the strict and the published form differ by more than what they have seen."""
+    return {
+        f"{one.name}: strict beside published": f"the published form is in {one.use_rep}, not in the strict form's own "
+        f'recipe, so that they differ by more than the leak; use_rep = "{RECIPE}" makes that their only difference'
+        for one in grid.data
+        if one.use_rep != RECIPE and {unit.strict for unit in grid.units if unit.data == one.name} == {False, True}
+    }
+
+
+def _failures(work: Sequence[Job], store: Store) -> list[dict[str, str]]:
+    """Return the units that are not stored, with their errors."""
+    return [
+        {"unit": described(job.unit), "error": str((store.failure(job.key) or {}).get("error", "unknown"))}
+        for job in work
+        if not store.has(job.key)
+    ]
 
 
 def run_published(
@@ -260,144 +295,3 @@ def run_published(
     )
     notes = {f"skipped: {name}": reason for name, reason in reasons.items()}
     run_grid(grid, folder, cells=cells, beside=beside_published, notes=notes, **how)
-
-
-def _write(
-    grid: Grid, cells: Mapping[str, AnnData], work: Sequence[Job], store: Store, failures: list[dict[str, str]],
-    beside: Callable[[pd.DataFrame], pd.DataFrame] | None, notes: Mapping[str, str],
-) -> list[str]:  # fmt: skip
-    """Write everything that comes of the stored units, in the grid's order; return the files' names."""
-    import pandas as pd
-
-    files: dict[str, pd.DataFrame] = {}
-    done = [store.read(job.key) for job in work if store.has(job.key)]
-    page = None
-    if done:
-        table = pd.concat(done, ignore_index=True)
-        for metric in _report.PRINTED:
-            click.echo(f"{_report.as_text(table, metric=metric)}\n")
-        wide = pd.concat([_report.wide(table, metric=metric).assign(metric=metric) for metric in _report.PRINTED])
-        files = {"benchmark": table, "wide": wide, "summary": summary(table)}
-        pairs = _paired(table)
-        if pairs is not None:
-            files["paired"] = pairs
-        side = beside(table) if beside is not None else None
-        if side is not None:
-            click.echo(f"{side.to_string(index=False)}\n")
-            files["published"] = side
-        page = _report.html_report(
-            table, title="sctraj benchmark", summary=files["summary"], paired=pairs,
-            protocol=_protocol(grid, notes), data=_described(grid, cells, work),
-            versions=versions() | {"sources": code_hash()}, failures=failures, published=side,
-        )  # fmt: skip
-    if failures:
-        files["failures"] = pd.DataFrame(failures)
-    for name, rows in files.items():
-        write_durably(store.folder / f"{name}.csv", to_text(rows, typed=False))
-    written = [f"{name}.csv" for name in files]
-    if done and _has_pyarrow():
-        with written_whole(store.folder / "benchmark.parquet") as path:
-            files["benchmark"].to_parquet(path, index=False)
-        written.append("benchmark.parquet")
-    if page is not None:
-        write_durably(store.folder / "report.html", page)
-        written.append("report.html")
-    for name in set(GRID_FILES) - set(written):  # an earlier run's, of which this one has none
-        (store.folder / name).unlink(missing_ok=True)
-    return written
-
-
-def _has_pyarrow() -> bool:
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def _paired(table: pd.DataFrame) -> pd.DataFrame | None:
-    """Return methods in pairs, metric by metric, or None where there is nothing to pair."""
-    import pandas as pd
-
-    if table["method"].nunique() < 2:
-        return None
-    return pd.concat([paired(table, metric=metric) for metric in table["metric"].unique()], ignore_index=True)
-
-
-def _protocol(grid: Grid, notes: Mapping[str, str]) -> dict[str, Any]:
-    tasks = list(dict.fromkeys(unit.task for unit in grid.units))
-    return {
-        "tasks": ", ".join(tasks),
-        "start": ", ".join(dict.fromkeys(unit.start for unit in grid.units)),
-        "forms": ", ".join(_report.FORMS[form] for form in sorted({unit.strict for unit in grid.units})),
-        "seeds": ", ".join(map(str, dict.fromkeys(seed for unit in grid.units for seed in unit.seeds))),
-        "integration": f"Euler, {EULER_STEPS} steps an interval, from all kept cells of the start, in real time",
-        "distances": "to all held-out cells, exact up to several thousand cells and estimated beyond",
-        "half-samples behind each interval": grid.bootstraps,
-        "device": grid.device,
-        "threads of a unit": grid.threads,
-        **notes,
-    }
-
-
-def _described(grid: Grid, cells: Mapping[str, AnnData], work: Sequence[Job]) -> pd.DataFrame:
-    import pandas as pd
-
-    prints = {job.unit.data: job.fingerprint for job in work}
-    return pd.DataFrame(
-        [
-            {
-                "data": one.name,
-                "source": Path(one.source).name,
-                "cells": cells[one.name].n_obs,
-                "genes": cells[one.name].n_vars,
-                "times": ", ".join(f"{t:g}" for t in sorted(set(map(float, cells[one.name].obs[one.time_key])))),
-                "representation": one.use_rep,
-                "dimensions": str(one.n_dims or "all"),
-                "fingerprint": prints[one.name],
-            }
-            for one in grid.data
-        ]
-    )
-
-
-# --- one data set at once ------------------------------------------------------------------------------------------
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to, and put that file in its place once it is complete: never half a file."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _as_text(table: Any) -> str:
-    names = {column: f"t = {column:g}" for column in table.columns if not isinstance(column, str)}
-    table = table.rename(columns=names | {"sd": "sd over seeds"})
-    table.index.name = None
-    return table.to_string(float_format=lambda value: f"{value:.3f}", na_rep="-")
-
-
-def _protocol_line(adata: AnnData, key: str) -> str:
-    from .._adata import PROTOCOL, table_name
-
-    record = adata.uns[PROTOCOL.format(table=table_name(key))]
-    return (
-        f"Protocol: each interior snapshot left out in turn, restored from {record['start']} "
-        f"({record['integration']}); {adata.n_obs} cells in {record['use_rep']}, {record['n_seeds']} seed(s). "
-        f"Distances are to all cells of the held-out snapshot; the noise reference's are between halves of it. "
-        f"{record['leak'][0].upper()}{record['leak'][1:]}."
-    )
-
-
-def _draw(adata: AnnData, key: str) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(17, 4.5), layout="constrained")  # of its own: pyplot keeps no hold of it
-    left, middle, right = figure.subplots(1, 3)
-    pl.leave_one_out(adata, metric="w1", key=key, ax=left)
-    pl.leave_one_out(adata, metric="energy", key=key, ax=middle)
-    pl.leave_one_out(adata, kind="map", key=key, ax=right)
-    return figure

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import numpy as np
-import pandas as pd
 from filelock import FileLock, Timeout
 
+from ._files import from_text, to_text, write_durably
+
 if TYPE_CHECKING:
+    import pandas as pd
     from anndata import AnnData
 
 PACKAGE = Path(__file__).resolve().parents[1]
-NO_NUMBER_DEPENDS_ON = ("cli.py", "__main__.py", "pl", "benchmark/_report.py")
+NO_NUMBER_DEPENDS_ON = ("cli.py", "__main__.py", "pl", "benchmark/_report.py", "benchmark/_results.py")
 
 
 # --- what a unit's numbers depend on -------------------------------------------------------------------------------
@@ -89,69 +87,7 @@ def key_of(unit: Any, context: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:24]
 
 
-# --- files ---------------------------------------------------------------------------------------------------------
-def write_durably(path: Path, text: str) -> None:
-    """Put a file in its place that is complete and on the disk: a kill at any moment leaves the old one or the new."""
-    part = path.with_name(f".{path.stem}.{uuid4().hex}.part")
-    try:
-        with part.open("x", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def to_text(table: pd.DataFrame, *, typed: bool = True) -> str:
-    """Write a table as csv whose header names each column's type, if asked, and whose numbers read back bit for bit."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    kinds = [_kind(table[name]) for name in table]
-    writer.writerow([f"{name}:{kind}" if typed else name for name, kind in zip(table, kinds)])
-    columns = [_written(table[name], kind) for name, kind in zip(table, kinds)]
-    writer.writerows(zip(*columns))
-    return out.getvalue()
-
-
-def from_text(text: str) -> pd.DataFrame:
-    """Read what `to_text` has written."""
-    header, *rows = csv.reader(io.StringIO(text, newline=""))
-    names, kinds = zip(*(column.rsplit(":", 1) for column in header)) if header else ((), ())
-    columns = list(zip(*rows)) if rows else [()] * len(names)
-    # by position first: two columns may have one name
-    table = pd.DataFrame({k: _read(column, kind) for k, (column, kind) in enumerate(zip(columns, kinds))})
-    table.columns = pd.Index(names, dtype=object)
-    return table
-
-
-def _kind(column: pd.Series) -> str:
-    if pd.api.types.is_bool_dtype(column.dtype):
-        return "bool"
-    if isinstance(column.dtype, np.dtype) and column.dtype.kind in "iuf":
-        return column.dtype.name
-    return "str" if all(isinstance(value, str) for value in column) else "json"
-
-
-def _written(column: pd.Series, kind: str) -> list[str]:
-    if kind == "json":
-        return [json.dumps(value, default=lambda one: one.item()) for value in column]  # numpy's own numbers
-    if kind == "str":
-        return list(column)
-    return [repr(value) for value in column.tolist()]  # Python's own numbers, whose repr reads back exactly
-
-
-def _read(values: Iterable[str], kind: str) -> Any:
-    if kind == "json":
-        return pd.Series([json.loads(value) for value in values], dtype=object)
-    if kind == "str":
-        return pd.Series(list(values), dtype=object)
-    if kind == "bool":
-        return np.array([value == "True" for value in values], dtype=bool)
-    number = float if kind.startswith("float") else int
-    return np.array([number(value) for value in values], dtype=kind)
-
-
+# --- units ---------------------------------------------------------------------------------------------------------
 class Store:
     """A folder of finished units.
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from sctraj import pp, tl
-from sctraj.benchmark import _evaluate, _methods
-from sctraj.benchmark._evaluate import COLUMNS, Unit, evaluate, half_sample, prepare, read_course, restorations
+from sctraj.benchmark import _course, _evaluate, _judge, _methods
+from sctraj.benchmark._course import prepare, read_course
+from sctraj.benchmark._evaluate import COLUMNS, Unit, evaluate, restorations
+from sctraj.benchmark._judge import half_sample
 from sctraj.benchmark._methods import Cloud, Job, call, find_method, own_settings, register
 from sctraj.benchmark._representation import fit_recipe, log_normalised, to_common
 from sctraj.benchmark._tasks import TASKS, find_task
@@ -136,7 +138,7 @@ def scrambled(adata, rows, rng):
     ],
 )
 def test_held_out_cells_change_no_bit_of_the_fold(course, monkeypatch, method, task, settings):
-    monkeypatch.setattr(_evaluate, "fit_recipe", lambda raw, n_dims: fit_recipe(raw, n_dims, n_genes=25))
+    monkeypatch.setattr(_course, "fit_recipe", lambda raw, n_dims: fit_recipe(raw, n_dims, n_genes=25))
     rng = np.random.default_rng(0)
     one = unit(method, task, settings, strict=True)
     before = everything(course, one)
@@ -447,10 +449,10 @@ def test_rows_are_tidy(course):
     assert set(found["bootstrap"]) == {-1, 0, 1}
     assert set(found["method"]) == {"uot-cfm (field=closed-form)"}
     assert found["value"].notna().all()
-    many = measured(course, unit("previous"), bootstraps=_evaluate.DIVERGENCES + 2).groupby("metric")["bootstrap"].max()
-    assert (many["sinkhorn"], many["w1"]) == (_evaluate.DIVERGENCES - 1, _evaluate.DIVERGENCES + 1)
+    many = measured(course, unit("previous"), bootstraps=_judge.DIVERGENCES + 2).groupby("metric")["bootstrap"].max()
+    assert (many["sinkhorn"], many["w1"]) == (_judge.DIVERGENCES - 1, _judge.DIVERGENCES + 1)
     assert found["error"].isna().all()  # few cells: all distances are exact
-    assert set(found["metric"]) == {*_evaluate.METRICS, "composition"}
+    assert set(found["metric"]) == {*_judge.METRICS, "composition"}
     for seeds in ((), (1, 1)):
         with pytest.raises(ValueError, match="at least one seed"):
             measured(course, dataclasses.replace(one, seeds=seeds))
@@ -460,7 +462,7 @@ def test_a_divergence_that_does_not_converge_costs_no_other_distance(course, mon
     def hopeless(*_, **__):
         raise RuntimeError("Sinkhorn: expected marginals to within 0.0001")
 
-    monkeypatch.setattr(_evaluate, "sinkhorn_divergence", hopeless)
+    monkeypatch.setattr(_judge, "sinkhorn_divergence", hopeless)
     found = measured(course, unit("previous"), bootstraps=1)
     assert found.query("metric == 'sinkhorn'")["value"].isna().all()
     assert found.query("metric != 'sinkhorn'")["value"].notna().all()

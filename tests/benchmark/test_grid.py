@@ -15,9 +15,9 @@ import pytest
 
 from sctraj import datasets
 from sctraj.benchmark import Data, _methods, grid_of, make_grid, read_grid, register, run_grid
-from sctraj.benchmark._evaluate import DIVERGENCES
 from sctraj.benchmark._execute import Progress, duration
 from sctraj.benchmark._grid import FAMILIES, NAMES, data_of
+from sctraj.benchmark._judge import DIVERGENCES
 from sctraj.benchmark._plan import as_text, estimate, jobs_of, workers_that_fit
 from sctraj.benchmark._store import Store
 from sctraj.datasets._courses import Family
@@ -190,7 +190,7 @@ def test_cells_are_read_as_described(tmp_path):
 
 
 def test_the_recipe_as_representation_is_the_strict_forms_common_space(cells):
-    from sctraj.benchmark._evaluate import read_course
+    from sctraj.benchmark._course import read_course
 
     data = Data("x", "simulated", use_rep="recipe", n_dims=4)
     ready = data.ready(cells)

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from sctraj.benchmark import Data, make_grid
-from sctraj.benchmark._evaluate import COMPOSITION, GENES, METRICS
+from sctraj.benchmark._judge import COMPOSITION, GENES, METRICS
 from sctraj.benchmark._published import (
     METHODS,
     SAME,

@@ -20,8 +20,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sctraj.benchmark import Unit, _execute, _store
-from sctraj.benchmark._store import Store, fingerprint, from_text, key_of, to_text, write_durably
+from sctraj.benchmark import Unit, _store, _workers
+from sctraj.benchmark._files import from_text, to_text, write_durably
+from sctraj.benchmark._store import Store, fingerprint, key_of
 
 UNIT = Unit("a", "leave-one-out", "previous", (), False, "both", (0, 1))
 # A grid of six small units that leave a mark when they begin, take as long as told and, if "fatal", kill their process
@@ -184,14 +185,14 @@ def test_a_failure_is_forgotten_once_the_unit_is_stored(tmp_path):
 
 def test_every_worker_leases_a_gpu_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(_execute, "n_gpus", lambda: 2)
+    monkeypatch.setattr(_workers, "n_gpus", lambda: 2)
     leases, seen = [], []
     for _ in range(3):  # three workers on a machine with two: the last has to share
-        monkeypatch.setattr(_execute, "_GPU", [])
+        monkeypatch.setattr(_workers, "_GPU", [])
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        _execute._receive({}, "cuda")
+        _workers._receive({}, "cuda")
         seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
-        leases += _execute._GPU
+        leases += _workers._GPU
     assert seen == ["0", "1", ""]
     for lease in leases:
         lease.release()

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sctraj.benchmark import _evaluate
+from sctraj.benchmark import _judge
 from sctraj.benchmark._evaluate import Unit, evaluate
 from sctraj.benchmark._uncertainty import PAIRED, SUMMARY, _interval, leak, paired, summary
 from sctraj.flow.distance import energy_distance, sinkhorn_divergence, wasserstein
@@ -51,7 +51,7 @@ def test_half_samples_vary_as_much_as_the_distance_itself_does(monkeypatch, metr
     regularised = partial(sinkhorn_divergence, epsilon=3.0)
     distance = {"w1": wasserstein, "energy": energy_distance, "sinkhorn": regularised}[metric]
     monkeypatch.setattr(
-        _evaluate,
+        _judge,
         "_distances",
         lambda judge, *, divergence: {metric: (distance(judge.restored, judge.observed, weights_x=judge.mass), 0.0)},
     )
@@ -75,7 +75,7 @@ def test_half_samples_vary_as_much_as_the_distance_itself_does(monkeypatch, metr
 def test_a_mean_over_folds_knows_that_they_share_snapshots(monkeypatch, course):
     """A snapshot is held out in one fold and moved in the next: what it does to both cancels on a line, or adds up."""
     monkeypatch.setattr(
-        _evaluate,
+        _judge,
         "_distances",
         lambda judge, *, divergence: {"w1": (wasserstein(judge.restored, judge.observed), 0.0)},
     )

@@ -1,0 +1,114 @@
+"""A course as a benchmark reads it, and its folds, each with its kept cells in the space that methods work in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from .. import _adata
+from ..flow.snapshots import Snapshots
+from ._representation import Array, Recipe, fit_recipe, read_expression
+from ._tasks import Fold, Rows
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+@dataclass(frozen=True)
+class Course:
+    """All cells: what `evaluate` reads.
+
+    Attributes
+    ----------
+    times, index
+        Of the snapshots, with their rows.
+    points
+        Coordinates in the common space, ``(n_obs, d)``.
+    raw, n_dims, recipe
+        Expression, components to take and the recipe of the common space; None where units are not strict.
+    labels
+        Label of each cell as a number, and how many there are; None without labels.
+    """
+
+    times: tuple[float, ...]
+    index: tuple[Rows, ...]
+    points: Array
+    raw: NDArray | None = None
+    n_dims: int | None = None
+    recipe: Recipe | None = None
+    labels: tuple[NDArray[np.intp], int] | None = None
+
+
+def read_course(
+    adata: AnnData, time_key: str, use_rep: str, n_dims: int | None, labels: str | None, *, strict: bool
+) -> Course:
+    """Read times, coordinates or expression, and labels; see `evaluate`."""
+    types = read_labels(adata, labels)
+    if not strict:
+        cells = _adata.read_snapshots(adata, time_key, use_rep, least=1)
+        points = np.empty((cells.n_obs, cells.snapshots.dimension))
+        for x, rows in zip(cells.snapshots.points, cells.index):
+            points[rows] = x.numpy()
+        if n_dims:
+            points = points[:, :n_dims]
+            points = (points - points.mean(axis=0)) / points.std(axis=0)
+        return Course(cells.snapshots.times, cells.index, points, labels=types)
+    raw = read_expression(adata)
+    when, which = np.unique(_adata.read_times(adata, time_key), return_inverse=True)
+    index = tuple(np.flatnonzero(which == k) for k in range(len(when)))
+    if not n_dims:
+        if use_rep not in adata.obsm:
+            raise ValueError(f'expected n_dims, or a representation "{use_rep}" whose size says it, found neither')
+        n_dims = adata.obsm[use_rep].shape[1]
+    recipe = fit_recipe(raw, n_dims)
+    return Course(tuple(when.tolist()), index, recipe.project(raw), raw, n_dims, recipe, types)
+
+
+def read_labels(adata: AnnData, name: str | None) -> tuple[NDArray[np.intp], int] | None:
+    """Return the label of each cell as a number, and how many there are; None where no column is named."""
+    if name is None:
+        return None
+    if name not in adata.obs:
+        raise KeyError(f'No column "{name}" in adata.obs; there are: {", ".join(map(str, adata.obs)) or "none"}.')
+    codes, known = pd.factorize(adata.obs[name], sort=True)
+    if (codes < 0).any():
+        raise ValueError(
+            f'expected a label for every cell in obs["{name}"]; {(codes < 0).sum()} have none; give them one'
+        )
+    return codes, len(known)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A fold in its own space: what methods are given, and how to get there.
+
+    Attributes
+    ----------
+    fold
+        The rows.
+    snapshots
+        Kept cells, float32.
+    recipe
+        Fitted on the kept cells alone; None where the representation is given.
+    """
+
+    fold: Fold
+    snapshots: Snapshots
+    recipe: Recipe | None
+
+
+def prepare(course: Course, fold: Fold) -> Prepared:
+    """Put a fold's kept cells into the space that methods work in; held-out cells are not looked at."""
+    if course.raw is None:
+        recipe, points = None, [course.points[rows] for rows in fold.kept]
+    else:
+        assert course.n_dims is not None
+        recipe = fit_recipe(course.raw[np.concatenate(fold.kept)], course.n_dims)
+        points = [recipe.project(course.raw[rows]) for rows in fold.kept]
+    kept = tuple(torch.from_numpy(x.astype(np.float32)) for x in points)
+    return Prepared(fold, Snapshots(fold.times, kept), recipe)
