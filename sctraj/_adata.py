@@ -44,6 +44,7 @@ _TIME_NAME = re.compile(
 
 SMALLEST_SNAPSHOT = 3  # cells: fewer have no spread to speak of
 SLAB = 2**24  # numbers read, checked or hashed at once
+FURTHEST = 1e4  # times the cells' extent that they may be from the origin
 
 
 def table_name(key: str) -> str:
@@ -56,6 +57,16 @@ def check_key(key: str) -> None:
     if not key or "/" in key:
         raise ValueError(
             f'key_added must be a name without "/" (h5ad and zarr read it as a folder), not {key!r}. Pass another.'
+        )
+
+
+def check_flow_key(adata: AnnData, key: str) -> None:
+    """Raise a ValueError for a name that cannot be stored, or under which ``uns`` holds something else than a flow."""
+    check_key(key)
+    if key in adata.uns and not _is_flow(adata.uns[key]):
+        raise ValueError(
+            f'Expected a flow or nothing in adata.uns["{key}"], found something else, which is never overwritten. '
+            f'Pass another key_added, or delete it first: del adata.uns["{key}"].'
         )
 
 
@@ -126,6 +137,13 @@ def _column(adata: AnnData, name: str) -> pd.Series:
     return adata.obs[[name]].to_memory()[name]
 
 
+def _kind(column: pd.Series) -> tuple[Any, bool]:
+    """Return the dtype of a column, or of its categories, and whether it holds real numbers."""
+    kind = column.cat.categories.dtype if isinstance(column.dtype, pd.CategoricalDtype) else column.dtype
+    types = pd.api.types
+    return kind, types.is_numeric_dtype(kind) and not types.is_bool_dtype(kind) and not types.is_complex_dtype(kind)
+
+
 def _slabs(shape: Sequence[int]) -> Iterator[slice]:
     """Yield slices of rows that hold about ``SLAB`` numbers each."""
     rows = max(1, SLAB // max(1, int(np.prod(shape[1:]))))
@@ -154,13 +172,18 @@ def _in_memory(values: Any, use_rep: str) -> np.ndarray:
 def read_rep(adata: AnnData, use_rep: str) -> np.ndarray:
     """Return a representation as a dense, finite n_obs x d array; ``"X"`` is the matrix itself.
 
-    No copy of what is dense and in memory; of what is not, one.
+    No copy of what is dense, in memory and in this machine's byte order; of what is not, one.
     """
-    if use_rep != "X" and use_rep not in adata.obsm:
-        there = ", ".join(f'"{name}"' for name in adata.obsm) or "none but X"
-        raise KeyError(f'No representation "{use_rep}" in adata.obsm; there are: {there}. Pass one of them as use_rep.')
-    values: Any = adata.X if use_rep == "X" else adata.obsm[use_rep]
+    values: Any = adata.X if use_rep == "X" else adata.obsm.get(use_rep)
+    if values is None:
+        there = ", ".join(f'"{name}"' for name in adata.obsm) or ("none" if adata.X is None else "none but X")
+        advice = f"there are: {there}. Pass one of them as use_rep."
+        if use_rep == "X":
+            raise ValueError(f"Expected a matrix in adata.X, found none; in adata.obsm {advice}")
+        raise KeyError(f'No representation "{use_rep}" in adata.obsm; {advice}')
     values = _in_memory(values, use_rep)
+    if not values.dtype.isnative:  # of a file from another machine: torch takes none
+        values = values.astype(values.dtype.newbyteorder("="))
     if values.ndim != 2 or values.dtype.kind not in "fiub" or len(values) == 0:
         raise ValueError(
             f'Expected "{use_rep}" to be numbers, cells x dimensions; found {values.dtype}, shape {values.shape}. '
@@ -198,8 +221,8 @@ def read_times(adata: AnnData, time_key: str) -> np.ndarray:
     if time_key not in adata.obs:
         raise missing_time(adata, time_key)
     column = _column(adata, time_key)
-    kind = column.cat.categories.dtype if isinstance(column.dtype, pd.CategoricalDtype) else column.dtype
-    if not pd.api.types.is_numeric_dtype(kind) or pd.api.types.is_bool_dtype(kind):
+    kind, real = _kind(column)
+    if not real:
         raise ValueError(
             f'Expected real times, numbers, in obs["{time_key}"]; found {kind} such as '
             f'{_some(column.astype(str).unique(), 3)}. Call sctraj.pp.parse_time(adata, "{time_key}") first and pass '
@@ -226,9 +249,13 @@ def read_rates(adata: AnnData, growth_key: str) -> np.ndarray:
         there = _some(adata.obs, 20) or "none"
         raise KeyError(f'No column "{growth_key}" in adata.obs; there are: {there}. Pass one of them as growth_key.')
     column = _column(adata, growth_key)
-    if not pd.api.types.is_numeric_dtype(column.dtype) or pd.api.types.is_bool_dtype(column.dtype):
-        raise ValueError(f'Expected growth rates, numbers, in obs["{growth_key}"]; found {column.dtype}.')
-    rates = column.to_numpy(dtype=np.float64)
+    kind, real = _kind(column)
+    if not real:
+        raise ValueError(
+            f'Expected growth rates, real numbers, in obs["{growth_key}"]; found {kind} such as '
+            f"{_some(column.astype(str).unique(), 3)}. Pass a column of numbers as growth_key."
+        )
+    rates = column.astype(np.float64).to_numpy()
     bad = np.flatnonzero(~np.isfinite(rates))
     if bad.size:
         raise ValueError(
@@ -278,6 +305,12 @@ def read_snapshots(adata: AnnData, time_key: str, use_rep: str, *, least: int, g
         raise ValueError(
             f'Expected dimensions of "{use_rep}" that vary between cells; {constant.size} of {values.shape[1]} have '
             f"one value for all ({_some(constant)}; the first is 0). Leave them out of the representation."
+        )
+    furthest, extent = float(np.maximum(-low, high).max()), float((high - low).max())
+    if furthest > FURTHEST * extent:
+        raise ValueError(
+            f'Expected coordinates in "{use_rep}" about their origin, found some at {furthest:.3g} that extend over '
+            f"{extent:.3g}: in single precision cells would move by steps of rounding. Subtract their mean first."
         )
     unique, which = np.unique(times, return_inverse=True)
     if len(unique) < least:
@@ -342,6 +375,7 @@ def write_flow(
 
     from . import __version__
 
+    check_flow_key(adata, key)
     adata.uns[key] = {
         "params": dict(params),
         "weights": dict(weights),
@@ -411,10 +445,15 @@ def read_trajectories(adata: AnnData, key: str, rows: Any = slice(None)) -> np.n
     return np.asarray(points[rows] if isinstance(rows, slice) else points.oindex[np.asarray(rows)])
 
 
+def _is_flow(value: Any) -> bool:
+    """Whether an entry of ``uns`` is a fitted flow."""
+    return isinstance(value, Mapping) and "weights" in value and "params" in value
+
+
 def stored(adata: AnnData, key: str) -> dict[str, Any]:
     """Return ``uns[key]`` of a fitted flow."""
     flow = adata.uns.get(key)
-    if not isinstance(flow, Mapping) or "weights" not in flow or "params" not in flow:
+    if not _is_flow(flow):
         raise KeyError(f'No flow in adata.uns["{key}"]. Call sctraj.tl.fit_flow(adata) first, or pass its key.')
     return dict(flow)
 

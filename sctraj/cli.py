@@ -163,7 +163,10 @@ def check_output(path: Path, *suffixes: str) -> None:
 def prepare(adata: AnnData, *, time_key: str, column: str | None, pca: int | None, **reading: Any) -> None:
     """Read times from text and compute principal components, where asked for."""
     if column is not None:
-        pp.parse_time(adata, column, key_added=time_key, **reading)
+        try:
+            pp.parse_time(adata, column, key_added=time_key, **reading)
+        except ValueError as error:  # on a command line --key-added names the flow
+            raise ValueError(str(error).replace("key_added", "--time-key")) from error
     if pca is None:
         return
     if adata.X is None or adata.n_vars == 0:
@@ -186,6 +189,7 @@ def preparing(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--parse-time", "column", metavar="COLUMN", help=help_time)(command)
 
 
+READING = {"unit", "window"}  # options of reading times from labels
 A_FILE = click.Path(path_type=Path)
 
 
@@ -205,11 +209,14 @@ def main() -> None:
 @click.option("-o", "--output", metavar="OUT", type=A_FILE, required=True, help="The h5ad file to write.")
 @click.option("--trajectories", is_flag=True, help="Also follow every cell along the flow.")
 @preparing
+@click.pass_context
 def fit_command(
-    source: Path, output: Path, trajectories: bool, column: str | None, pca: int | None, unit: str | None, window: str,
-    **arguments: Any,
+    ctx: click.Context, /, source: Path, output: Path, trajectories: bool, column: str | None, pca: int | None,
+    unit: str | None, window: str, **arguments: Any,
 ) -> None:  # fmt: skip
     """Fit a flow to the cells of IN (h5ad) and write them with it."""
+    if column is None:
+        _refuse(_given(ctx) & READING, "without --parse-time")
     check_output(output, ".h5ad")
     adata = read(source)
     prepare(adata, time_key=arguments["time_key"], column=column, pca=pca, unit=unit, window=window)
@@ -266,9 +273,7 @@ def benchmark_command(
     """
     sys.path.append(str(Path.cwd()))  # as "python -m sctraj" has it; workers are told
     where: dict[str, Any] = {} if output is None else {"folder": output}
-    given = {
-        name for name in ctx.params if ctx.get_parameter_source(name) not in (click.core.ParameterSource.DEFAULT, None)
-    }
+    given = _given(ctx)
     how = {name: arguments.pop(name) for name in ("jobs", "dask", "plan")}
     described = {name: arguments.pop(name) for name in GRID_ALONE}
     units = sorted(given & {"grid", "published", *how, *described})
@@ -276,19 +281,21 @@ def benchmark_command(
         ":" in name for name in arguments["methods"]
     )
     if grid is not None:
-        _refuse(given - {"grid", "output", *how}, "--grid, whose file says everything")
+        _refuse(given - {"grid", "output", *how}, "with --grid, whose file says everything")
         benchmark.run_grid(benchmark.read_grid(grid), **where, **how)
         return
     settings = {name: arguments[name] for name in given & {*benchmark.known_settings()}} if units else {}
     if units:
-        _refuse(given & {*ONE_RUN}, f"--{' and --'.join(units)}")
+        _refuse(given & {*ONE_RUN}, f"with --{' and --'.join(units)}")
         described |= {"device": arguments["device"], "settings": settings}
     if published:
         taken = {"n_seeds", "device", "threads", "bootstraps", *settings}
-        _refuse(given - taken - {"published", "output", *how}, "--published, whose protocol is fixed")
+        _refuse(given - taken - {"published", "output", *how}, "with --published, whose protocol is fixed")
         chosen = {name: (arguments | described)[name] for name in given & taken - {*settings}}
         benchmark.run_published(**where, **how, **{"device": described["device"], "settings": settings} | chosen)
         return
+    if column is None:
+        _refuse(given & READING, "without --parse-time")
     adata = datasets.simulated_differentiation() if source is None else read(source)
     prepare(adata, time_key=arguments["time_key"], column=column, pca=pca, unit=unit, window=window)
     if not units:
@@ -308,11 +315,17 @@ def benchmark_command(
     benchmark.run_grid(made, cells={name: adata}, **where, **how)
 
 
-def _refuse(names: Iterable[str], beside: str) -> None:
+def _given(ctx: click.Context) -> set[str]:
+    """Return the names of the options that were given."""
+    default = (click.core.ParameterSource.DEFAULT, None)
+    return {name for name in ctx.params if ctx.get_parameter_source(name) not in default}
+
+
+def _refuse(names: Iterable[str], where: str) -> None:
     """Raise a usage error for options that would be without effect."""
     for name in sorted(names):
         shown = "IN" if name == "source" else f"--{name.replace('_', '-')}"
-        raise click.UsageError(f"{shown} has no meaning with {beside}.")
+        raise click.UsageError(f"{shown} has no meaning {where}.")
 
 
 def _plot_options() -> list[click.Option]:

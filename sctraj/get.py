@@ -106,7 +106,9 @@ def velocity(adata: AnnData, *, key: str = _adata.FLOW) -> pd.DataFrame:
     return pd.DataFrame(np.asarray(values), index=adata.obs_names)
 
 
-def trajectories(adata: AnnData, *, rows: Sequence[int] | None = None, key: str = _adata.FLOW) -> pd.DataFrame:
+def trajectories(
+    adata: AnnData, *, rows: Sequence[int] | Sequence[bool] | Sequence[str] | None = None, key: str = _adata.FLOW
+) -> pd.DataFrame:
     """Return every cell's trajectory, also out of a store on disk.
 
     Parameters
@@ -114,15 +116,25 @@ def trajectories(adata: AnnData, *, rows: Sequence[int] | None = None, key: str 
     adata
         Annotated data with trajectories by `sctraj.tl.trajectories`.
     rows
-        Numbers of the cells to return; all if None.
+        Cells to return: their numbers or their names, in the order wanted, or a mask of n_obs booleans, such as
+        ``adata.obs["time"] == 2``; all if None.
     key
         Name of the flow.
 
     Returns
     -------
     One row per cell and time (index ``cell``, ``time``), d columns in units of the representation.
+
+    Raises
+    ------
+    KeyError
+        No trajectories, or no cells of these names.
+    IndexError
+        Numbers of cells that are not there.
+    ValueError
+        `rows` that are neither numbers nor names nor a mask of n_obs booleans.
     """
-    chosen = slice(None) if rows is None else np.asarray(rows, dtype=np.intp)
+    chosen = slice(None) if rows is None else _numbers(adata, rows)
     values = _adata.read_trajectories(adata, key, chosen)
     times = np.asarray(_adata.stored(adata, key)["trajectory_times"])
     index = pd.MultiIndex.from_product([adata.obs_names[chosen], times], names=["cell", "time"])
@@ -181,6 +193,35 @@ def leave_one_out(adata: AnnData, *, key: str = _adata.FLOW, metric: str | None 
     wide["mean"], wide["sd"] = mean.loc[order], sd.loc[order]
     wide.columns.name = None
     return wide
+
+
+def _numbers(adata: AnnData, rows: Sequence[int] | Sequence[bool] | Sequence[str]) -> np.ndarray:
+    """Return the numbers of the cells that numbers, names or a mask stand for."""
+    asked = np.asarray(rows)
+    kind = pd.api.types.infer_dtype(asked, skipna=False) if asked.ndim == 1 else "no row of values"
+    if kind == "boolean" and len(asked) == adata.n_obs:
+        return np.flatnonzero(asked)
+    if kind == "string":
+        found = adata.obs_names.get_indexer_for(asked)
+        if (found < 0).any():
+            absent = [str(name) for name in asked if name not in adata.obs_names]
+            raise KeyError(
+                f"Expected names of cells in rows; {len(absent)} of {len(asked)} are not in adata.obs_names: "
+                f"{', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}. Pass names that are, or numbers."
+            )
+        return found
+    if kind == "integer" or (asked.shape == (0,) and kind != "boolean"):
+        outside = asked[(asked < -adata.n_obs) | (asked >= adata.n_obs)]
+        if len(outside):
+            raise IndexError(
+                f"Expected numbers of cells up to {adata.n_obs - 1} in rows, found {outside[0]}. Pass numbers of "
+                f"these {adata.n_obs} cells, or names."
+            )
+        return asked.astype(np.intp)
+    raise ValueError(
+        f"Expected rows to be numbers or names of cells, or a mask of {adata.n_obs} booleans, one for each cell; found "
+        f'{asked.dtype} of shape {asked.shape}. Pass one of these, such as adata.obs["time"] == 2.'
+    )
 
 
 def _slot(adata: AnnData, name: str, writer: str) -> Any:

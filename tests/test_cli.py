@@ -150,6 +150,31 @@ def test_expected_errors_are_one_line_and_code_1(source, here):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("command", ["fit", "benchmark"])
+def test_errors_of_reading_times_name_the_options_of_the_command_line(source, here, command):
+    wrong = {
+        'obs["time"] is there already': ("--parse-time", "day"),
+        '--time-key is "day", the source column': ("--parse-time", "day", "--time-key", "day"),
+        "--time-key must be a name": ("--parse-time", "day", "--time-key", "a/b"),
+    }
+    for message, arguments in wrong.items():
+        result = sctraj(command, source, "-o", here / "out.h5ad", *arguments)
+        assert result.exit_code == 1
+        assert message in result.stderr
+        assert "--time-key" in result.stderr
+        assert "key_added" not in result.stderr
+    assert not (here / "out.h5ad").exists()
+
+
+@pytest.mark.parametrize("command", ["fit", "benchmark"])
+@pytest.mark.parametrize("option", [("--unit", "day"), ("--window", "midpoint")])
+def test_options_of_reading_times_need_a_column_to_read(source, here, command, option):
+    result = sctraj(command, source, "-o", here / "out.h5ad", *option)
+    assert result.exit_code == 2
+    assert f"{option[0]} has no meaning without --parse-time" in result.stderr
+    assert not (here / "out.h5ad").exists()
+
+
 def test_an_hdf5_file_that_anndata_cannot_read_is_one_line_as_well(here):
     import h5py
 

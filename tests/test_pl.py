@@ -14,6 +14,7 @@ from matplotlib.quiver import Quiver
 
 from sctraj import get, pl
 from sctraj.pl._basis import MOST_CELLS, find_basis, project_velocity, projection, thin
+from sctraj.pl._cells import GREY
 from sctraj.pl._velocity import grid_average
 
 DAYS = np.array([0.0, 1.0, 3.0, 4.0])
@@ -127,6 +128,47 @@ def test_it_changes_nothing_in_adata(adata):
     assert list(adata.obs) == list(before.obs)
     assert set(adata.uns) == set(before.uns)
     assert set(adata.obsm) == set(before.obsm)
+
+
+@pytest.mark.parametrize("name", EVERY_PLOT)
+def test_an_ordinary_subplot_keeps_its_legend_off_its_neighbour_and_the_colour_bar(adata, name):
+    figure, axes = plt.subplots(2, 2, figsize=(12, 9))
+    cell = axes[1, 0].get_window_extent().frozen()
+    ax = EVERY_PLOT[name](adata, ax=axes[1, 0])
+    bars = [other.get_tightbbox() for other in figure.axes if other not in axes]
+    assert ax.get_window_extent().width > cell.width / 2
+    assert figure.get_layout_engine() is None
+    if ax.get_legend() is not None:
+        legend = ax.get_legend().get_window_extent()
+        assert legend.x1 < axes[1, 1].get_window_extent().x0
+        assert legend.y1 < cell.y1 + 2
+        assert not legend.overlaps(ax.get_window_extent())
+        assert not any(legend.overlaps(bar) for bar in bars)
+    figure.tight_layout()
+    figure.canvas.draw()
+    whole, drawn = figure.bbox.padded(1), ax.get_tightbbox()
+    assert whole.x0 <= drawn.x0
+    assert drawn.x1 <= whole.x1
+    assert drawn.y1 <= whole.y1
+
+
+def test_axes_placed_by_hand_stay(adata):
+    ax = plt.figure().add_axes((0.1, 0.1, 0.5, 0.8))
+    pl.loss(adata, ax=ax)
+    assert ax.get_position().bounds == pytest.approx((0.1, 0.1, 0.5, 0.8))
+
+
+def test_what_is_black_on_white_is_white_on_black(adata):
+    adata.uns["flow"]["loss"] = np.linspace(2, 1, 50)[:, None] + np.arange(7)
+    adata.uns["flow"]["validation_loss"] = np.empty((0, 7))
+    for style, expected in (("default", "black"), ("dark_background", "white")):
+        with plt.style.context(style):
+            (quiver,) = artists(pl.velocity(adata), Quiver)
+            (lines,) = artists(pl.velocity(adata, kind="stream"), LineCollection)
+            seventh = pl.loss(adata).lines[-1]
+        assert to_rgba(quiver.get_facecolor()[0]) == to_rgba(expected)
+        assert to_rgba(lines.get_color()[0]) == to_rgba(expected)
+        assert to_rgba(seventh.get_color()) == to_rgba(expected)
 
 
 # --- loss ----------------------------------------------------------------------------------------------------------
@@ -280,6 +322,17 @@ def test_missing_categories_are_grey_and_numbers_get_a_bar(adata):
     assert [other.get_ylabel() for other in ax.figure.axes if other is not ax] == ["amount"]
 
 
+def test_a_colour_bar_spans_the_finite_values_and_the_others_are_grey(adata):
+    values = adata.obs["amount"].to_numpy(copy=True)
+    values[:3] = np.inf, -np.inf, np.nan
+    adata.obs["amount"] = values
+    (points,) = artists(pl.trajectories(adata, color="amount"), PathCollection)
+    assert (points.norm.vmin, points.norm.vmax) == (values[3:].min(), values[3:].max())
+    points.update_scalarmappable()
+    grey = (points.get_facecolors()[:, :3] == to_rgba(GREY)[:3]).all(1)
+    assert same_points(points.get_offsets()[grey], adata.obsm["X_pca"][:3, :2])
+
+
 # --- velocity ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("basis", "truth"), [(None, VELOCITY[:2]), ("linear", VELOCITY @ LINEAR)])
 def test_arrows_point_along_the_known_velocity(adata, basis, truth):
@@ -372,6 +425,17 @@ def test_baselines_are_dashed_and_the_noise_reference_is_a_band(adata):
     assert band.y1 == pytest.approx((noise.mean() + noise.std(ddof=0)).max())
 
 
+@pytest.mark.parametrize("times", [DAYS[1:-1], DAYS[1:2]])
+def test_the_noise_reference_of_one_seed_is_a_line(adata, times):
+    table = adata.uns["leave_one_out"]
+    adata.uns["leave_one_out"] = table[(table["seed"] == 0) & table["time"].isin(times)]
+    ax = pl.leave_one_out(adata)
+    (line,) = (line for line in ax.lines if line.get_label() == "noise reference")
+    assert set(line.get_ydata()) == set(values(adata, "noise-reference").mean())
+    assert np.ptp(line.get_xdata()) > 0
+    assert len([text for text in ax.get_legend().get_texts() if "noise" in text.get_text()]) == 1
+
+
 def test_a_single_held_out_time_still_has_a_band(adata):
     table = adata.uns["leave_one_out"]
     adata.uns["leave_one_out"] = table[table["time"] == 1.0]
@@ -399,6 +463,14 @@ def test_the_map_shows_the_shares_of_w1_and_greys_the_ends(adata, method, basis)
     assert same_points(np.asarray(ends.get_offsets()), cells[~known])
     assert held_out.get_rasterized()
     assert held_out.get_sizes()[0] == ends.get_sizes()[0]
+
+
+def test_the_maps_legend_shows_a_dot_however_small_the_cells(adata):
+    ax = pl.leave_one_out(adata, kind="map")
+    (dot,) = ax.get_legend().legend_handles
+    assert ax.get_legend().get_texts()[0].get_text() == "first and last snapshot"
+    assert dot.get_markersize() == 6
+    assert to_rgba(dot.get_color()) == to_rgba(GREY)
 
 
 def test_a_map_of_the_first_snapshot_alone_is_grey(adata):
@@ -460,6 +532,53 @@ def test_an_unknown_colour_lists_the_columns(adata):
         pl.velocity(adata, color="gene")
     with pytest.raises(KeyError, match="color='gene'"):
         pl.trajectories(adata, color="gene")
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda a: pl.velocity(a, min_mass=2), r"min_mass=2 .*from 0 to 1"),
+        (lambda a: pl.velocity(a, min_mass=-0.1), r"min_mass=-0\.1"),
+        (lambda a: pl.velocity(a, density=0), r"density=0 .*above 0"),
+        (lambda a: pl.velocity(a, density=-1), r"density=-1"),
+        (lambda a: pl.velocity(a, density=np.nan), r"density=nan"),
+        (lambda a: pl.velocity(a, density=np.inf), r"density=inf"),
+        (lambda a: pl.velocity(a, density="high"), r"density='high'"),
+        (lambda a: pl.velocity(a, dims=0), r"dims=0 .*two columns of 'X_pca', which has 4"),
+        (lambda a: pl.velocity(a, dims=(0, 1.5)), r"dims=\(0, 1\.5\)"),
+        (lambda a: pl.velocity(a, dims="01"), r"dims='01'"),
+        (lambda a: pl.velocity(a, color=["kind", "day"]), r"color=\['kind', 'day'\].*one column"),
+        (lambda a: pl.trajectories(a, color=["kind", "day"]), r"color=\['kind', 'day'\].*one column"),
+        (lambda a: pl.trajectories(a, n_cells=-1), r"n_cells=-1 .*whole number of at least 0"),
+        (lambda a: pl.trajectories(a, n_cells=2.5), r"n_cells=2\.5"),
+    ],
+)
+def test_a_bad_argument_says_what_was_expected(adata, draw, message):
+    with pytest.raises(ValueError, match=message):
+        draw(adata)
+    assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [
+        np.full(400, np.nan),
+        np.full(400, np.inf),
+        pd.array([None] * 400, dtype="Int64"),
+        pd.Categorical([None] * 400, categories=["a"]),
+    ],
+)
+def test_a_colour_without_a_value_is_refused(adata, empty):
+    adata.obs["empty"] = empty
+    with pytest.raises(ValueError, match=r"adata\.obs\['empty'\].*all 400 are missing"):
+        pl.velocity(adata, color="empty")
+    assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize("kind", ["arrows", "stream"])
+def test_the_ends_of_the_ranges_are_drawn(adata, kind):
+    for options in ({"density": 0.01}, {"density": 0.5, "min_mass": 0}, {"min_mass": 1, "dims": np.array([1, 0])}):
+        assert pl.velocity(adata, kind=kind, **options).has_data()
 
 
 def test_times_that_are_text_name_the_parser(adata):

@@ -181,7 +181,9 @@ def test_restoration_on_simulated_cells(options) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"method": "ot-cfm"}, {"field": "closed-form"}], ids=["defaults", "ot-cfm", "closed-form"]
+    "options",
+    [{}, {"method": "ot-cfm"}, {"field": "closed-form"}, {"method": "sb-cfm", "field": "closed-form"}],
+    ids=["defaults", "ot-cfm", "closed-form", "closed-form bridge"],
 )
 def test_velocity_matches_the_known_one(options) -> None:
     """Where there is no ambiguity (between the ends), the direction and length of the true velocity are found."""
@@ -377,6 +379,14 @@ def test_known_growth_is_recovered(field) -> None:
         assert rank > 0.4
     # soft marginals take a part of the contrast for movement between the fates: within a factor of 1.6
     assert 1 / 1.6 < np.mean(ratios) < 1.6
+
+
+@pytest.mark.parametrize("field", ["neural", "closed-form"])
+def test_growth_is_relative_to_the_snapshots_mean(cells: AnnData, field) -> None:
+    sctraj.tl.fit_flow(cells, field=field, n_steps=100)
+    by_time = cells.obs.groupby("time")["flow_growth"]
+    assert by_time.std().max() > 1e-3  # there is something to centre
+    np.testing.assert_allclose(by_time.mean(), 0, atol=1e-6)  # single precision
 
 
 @pytest.mark.parametrize("field", ["neural", "closed-form"])

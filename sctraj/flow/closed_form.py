@@ -207,11 +207,14 @@ class _Now(NamedTuple):
         now, *starts = torch.tensor([t, *(float(strand.pairs.t0) for strand in part.strands)], dtype=dtype).tolist()
         strand = part.strands[max(sum(start <= now for start in starts) - 1, 0)]
         pairs, path = strand.pairs, part.path
-        s = (t - float(pairs.t0)) / float(pairs.length)
-        s = min(max(s, path.margin), 1 - path.margin)
+        length = float(pairs.length)
+        there = min(max((t - float(pairs.t0)) / length, 0.0), 1.0)
+        s = min(max(there, path.margin), 1 - path.margin)
         at = path.moments(pairs, strand.mass0.new_full((1, 1), s, dtype=dtype))
+        if s != there:  # the spread alone keeps its margin: a cell at its snapshot is where its pairs' means are
+            at = replace(at, mean=at.mean + (there - s) * length * at.mean_rate)
         mass = ((1 - s) * strand.mass0 + s * strand.mass1).clamp(min=1e-30)
-        rate = (strand.mass1 - strand.mass0) / mass / float(pairs.length)
+        rate = (strand.mass1 - strand.mass0) / mass / length
         return cls(at, mass, rate, max(strand.floor, path.sigma / 10))
 
     def tiles(self, path: ProbabilityPath, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from scipy import sparse
 from torch import Tensor
 
 from .exponential import exp_
@@ -49,8 +50,10 @@ class Estimate(NamedTuple):
 def as_cloud(x: ArrayLike, weights: ArrayLike | None, *, like: ArrayLike | None = None) -> Cloud:
     """Return checked points and normalised weights, in the dimension of ``like``."""
     points = as_double(x)
-    if points.dim() != 2 or len(points) == 0 or not bool(points.isfinite().all()):
-        raise ValueError(f"expected finite points (n, d), found shape {tuple(points.shape)}")
+    if points.dim() != 2 or len(points) == 0:
+        raise ValueError(f"expected points (n, d), at least one, found shape {tuple(points.shape)}")
+    if bad := int((~points.isfinite().all(1)).sum()):
+        raise ValueError(f"expected finite points, found NaN or inf in {bad} of {len(points)}; leave those out")
     if like is not None and points.shape[1] != (d := as_double(like).shape[1]):
         raise ValueError(f"expected points of one dimension, found {d}, {points.shape[1]}")
     if weights is None:
@@ -62,11 +65,14 @@ def as_cloud(x: ArrayLike, weights: ArrayLike | None, *, like: ArrayLike | None 
 
 
 def as_double(values: ArrayLike) -> Tensor:
-    """Return values as a float64 tensor on the CPU."""
+    """Return values, dense or sparse, as a dense float64 tensor on the CPU."""
     if isinstance(values, Tensor):
-        return values.detach().double().cpu()
+        return values.detach().double().cpu().to_dense()
+    array: Any = values
+    if sparse.issparse(array):
+        array = array.toarray()
     # a copy: torch takes neither negative strides nor, without a warning, what is read-only; lists it takes as float32
-    return torch.from_numpy(np.array(values, dtype=np.float64))
+    return torch.from_numpy(np.array(array, dtype=np.float64))
 
 
 def distinct(cloud: Cloud) -> float:
@@ -78,10 +84,20 @@ def distinct(cloud: Cloud) -> float:
 
 
 def median_distance(y: ArrayLike, *, n_cells: int = 3000) -> float:
-    """Median distance between distinct cells of ``y`` ``(m, d)``; of more than ``n_cells``, an even selection."""
+    """Median distance between distinct cells of ``y`` ``(m, d)``; of more than ``n_cells``, an even selection.
+
+    Where half of all pairs or more are of cells at one place, the median over the other pairs: zero only where all
+    cells are at one place.
+    """
     points = as_cloud(y, None).points
     thinned = points[torch.linspace(0, len(points) - 1, min(len(points), n_cells)).round().long()]
-    return float(torch.pdist(thinned).median()) if len(thinned) > 1 else 0.0
+    distance = torch.pdist(thinned)
+    if len(distance) and (median := float(distance.median())) > 0:
+        return median
+    if not bool(distance.any()):  # all that were selected are at one place
+        distance = (points - points[0]).norm(dim=1)
+    apart = distance[distance > 0]
+    return float(apart.median()) if len(apart) else 0.0
 
 
 def points_a_side(a: Cloud, b: Cloud) -> float:

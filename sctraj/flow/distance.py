@@ -1,12 +1,14 @@
 """Distances between two weighted clouds of cells.
 
-All take points ``(n, d)`` and ``(m, d)`` (arrays or tensors) and compute in float64. Weights need not be normalised;
-uniform where not given. Most return a float and use every pair; the ``estimated_`` ones (`distance_estimates`,
-`pairwise_estimates`) are for clouds so large that this takes too long, and return an `Estimate`: the value that all
-pairs would give, and its standard error.
+All take points ``(n, d)`` and ``(m, d)`` (arrays or tensors; sparse ones are made dense) and compute in float64.
+Weights need not be normalised; uniform where not given. Most return a float and use every pair; the ``estimated_``
+ones (`distance_estimates`, `pairwise_estimates`) are for clouds so large that this takes too long, and return an
+`Estimate`: the value that all pairs would give, and its standard error.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import ot
@@ -98,16 +100,25 @@ def sliced_wasserstein(
     x, y
         Points ``(n, d)`` and ``(m, d)``.
     p
-        Power of the distance.
+        Power of the distance, at least 1.
     n_projections
         Random directions, uniform on the sphere: a Monte Carlo estimate.
     rng
         Of the directions.
     weights_x, weights_y
         ``(n,)`` and ``(m,)``.
+
+    Raises
+    ------
+    ValueError
+        If p or n_projections is below 1, or shapes do not fit.
     """
+    if not 1 <= p < math.inf:
+        raise ValueError(f"expected a finite p of at least 1, found {p}; 1 and 2 are the usual ones")
+    if not 1 <= n_projections < math.inf or n_projections != int(n_projections):
+        raise ValueError(f"expected a whole number of projections, at least 1, found {n_projections}")
     a, b = as_cloud(x, weights_x), as_cloud(y, weights_y, like=x)
-    directions = np.random.default_rng(rng).standard_normal((a.points.shape[1], n_projections))
+    directions = np.random.default_rng(rng).standard_normal((a.points.shape[1], int(n_projections)))
     directions /= np.linalg.norm(directions, axis=0)
     arrays = (t.numpy() for t in (a.points, b.points, a.mass, b.mass))
     return float(ot.sliced_wasserstein_distance(*arrays, p=p, projections=directions))
@@ -150,7 +161,7 @@ def mmd(
         Points ``(n, d)`` and ``(m, d)``, at least two each; ``y`` the observed ones.
     bandwidth
         By default the median distance among ``y``, the observed cells alone, so that it is the same for every
-        restoration of them.
+        restoration of them (where most pairs of these are at one place, among the other pairs).
     weights_x, weights_y
         ``(n,)`` and ``(m,)``.
     """
@@ -203,13 +214,26 @@ def variance_ratio(
         Points ``(n, d)`` and ``(m, d)``, at least two each.
     weights_x, weights_y
         ``(n,)`` and ``(m,)``.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two points, or those of ``y`` are all at one place.
     """
 
     def trace(cloud: Cloud) -> float:
         deviation = cloud.points - cloud.mass @ cloud.points
         return float(cloud.mass @ deviation.square().sum(1)) / distinct(cloud)
 
-    return trace(as_cloud(x, weights_x)) / trace(as_cloud(y, weights_y, like=x))
+    a, b = as_cloud(x, weights_x), as_cloud(y, weights_y, like=x)
+    of_a, of_b = trace(a), trace(b)
+    seen = b.points[b.mass > 0]
+    if of_b == 0 or bool((seen == seen[0]).all()):  # rounding of the mean alone is no variance
+        raise ValueError(
+            f"expected observed points that vary, found {len(seen)} at one place: there is no ratio to a variance of "
+            f"zero; compare such cells by energy_distance or wasserstein"
+        )
+    return of_a / of_b
 
 
 def _difference(a: Cloud, b: Cloud, kernel: Kernel) -> float:

@@ -21,6 +21,7 @@ from .vector_field import MLP, Modules, NeuralField, VectorField, scaling
 CHUNK = 2**19  # numbers drawn at once for a member: a few dozen steps' worth in five dimensions
 EVALUATE_EVERY = 25  # steps between looks at the validation loss
 VALIDATION_PAIRS = 512  # per interval
+DIVERGED = 10.0  # times the first loss: a last one above has not converged
 GROWTH_WEIGHT = 0.1  # of the growth's error in the loss: a head beside the velocity's, not instead of it
 
 
@@ -109,8 +110,11 @@ class Training:
     def __post_init__(self) -> None:
         for name in ("width", "depth", "n_steps", "batch_size", "patience"):
             value = getattr(self, name)
-            if value is not None and (value != int(value) or value < 1):
+            if value is None:
+                continue
+            if not value >= 1 or value == math.inf or value != int(value):
                 raise ValueError(f"expected {name} to be a whole number of at least 1, found {value}")
+            object.__setattr__(self, name, int(value))  # a float may stand for it
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"expected a positive learning_rate, found {self.learning_rate}")
         if not 0 <= self.weight_decay < math.inf or not 0 <= self.ema_decay < 1:
@@ -148,7 +152,7 @@ def fit(
     ValueError
         If there is no member, or a user's module gives outputs of another shape.
     RuntimeError
-        If the loss is not finite at the end.
+        If the loss is not finite at the end, or far above what it was at first.
     """
     if not problems:
         raise ValueError("expected at least one problem to fit, found none")
@@ -183,6 +187,12 @@ def fit(
     history = torch.stack(losses).cpu()
     if not bool(history[-1].isfinite().all()):
         raise RuntimeError(f"expected a finite loss, found {history[-1].tolist()}; take a lower learning_rate")
+    first, last = history[0], history[-max(1, n_steps // 20) :].mean(0)  # the first is before any step
+    if bool((last > DIVERGED * first.clamp(min=1)).any()):
+        raise RuntimeError(
+            f"expected a loss that falls, found {first.tolist()} at first and {last.tolist()} at last; take a lower "
+            "learning_rate"
+        )
     empty = history.new_zeros(0, members)
     field.eval().requires_grad_(False)
     return Fit(field, history, torch.stack(validation_losses).cpu() if validation_losses else empty)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -52,7 +53,7 @@ def find_basis(adata: AnnData, basis: str | None, *, dims: tuple[int, int], use_
     KeyError
         If there is no such basis; the message lists those present.
     ValueError
-        If it has too few columns.
+        If `dims` are not two of its columns.
     """
     present = [name for name, matrix in adata.obsm.items() if np.ndim(matrix) == 2]
     wanted = use_rep if basis is None else basis
@@ -60,10 +61,9 @@ def find_basis(adata: AnnData, basis: str | None, *, dims: tuple[int, int], use_
     if name is None:
         raise KeyError(f"basis={wanted!r} is not in adata.obsm; present are {present}.")
     matrix = adata.X if name == "X" else adata.obsm[name]
-    if len(dims) != 2 or min(dims) < 0 or max(dims) >= matrix.shape[1]:
-        raise ValueError(
-            f"dims={dims} should be two columns of {name!r}, which has {matrix.shape[1]} (the first is 0)."
-        )
+    n = matrix.shape[1]
+    if np.size(dims) != 2 or not all(isinstance(one, Integral) and 0 <= one < n for one in dims):
+        raise ValueError(f"dims={dims!r} should be two columns of {name!r}, which has {n} (the first is 0).")
     return Basis(_columns(matrix, dims), _labels(adata, name, dims), is_embedding=name != use_rep)
 
 

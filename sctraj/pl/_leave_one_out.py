@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import cycle
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import matplotlib
@@ -12,7 +13,7 @@ from sctraj import get
 from sctraj._adata import FLOW, LEAVE_ONE_OUT, PROTOCOL, W1
 
 from ._basis import find_basis
-from ._cells import GREY, PALETTE, color_bar, draw_points, time_label
+from ._cells import GREY, color_bar, draw_points, legend_dot, make_room, palette, time_label
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -55,8 +56,8 @@ def leave_one_out(
         What to draw over time: "w1", "w2", "mmd", "energy" or "variance_ratio".
     kind
         "distances": the metric at every held-out time. A method's line is its mean over seeds, the bars reach from the
-        lowest seed to the highest. Baselines are grey and dashed. The band is the noise reference, mean and standard
-        deviation over its seeds: what two halves of the held-out snapshot are apart.
+        lowest seed to the highest. Baselines are grey and dashed. The solid grey line and band are the noise
+        reference, mean and standard deviation over its seeds: what two halves of the held-out snapshot are apart.
         "map": every held-out cell, coloured by its share of its snapshot's W1; cells of snapshots that were never held
         out (the first and the last) are grey.
     method
@@ -66,11 +67,19 @@ def leave_one_out(
     key
         The name of the results, their ``key_added``.
     ax
-        Axes to draw in; a new figure's if None.
+        Axes to draw in, which shrink to make room for a legend or colour bar; a new figure's if None. Small panels look
+        best in a figure with ``layout="constrained"``.
 
     Returns
     -------
     The axes.
+
+    Raises
+    ------
+    KeyError
+        No such results or basis; for "map", nothing that says which representation they are in.
+    ValueError
+        An unknown `kind`, `metric` or `method`.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind={kind!r} should be one of {list(get_args(Kind))}.")
@@ -86,9 +95,10 @@ def leave_one_out(
         ax = plt.subplots(layout="constrained")[1]
     _draw_noise(ax, table[table["method"] == NOISE])
     _draw_baselines(ax, table)
-    for i, name in enumerate(known):  # a method keeps its colour when drawn alone
+    looks = zip(known, cycle(palette(ax)), cycle(MARKERS))  # a method keeps its own when drawn alone
+    for name, color, marker in looks:
         if method in (None, name):
-            _draw_method(ax, table[table["method"] == name], name, PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)])
+            _draw_method(ax, table[table["method"] == name], name, color, marker)
     if metric == "variance_ratio":
         ax.axhline(1.0, color=GREY, lw=1, zorder=0)
     _finish(ax, np.sort(table["time"].unique()), time_label(adata, adata.uns[_protocol_name(key)]["time_key"]), metric)
@@ -113,12 +123,18 @@ def _draw_noise(ax: Axes, table: pd.DataFrame) -> None:
     at = mean.index.to_numpy(dtype=float)
     if at.size == 1:  # a band over a single time has no width
         at, mean, spread = np.array([at[0] - 0.5, at[0] + 0.5]), mean.repeat(2), spread.repeat(2)
-    label = "noise reference\n(mean ± sd)"
-    ax.fill_between(at, mean - spread, mean + spread, color="#9e9e9e", alpha=0.35, lw=0, label=label, zorder=1)
+    style: dict[str, Any] = {"color": "#9e9e9e", "zorder": 1}
+    (line,) = ax.plot(at, mean, lw=1.3, **style)
+    if spread.any():
+        label = "noise reference\n(mean ± sd)"
+        ax.fill_between(at, mean - spread, mean + spread, alpha=0.35, lw=0, label=label, **style)
+    else:  # of a single seed
+        line.set_label("noise reference")
 
 
 def _draw_baselines(ax: Axes, table: pd.DataFrame) -> None:
-    for grey, (name, (marker, dash)) in zip(("#8c8c8c", "#8c8c8c", "#4d4d4d"), BASELINES.items()):
+    greys = ("#8c8c8c", "#8c8c8c", "#6b6b6b")
+    for grey, (name, (marker, dash)) in zip(greys, BASELINES.items()):
         mean = table[table["method"] == name].groupby("time")["value"].mean()
         if len(mean):
             ax.plot(mean.index, mean, color=grey, ls=dash, lw=1.3, marker=marker, ms=4.5, label=name, zorder=2)
@@ -150,6 +166,7 @@ def _finish(ax: Axes, times: np.ndarray, xlabel: str, metric: str) -> None:
         alignment="left",
         handlelength=3.0,  # long enough to tell the dashes
     )
+    make_room(ax)
 
 
 def _draw_map(adata: AnnData, method: str | None, basis: str | None, key: str, ax: Axes | None) -> Axes:
@@ -165,15 +182,18 @@ def _draw_map(adata: AnnData, method: str | None, basis: str | None, key: str, a
     if ax is None:
         ax = plt.subplots(layout="constrained")[1]
     if not held_out.all():
-        ends = draw_points(ax, plane, GREY, rows=np.flatnonzero(~held_out))
-        ends.set_label("first and last snapshot")
-        ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.01), borderaxespad=0.0, frameon=False, handletextpad=0.1)
+        draw_points(ax, plane, GREY, rows=np.flatnonzero(~held_out))
     if held_out.any():
         # the colours end at the 99th percentile: a few far cells must not take them from all others
         norm = Normalize(share[held_out].min(), np.percentile(share[held_out], 99))
         cmap = matplotlib.colormaps["plasma"]
         draw_points(ax, plane, share, rows=np.flatnonzero(held_out), norm=norm, cmap=cmap)
         color_bar(ax, norm, cmap, f"share of held-out W1, {method}", extend="max")
+    if not held_out.all():
+        dot = legend_dot("first and last snapshot", GREY)
+        place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.01), "borderaxespad": 0.0}
+        ax.legend(handles=[dot], frameon=False, handletextpad=0.1, **place)
+        make_room(ax)
     return ax
 
 

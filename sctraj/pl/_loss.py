@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from sctraj import get
 
-from ._cells import INK, PALETTE
+from ._cells import PALETTE, ink, make_room, palette
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -33,7 +33,8 @@ def loss(adata: AnnData, *, key: str = "flow", ax: Axes | None = None) -> Axes:
     key
         The fit's name, its ``key_added``.
     ax
-        Axes to draw in; a new figure's if None.
+        Axes to draw in, which shrink to make room for a legend or colour bar; a new figure's if None. Small panels look
+        best in a figure with ``layout="constrained"``.
 
     Returns
     -------
@@ -44,7 +45,7 @@ def loss(adata: AnnData, *, key: str = "flow", ax: Axes | None = None) -> Axes:
     smooth = table[members].rolling(max(1, len(table) // WINDOW), center=True, min_periods=1).mean()
     if ax is None:
         ax = plt.subplots(layout="constrained")[1]
-    for member, color in zip(members, _colors(len(members))):
+    for member, color in zip(members, _colors(ax, len(members))):
         ax.plot(table.index, table[member], color=color, lw=0.6, alpha=0.2, rasterized=True)
         ax.plot(table.index, smooth[member], color=color, lw=1.6, label=f"member {member}")
         if VALIDATION + member in table:
@@ -54,23 +55,24 @@ def loss(adata: AnnData, *, key: str = "flow", ax: Axes | None = None) -> Axes:
     ax.set(xlabel="training step", ylabel="flow matching loss", yscale="log" if 0 < 10 * lowest < highest else "linear")
     ax.spines[["top", "right"]].set_visible(False)
     _legend(ax, members, validated=len(members) < table.shape[1])
+    make_room(ax)
     return ax
 
 
-def _colors(n: int) -> list:
-    if n <= len(PALETTE) - 1:
-        return list(PALETTE[:n])
+def _colors(ax: Axes, n: int) -> list:
+    if n < len(PALETTE):  # all but the yellow
+        return palette(ax)[:n]
     return list(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, n)))
 
 
 def _legend(ax: Axes, members: list[str], *, validated: bool) -> None:
     """Name the members where there are few, and only the kinds of line where there are many."""
-    colors = _colors(len(members)) if len(members) < len(PALETTE) else [INK]
+    colors = _colors(ax, len(members)) if len(members) < len(PALETTE) else [ink(ax)]
     names = [f"member {name}" for name in members] if len(colors) > 1 else ["running mean"]
     if len(members) >= len(PALETTE):
         names = [f"running means, {len(members)} members"]
     handles = [Line2D([], [], color=color, lw=1.6, label=name) for color, name in zip(colors, names)]
     handles.append(Line2D([], [], color=colors[0], lw=0.6, alpha=0.4, label="every step"))
     if validated:
-        handles.append(Line2D([], [], color=INK, lw=1.6, ls="--", label="validation"))
+        handles.append(Line2D([], [], color=ink(ax), lw=1.6, ls="--", label="validation"))
     ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, frameon=False)

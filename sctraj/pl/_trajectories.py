@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
@@ -50,12 +51,22 @@ def trajectories(
     rng
         Seed or generator for the choice of cells.
     ax
-        Axes to draw in; a new figure's if None.
+        Axes to draw in, which shrink to make room for a legend or colour bar; a new figure's if None. Small panels look
+        best in a figure with ``layout="constrained"``.
 
     Returns
     -------
     The axes. The paths are its one ``LineCollection``.
+
+    Raises
+    ------
+    KeyError
+        No such fit, trajectories, basis or column of ``adata.obs``.
+    ValueError
+        A `color` without a finite value; `dims` that the basis lacks; an `n_cells` that is no whole number from 0 up.
     """
+    if not isinstance(n_cells, Integral) or n_cells < 0:
+        raise ValueError(f"n_cells={n_cells!r} should be a whole number of at least 0, of cells to show the paths of.")
     params = fit_params(adata, key)
     check_color(adata, color)
     time_key = params["time_key"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import matplotlib.pyplot as plt
@@ -9,7 +10,7 @@ from matplotlib.colors import Normalize
 from sctraj import get
 
 from ._basis import find_basis, fit_params, project_velocity, projection, thin
-from ._cells import INK, check_color, draw_cells, times_of
+from ._cells import check_color, draw_cells, ink, make_room, times_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -53,19 +54,32 @@ def velocity(
     key
         The fit's name, its ``key_added``.
     density
-        Arrows or streamlines per length, relative to the default.
+        Arrows or streamlines per length, relative to the default; above 0.
     min_mass
         Grid points are left empty where fewer cells lie than this fraction of the number where they lie densest (the
-        99th percentile of the grid).
+        99th percentile of the grid); from 0 to 1.
     ax
-        Axes to draw in; a new figure's if None.
+        Axes to draw in, which shrink to make room for a legend or colour bar; a new figure's if None. Small panels look
+        best in a figure with ``layout="constrained"``.
 
     Returns
     -------
     The axes.
+
+    Raises
+    ------
+    KeyError
+        No such fit, basis or column of ``adata.obs``.
+    ValueError
+        An unknown `kind`; a `color` without a finite value; `dims` that the basis lacks; a `density` or `min_mass` out
+        of range.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind={kind!r} should be one of {list(get_args(Kind))}.")
+    if not (isinstance(density, Real) and 0 < density < np.inf):
+        raise ValueError(f"density={density!r} should be a number above 0; 1 is the default, 2 draws twice as many.")
+    if not (isinstance(min_mass, Real) and 0 <= min_mass <= 1):
+        raise ValueError(f"min_mass={min_mass!r} should be a fraction from 0 to 1; 0.03 is the default.")
     params = fit_params(adata, key)
     check_color(adata, color)
     plane = find_basis(adata, basis, dims=dims, use_rep=params["use_rep"])
@@ -88,6 +102,7 @@ def velocity(
         _draw_arrows(ax, x, y, mean)
     else:
         _draw_stream(ax, x, y, mean, density)
+    make_room(ax)
     return ax
 
 
@@ -139,7 +154,7 @@ def _draw_arrows(ax: Axes, x: np.ndarray, y: np.ndarray, mean: np.ndarray) -> No
     u, v = u * cut, v * cut
     ax.update_datalim(np.column_stack([at_x + u / scale, at_y + v / scale]))  # quiver itself leaves room for tails only
     style: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "width": 0.0028, "headwidth": 4.5, "headlength": 5.5}
-    ax.quiver(at_x, at_y, u, v, scale=scale, color=INK, zorder=3, **style)
+    ax.quiver(at_x, at_y, u, v, scale=scale, color=ink(ax), zorder=3, **style)
     ax.autoscale_view()
 
 
@@ -148,5 +163,5 @@ def _draw_stream(ax: Axes, x: np.ndarray, y: np.ndarray, mean: np.ndarray, densi
     speed = np.ma.hypot(u / _spacing(x), v / _spacing(y))
     width = 0.4 + 1.4 * (speed / (speed.max() or 1.0)).filled(0.0)
     view = ax.get_xlim(), ax.get_ylim()
-    ax.streamplot(x, y, u, v, density=1.4 * density, linewidth=width, color=INK, arrowsize=1.0, zorder=3)
+    ax.streamplot(x, y, u, v, density=1.4 * density, linewidth=width, color=ink(ax), arrowsize=1.0, zorder=3)
     ax.set(xlim=view[0], ylim=view[1])  # streamplot cuts the view down to its grid

@@ -141,7 +141,7 @@ def fit_flow(
     RuntimeError
         Sinkhorn or the training did not converge.
     """
-    _adata.check_key(key_added)
+    _adata.check_flow_key(adata, key_added)
     _adata.check_own(adata, copy=copy)
     where = pick_device(device)
     check_field(field, module)
@@ -163,7 +163,8 @@ def fit_flow(
     else:
         problems, validation = problems_of(cells.snapshots, seeds)
     result = make_field(field, problems, validation, training, where, progress=progress)
-    at_cells = [_at_cells(result.vector_field, t, x) for t, x in zip(cells.snapshots.times, cells.snapshots.points)]
+    snapshots = cells.snapshots
+    at_cells = [_at_cells(result.vector_field, *one) for one in zip(snapshots.times, snapshots.points, snapshots.mass)]
 
     adata = _adata.own(adata, copy=copy)
     used = problems[0].path.sigma
@@ -222,7 +223,10 @@ def _write_cells(
 
 
 class _AtCells(NamedTuple):
-    """The members' mean velocity ``(n, d)``, its spread ``(n,)`` and the mean growth rate ``(n,)`` at cells."""
+    """The members' mean velocity ``(n, d)``, its spread ``(n,)`` and the mean growth rate ``(n,)`` at cells.
+
+    Growth rates are relative to the mean over the cells.
+    """
 
     velocity: np.ndarray
     spread: np.ndarray
@@ -230,8 +234,8 @@ class _AtCells(NamedTuple):
 
 
 @torch.no_grad()
-def _at_cells(field: VectorField, t: float, x: torch.Tensor) -> _AtCells:
-    """Evaluate a field at one snapshot's cells ``(n, d)``."""
+def _at_cells(field: VectorField, t: float, x: torch.Tensor, mass: torch.Tensor) -> _AtCells:
+    """Evaluate a field at one snapshot's cells ``(n, d)`` of masses ``(n,)``."""
     parts = []
     for cells in x.to(field.scale).split(CELLS):
         each = field.evaluate(t, cells.expand(field.members, *cells.shape))  # velocity: (M, n, d)
@@ -239,4 +243,7 @@ def _at_cells(field: VectorField, t: float, x: torch.Tensor) -> _AtCells:
         deviation = (each.velocity - mean).square().sum(-1).sum(0)
         growth = torch.zeros_like(deviation) if each.growth is None else each.growth.mean(0).squeeze(-1)
         parts.append((mean, (deviation / max(1, field.members - 1)).sqrt(), growth))
-    return _AtCells(*(torch.cat(column).cpu().numpy() for column in zip(*parts)))
+    velocity, spread, growth = (torch.cat(column).cpu() for column in zip(*parts))
+    # known up to a rate that all cells of a time share, which a network leaves where it likes
+    growth = growth - (mass @ growth.double() / mass.sum()).to(growth)
+    return _AtCells(velocity.numpy(), spread.numpy(), growth.numpy())

@@ -16,7 +16,7 @@ from ..flow.hold_out import Restoration, Start, mixed, moved
 from ..flow.integrate import Solver
 from ..flow.problem import DATA_SEED
 from ._field import check_jitter
-from ._steps import steps_per_gap
+from ._steps import check_steps, steps_per_gap
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -78,14 +78,26 @@ def interpolate(
     KeyError
         No such flow.
     ValueError
-        A time outside the range; other cells than those fitted; components that do not reproduce ``X_pca`` from ``X``
-        (then ``decode=False`` leaves the genes out).
+        A time that is no number or outside the range; other cells than those fitted; a solver, steps or a tolerance
+        that cannot be used; a `time_key` of a column that is written beside it; components that do not reproduce
+        ``X_pca`` from ``X`` (then ``decode=False`` leaves the genes out).
     """
     from anndata import AnnData
 
     where = pick_device(device)
+    per_gap = steps_per_gap(solver) if n_steps is None else n_steps
+    check_steps(solver, per_gap, tolerance)
+    at = np.asarray(time)
+    if at.ndim or at.dtype.kind not in "iuf":
+        raise ValueError(f"expected a time that is a number, found {time!r}; pass one, such as 1.5")
+    time = float(at)
     flow = _adata.read_flow(adata, key, module=module)
-    snapshots, use_rep = flow.cells.snapshots, str(flow.params["use_rep"])
+    snapshots, use_rep, time_key = flow.cells.snapshots, str(flow.params["use_rep"]), str(flow.params["time_key"])
+    if time_key in ("source_cell", "weight"):
+        raise ValueError(
+            f'expected times in a column other than "source_cell" and "weight", which the result holds beside it, '
+            f'found a flow fitted with time_key="{time_key}"; rename the column and fit again'
+        )
     if not snapshots.times[0] <= time <= snapshots.times[-1]:
         raise ValueError(
             f"expected a time from {snapshots.times[0]:g} to {snapshots.times[-1]:g}, the snapshots' range, found "
@@ -96,7 +108,6 @@ def interpolate(
     check_jitter(jitter, flow.params["field"])
     decoder = _decoder(adata, use_rep) if decode else None
     field = flow.vector_field.to(where).ensemble()
-    per_gap = steps_per_gap(solver) if n_steps is None else n_steps
     k = max(i for i, t in enumerate(snapshots.times) if t <= time)
 
     stream = torch.Generator().manual_seed(DATA_SEED)
@@ -107,7 +118,7 @@ def interpolate(
             return Restoration(snapshots.points[k].cpu(), snapshots.mass[k])
         cells, steps = [(snapshots.points[k], snapshots.mass[k])], max(1, math.ceil(per_gap * gap / snapshots.mean_gap))
         (there,) = moved(
-            field, cells, [snapshots.times[k]], [float(time)], solver=solver, n_steps=steps, tolerance=tolerance,
+            field, cells, [snapshots.times[k]], [time], solver=solver, n_steps=steps, tolerance=tolerance,
             jitter=jitter, rng=stream,
         )  # fmt: skip
         return there
@@ -122,7 +133,7 @@ def interpolate(
     sources = np.concatenate([np.asarray(adata.obs_names[flow.cells.index[i]], dtype=object) for i in used])
     obs = pd.DataFrame(
         {
-            str(flow.params["time_key"]): np.full(len(sources), float(time)),
+            time_key: np.full(len(sources), time),
             "source_cell": sources,
             "weight": population.weights.numpy(),
         },

@@ -1,6 +1,10 @@
-"""How finely time is cut where nobody says."""
+"""How finely time is cut where nobody says, and a check of what somebody says."""
 
 from __future__ import annotations
+
+import math
+import numbers
+from typing import get_args
 
 from ..flow.integrate import Solver
 
@@ -11,3 +15,13 @@ OTHER_STEPS = 50  # of first order
 def steps_per_gap(solver: Solver, *, stochastic: bool = False) -> int:
     """Return the steps of a fixed grid per mean gap between snapshots."""
     return RK4_STEPS if solver == "rk4" and not stochastic else OTHER_STEPS
+
+
+def check_steps(solver: Solver, n_steps: float, tolerance: float) -> None:
+    """Raise a ValueError for a solver that is unknown, steps that are no whole number, or a tolerance of none."""
+    whole = isinstance(n_steps, numbers.Real) and 1 <= n_steps < math.inf and n_steps == int(n_steps)
+    if solver not in get_args(Solver) or not whole or not tolerance > 0:
+        raise ValueError(
+            f"expected a solver of {', '.join(get_args(Solver))}, a whole number of n_steps, at least 1, and a "
+            f"positive tolerance, found {solver!r}, {n_steps}, {tolerance}; leave them out for the defaults"
+        )

@@ -17,7 +17,7 @@ from .._log import logger
 from ..flow.flow_matching import pick_device
 from ..flow.integrate import Field, Moved, Solver, simulate, transport
 from ._seeds import seed_of
-from ._steps import steps_per_gap
+from ._steps import check_steps, steps_per_gap
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -110,11 +110,7 @@ def trajectories(
     where = pick_device(device)
     seed = seed_of(rng)
     n_steps = steps_per_gap(solver, stochastic=stochastic) if n_steps is None else n_steps
-    if solver not in ("euler", "rk4", "dopri5") or n_steps != int(n_steps) or n_steps < 1 or not tolerance > 0:
-        raise ValueError(
-            f"expected a solver of euler, rk4, dopri5, n_steps of at least 1 and a positive tolerance, found "
-            f"{solver!r}, {n_steps}, {tolerance}"
-        )
+    check_steps(solver, n_steps, tolerance)
     flow = _adata.read_flow(adata, key, module=module)
     snapshots = flow.cells.snapshots
     grid = _time_grid(times, snapshots.times)

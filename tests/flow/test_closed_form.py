@@ -121,6 +121,20 @@ def test_with_the_bridges_own_spread_it_is_the_posterior_mean_of_the_pairs():
             assert float(at.score) == pytest.approx(posterior @ score, rel=1e-10)
 
 
+@pytest.mark.parametrize("end", [0, 1])
+def test_a_bridges_velocity_at_its_ends_is_that_of_the_pairs(end):
+    # the spread keeps a margin there, and cells off the mean path by as much would be pulled back by half the velocity
+    field = on_a_line(*2 * (np.full(3, 1 / 3),))
+    x, t = (torch.tensor(LINE[f"x{end}"])[None, :, None], LINE[f"t{end}"])
+    at = field.evaluate(t, x)
+    chord = torch.tensor(LINE["x1"] - LINE["x0"]) / (LINE["t1"] - LINE["t0"])
+    torch.testing.assert_close(at.velocity[0, :, 0], chord, rtol=1e-9, atol=0)
+    # and the drift of the bridge, velocity and half the score times sigma^2, is the same
+    torch.testing.assert_close(at.score[0, :, 0], torch.zeros(3).double(), rtol=0, atol=1e-9)
+    near = field.evaluate(t + (1 - 2 * end) * 1e-4, x + (1 - 2 * end) * 1e-4 * chord[None, :, None])
+    torch.testing.assert_close(near.velocity, at.velocity, rtol=1e-3, atol=1e-3)  # no jump at the margin
+
+
 def test_it_is_the_regression_that_a_network_is_trained_on():
     rng = np.random.default_rng(0)
     n, draws = 12, 6000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from scipy.spatial.distance import cdist
+from scipy.spatial.distance import cdist, pdist
 
 from sctraj.flow import clouds
 from sctraj.flow.clouds import as_cloud, distinct_means, gaussian, identity, mean_kernels, median_distance
@@ -22,6 +22,25 @@ def test_median_distance_of_a_thinned_cloud():
     y = np.random.default_rng(0).normal(size=(1500, 2))
     # an even selection of independent cells is a sample of 400: 1.25 sd / sqrt(n) or so
     assert median_distance(y, n_cells=400) == pytest.approx(median_distance(y), rel=0.1)
+
+
+def test_median_distance_among_many_equal_cells():
+    y = np.concatenate([np.zeros((45, 2)), np.random.default_rng(0).normal(size=(15, 2)) + 3])
+    distance = pdist(y)
+    assert np.median(distance) == 0
+    assert median_distance(y) == pytest.approx(np.median(distance[distance > 0]), rel=0.02)  # torch: the lower middle
+    assert median_distance(np.concatenate([y[:30], y[45:46]])) == pytest.approx(np.linalg.norm(y[45]), rel=1e-12)
+    few = np.zeros((60, 2))
+    few[7] = 3, 4  # not among the three that are selected
+    assert median_distance(few, n_cells=3) == 5
+    assert median_distance(np.ones((60, 2))) == median_distance(np.ones((1, 2))) == 0
+
+
+def test_values_that_are_not_finite_are_counted():
+    y = np.ones((5, 2))
+    y[1], y[3, 0] = np.nan, np.inf
+    with pytest.raises(ValueError, match="finite points, found NaN or inf in 2 of 5"):
+        as_cloud(y, None)
 
 
 @pytest.mark.parametrize("by_products", [False, True])

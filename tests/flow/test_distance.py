@@ -8,6 +8,7 @@ import numpy as np
 import ot
 import pytest
 import torch
+from scipy import sparse
 from scipy.spatial.distance import cdist, pdist
 from scipy.stats import energy_distance as scipy_energy
 from scipy.stats import wasserstein_distance
@@ -252,6 +253,15 @@ def test_arrays_of_any_layout_do(measure):
 
 
 @pytest.mark.parametrize("measure", ALL)
+def test_sparse_points_are_their_dense_ones(measure):
+    x, y = (np.where(v > 0, v, 0) for v in two_clouds())
+    truth = measure(x, y)
+    for form in (sparse.csr_matrix, sparse.coo_array):
+        assert measure(form(x), form(y)) == truth
+    assert measure(torch.tensor(x).to_sparse(), y) == truth
+
+
+@pytest.mark.parametrize("measure", ALL)
 def test_what_is_no_cloud_is_an_error(measure):
     x, y = two_clouds()
     for bad in (x[:, :2], x[:0], x[:, 0], np.where(x > 2, np.nan, x), np.where(x > 2, np.inf, x)):
@@ -269,6 +279,34 @@ def test_unbiased_distances_need_pairs(measure):
         measure(x[:1], y)
     with pytest.raises(ValueError, match="two points"):
         measure(x, y, weights_y=np.eye(30)[4])
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_no_ratio_to_a_variance_of_zero(value):
+    x, _ = two_clouds()
+    y = np.full((30, 3), value)  # of 0.1 the mean is rounded
+    y[3] = 9
+    with pytest.raises(ValueError, match="observed points that vary, found 29 at one place"):
+        variance_ratio(x, y, weights_y=np.arange(30) != 3)
+    assert variance_ratio(y[:3], x) == pytest.approx(0, abs=1e-30)  # rounding
+
+
+def test_many_equal_observed_cells_still_have_a_bandwidth():
+    x, y = two_clouds()
+    y[:25] = y[0]
+    assert np.median(pdist(y)) == 0
+    assert mmd(x, y) == mmd(x, y, bandwidth=median_distance(y))
+    assert sinkhorn_divergence(x, y) > 0
+
+
+def test_numbers_of_projections_and_powers_out_of_range():
+    x, y = two_clouds()
+    for n in (0, -1, 2.5, math.nan):
+        with pytest.raises(ValueError, match="projections, at least 1, found"):
+            sliced_wasserstein(x, y, n_projections=n)
+    for p in (0, 0.5, math.inf, math.nan):
+        with pytest.raises(ValueError, match="p of at least 1, found"):
+            sliced_wasserstein(x, y, p=p)
 
 
 def test_powers_and_bandwidths_out_of_range():

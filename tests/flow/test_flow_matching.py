@@ -195,6 +195,20 @@ def test_a_diverging_fit_is_an_error():
         quick(make(), training=replace(QUICK, learning_rate=1e30))
 
 
+def test_a_loss_that_only_rises_is_an_error():
+    # finite to the end, as the schedule lets the rate fall in time
+    with pytest.raises(RuntimeError, match=r"expected a loss that falls, found .* learning_rate"):
+        quick(make(), training=replace(QUICK, learning_rate=1e3, n_steps=100))
+
+
+def test_whole_numbers_may_be_floats():
+    training = replace(QUICK, width=8.0, depth=2.0, n_steps=3.0, batch_size=16.0)
+    assert quick(make(), training=training).loss.shape == (3, 1)
+    for wrong in (2.5, float("inf"), float("nan"), 0):
+        with pytest.raises(ValueError, match="expected n_steps to be a whole number of at least 1"):
+            replace(QUICK, n_steps=wrong)
+
+
 # ---- members
 
 

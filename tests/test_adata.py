@@ -1,0 +1,85 @@
+"""The AnnData boundary: what is read in whatever form it comes, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+
+from sctraj import _adata, pp, tl
+
+QUICK = {"n_steps": 5, "batch_size": 8}
+
+
+def test_no_matrix_is_said(cells: AnnData) -> None:
+    bare = AnnData(obs=cells.obs, obsm={"X_pca": cells.obsm["X_pca"]})
+    with pytest.raises(ValueError, match=r'matrix in adata\.X, found none; in adata\.obsm there are: "X_pca"'):
+        tl.fit_flow(bare, use_rep="X", **QUICK)
+    with pytest.raises(KeyError, match="there are: none"):
+        tl.fit_flow(AnnData(obs=cells.obs), use_rep="X_pca", **QUICK)
+
+
+def test_the_byte_order_of_another_machine_changes_nothing(cells: AnnData) -> None:
+    native = cells.obsm["X_pca"]
+    other = native.astype(native.dtype.newbyteorder("S"))
+    assert not other.dtype.isnative
+    tl.fit_flow(cells, **QUICK)
+    velocity = cells.obsm["flow_velocity"]
+    cells.obsm["X_pca"] = other
+    assert _adata.read_flow(cells, "flow").cells.n_obs == cells.n_obs  # the same fingerprint
+    tl.fit_flow(cells, **QUICK)
+    np.testing.assert_array_equal(cells.obsm["flow_velocity"], velocity)
+    assert cells.obsm["X_pca"] is other
+
+
+@pytest.mark.parametrize("categorical", [False, True])
+def test_complex_times_and_growth_rates_are_refused(cells: AnnData, categorical) -> None:
+    values = cells.obs["time"] + 1j
+    cells.obs["z"] = values.astype("category") if categorical else values
+    with pytest.raises(ValueError, match=r'real times, numbers, in obs\["z"\]; found complex128'):
+        tl.fit_flow(cells, "z", **QUICK)
+    with pytest.raises(ValueError, match=r'growth rates, real numbers, in obs\["z"\]; found complex128'):
+        tl.fit_flow(cells, growth_key="z", **QUICK)
+    with pytest.raises(ValueError, match="a complex, neither number nor text"):
+        pp.parse_time(cells, "z", key_added="t")
+    assert "flow" not in cells.uns
+
+
+def test_growth_rates_may_be_categories_of_numbers_as_times_may(cells: AnnData) -> None:
+    rates = np.round(np.random.default_rng(0).normal(size=cells.n_obs), 1)
+    cells.obs["numbers"], cells.obs["categories"] = rates, pd.Categorical(rates)
+    np.testing.assert_array_equal(_adata.read_rates(cells, "categories"), _adata.read_rates(cells, "numbers"))
+    cells.obs["text"] = pd.Categorical(rates.astype(str))
+    with pytest.raises(ValueError, match=r'growth rates.*obs\["text"\]; found (object|str)'):
+        _adata.read_rates(cells, "text")
+
+
+@pytest.mark.parametrize("record", [{"unit": "day"}, np.arange(3), "mine"])
+def test_a_record_of_something_else_is_not_overwritten_by_a_flow(cells: AnnData, record) -> None:
+    cells.uns["mine"] = record
+    slots = {kind: set(getattr(cells, kind).keys()) for kind in ("obs", "obsm", "uns")}
+    with pytest.raises(ValueError, match=r'adata\.uns\["mine"\], found something else.*another key_added'):
+        tl.fit_flow(cells, key_added="mine", **QUICK)
+    assert cells.uns["mine"] is record
+    assert slots == {kind: set(getattr(cells, kind).keys()) for kind in slots}
+
+
+def test_names_for_a_flow_are_checked_before_there_is_one(cells: AnnData) -> None:
+    pp.parse_time(cells, "day", key_added="parsed")
+    with pytest.raises(ValueError, match=r'del adata\.uns\["parsed"\]'):
+        _adata.check_flow_key(cells, "parsed")
+    with pytest.raises(ValueError, match='without "/"'):
+        _adata.check_flow_key(cells, "a/b")
+    _adata.check_flow_key(cells, "flow")
+    tl.fit_flow(cells, field="closed-form")
+    _adata.check_flow_key(cells, "flow")  # a flow may take a flow's place
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_cells_far_from_their_origin_are_refused(cells: AnnData, dtype) -> None:
+    cells.obsm["far"] = cells.obsm["X_pca"].astype(dtype) + np.array(1e6, dtype)
+    with pytest.raises(ValueError, match="Subtract their mean"):
+        tl.fit_flow(cells, use_rep="far", **QUICK)
+    cells.obsm["near"] = cells.obsm["X_pca"].astype(dtype) + np.array(100, dtype)
+    tl.fit_flow(cells, use_rep="near", **QUICK)

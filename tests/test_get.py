@@ -1,0 +1,58 @@
+"""Which cells are given back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+
+from sctraj import get, tl
+
+
+@pytest.fixture
+def followed(cells: AnnData) -> AnnData:
+    tl.fit_flow(cells, field="closed-form")
+    tl.trajectories(cells, 2, solver="euler", n_steps=1)
+    return cells
+
+
+def test_a_mask_chooses_its_cells_in_memory_and_in_a_store(followed: AnnData, tmp_path) -> None:
+    mask = followed.obs["time"] == followed.obs["time"].median()
+    chosen = followed.obs_names[mask]
+    assert 0 < len(chosen) < followed.n_obs
+    in_memory = get.trajectories(followed)
+    tl.trajectories(followed, 2, solver="euler", n_steps=1, store=str(tmp_path / "store"))
+    for whole in (in_memory, get.trajectories(followed)):
+        for rows in (mask, mask.to_numpy(), mask.tolist(), mask.astype("boolean"), np.flatnonzero(mask), chosen):
+            pd.testing.assert_frame_equal(get.trajectories(followed, rows=rows), whole.loc[list(chosen)])
+
+
+def test_numbers_and_names_keep_their_order(followed: AnnData) -> None:
+    whole = get.trajectories(followed)
+    for rows in ([5, 0, -1], np.array([5, 0, 599], np.uint64)):
+        pd.testing.assert_frame_equal(
+            get.trajectories(followed, rows=rows), whole.loc[["cell_5", "cell_0", followed.obs_names[-1]]]
+        )
+    named = get.trajectories(followed, rows=["cell_5", "cell_0"])
+    pd.testing.assert_frame_equal(named, whole.loc[["cell_5", "cell_0"]])
+    assert get.trajectories(followed, rows=[]).empty
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([True, False], ValueError, r"mask of 600 booleans.*found bool of shape \(2,\)"),
+        (np.zeros((600, 1), bool), ValueError, r"mask of 600 booleans.*\(600, 1\)"),
+        (pd.array([True, None] * 300, dtype="boolean"), ValueError, "found object"),
+        ([1.7], ValueError, "numbers or names.*found float64"),
+        ([1, None], ValueError, "numbers or names.*found object"),
+        (3, ValueError, r"shape \(\)"),
+        ([600], IndexError, "up to 599.*found 600"),
+        ([0, -601], IndexError, "found -601"),
+        (["cell_1", "cel_2"], KeyError, "1 of 2 are not in adata.obs_names: cel_2"),
+    ],
+)
+def test_what_names_no_cells_is_refused(followed: AnnData, rows, error, message) -> None:
+    with pytest.raises(error, match=message):
+        get.trajectories(followed, rows=rows)

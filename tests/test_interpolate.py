@@ -1,0 +1,61 @@
+"""What `interpolate` refuses, before any work."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from anndata import AnnData
+
+from sctraj import tl
+from sctraj.tl import _interpolate
+
+
+@pytest.fixture
+def fitted(cells: AnnData) -> AnnData:
+    tl.fit_flow(cells, field="closed-form")
+    return cells
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    def moved(*_: object, **__: object) -> None:
+        raise AssertionError("cells were moved")
+
+    monkeypatch.setattr(_interpolate, "moved", moved)
+
+
+WRONG = [{"solver": "rk5"}, {"tolerance": 0}, {"tolerance": -1.0}, {"tolerance": float("nan"), "solver": "dopri5"}]
+WRONG += [{"n_steps": n} for n in (-5, 0, 0.3, 2.5, float("nan"), float("inf"), "7")]
+
+
+@pytest.mark.parametrize("arguments", WRONG, ids=str)
+@pytest.mark.usefixtures("idle")
+def test_solver_steps_and_tolerance_are_those_that_trajectories_takes(fitted: AnnData, arguments) -> None:
+    with pytest.raises(ValueError, match=r"expected a solver of euler, rk4, dopri5.*n_steps.*positive tolerance"):
+        tl.interpolate(fitted, 1.5, **arguments)
+
+
+@pytest.mark.parametrize("time", ["1", None, [1.0], True, 1j])
+@pytest.mark.usefixtures("idle")
+def test_a_time_that_is_no_number_is_refused(fitted: AnnData, time) -> None:
+    with pytest.raises(ValueError, match="expected a time that is a number, found"):
+        tl.interpolate(fitted, time)
+
+
+def test_a_time_may_be_a_number_of_any_kind(fitted: AnnData) -> None:
+    places = [
+        tl.interpolate(fitted, time, n_steps=1.0, decode=False).obsm["X_pca"]
+        for time in (4, 4.0, np.float32(4), np.int8(4), np.array(4.0), torch.tensor(4.0))
+    ]
+    for one in places[1:]:
+        np.testing.assert_array_equal(one, places[0])
+
+
+@pytest.mark.parametrize("time_key", ["weight", "source_cell"])
+@pytest.mark.usefixtures("idle")
+def test_a_time_column_of_a_name_that_is_written_is_refused(cells: AnnData, time_key) -> None:
+    cells.obs[time_key] = cells.obs["time"]
+    tl.fit_flow(cells, time_key, field="closed-form")
+    with pytest.raises(ValueError, match=rf'"source_cell" and "weight".*time_key="{time_key}"; rename'):
+        tl.interpolate(cells, 1.5)
