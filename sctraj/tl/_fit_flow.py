@@ -128,7 +128,7 @@ def fit_flow(
     ``obsm[key_added + "_velocity"]`` : float32, n_obs x d
         Velocity at the cell's own time, in units of the representation per unit of time; the members' mean.
     ``obs[key_added + "_growth"]`` : float32
-        Log mass change per unit of time, relative to the population's mean; where the flow grows.
+        Log mass change per unit of time, relative to the mean over the snapshot's cells; where the flow grows.
     ``obs[key_added + "_velocity_sd"]`` : float32
         Root mean square deviation of the members' velocities from their mean, where there are several.
 
