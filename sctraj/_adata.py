@@ -375,7 +375,6 @@ def write_flow(
 
     from . import __version__
 
-    check_flow_key(adata, key)
     adata.uns[key] = {
         "params": dict(params),
         "weights": dict(weights),
