@@ -55,7 +55,7 @@ N_CELLS, QUICK_CELLS, QUICK_STEPS = 2000, 500, 50
 
 DEFAULT, INTERPOLATION, PUBLISHED = "uot-cfm", "ot-interpolation", "ot-cfm neural, before"
 # one ingredient more each, closed-form up to the growth; the last at the slow tempo of its clock is the default
-STEPS = ("ot-cfm straight, before", "+ both sides", "+ hermite", "+ growth")
+STEPS = ("ot-cfm straight, before", "+ both sides", "+ hermite", "+ reliable turns", "+ growth")
 NETWORK = "+ network"
 TRUTH, DIFFUSE = "true dynamics", ("switch", "differentiation")  # of the latter there is no one true place
 COMPARED = (INTERPOLATION, PUBLISHED)
@@ -114,11 +114,12 @@ def restorations(
     held_out, plain, _ = hold_out.hold_out_problems(snapshots, method="ot-cfm", path=None, **same)
     _, grown, _ = hold_out.hold_out_problems(snapshots, method=DEFAULT, path=None, **same)
     # the pairs of OT-CFM on the default's curves, whose velocities come from the growing plan whatever the pairs are
-    curved = [replace(p, path=g.path, velocities=g.velocities) for p, g in zip(plain, grown)]
+    curved = [replace(p, path=g.path, tangents=g.tangents) for p, g in zip(plain, grown)]
     closed = [
         (plain, {STEPS[0]: "before", STEPS[1]: "both"}),
-        (curved, {STEPS[2]: "both"}),
-        (grown, {STEPS[3]: "both"}),
+        ([replace(p, tangents=replace(p.tangents, reliability=1.0)) for p in curved], {STEPS[2]: "both"}),
+        (curved, {STEPS[3]: "both"}),
+        (grown, {STEPS[4]: "both"}),
     ]
     for path in METRIC_PATHS:
         bent = hold_out.hold_out_problems(snapshots, method="ot-cfm", path=path, **(same | {"seeds": seeds[:1]}))[1]

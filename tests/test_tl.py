@@ -56,6 +56,7 @@ def test_slots(cells: AnnData) -> None:
     assert list(cells.uns["leave_one_out"].columns) == ["method", "time", "seed", "metric", "value"]
     flow = cells.uns["flow"]
     assert flow["params"]["sigma"] > 0
+    assert 0 <= flow["params"]["reliability"] <= 1
     assert flow["times"].tolist() == [0.0, 1.0, 2.5, 3.5, 5.5, 7.0]
     assert flow["loss"].shape == (30, 2)
     assert flow["validation_loss"].shape[1] == 2
@@ -163,6 +164,20 @@ def test_baselines_and_noise_reference(cells: AnnData) -> None:
     assert abs(by_seed.mean()) < 3 * by_seed.std() / np.sqrt(len(by_seed)) + 1e-3  # halves of one law: zero on average
     sizes = cells.uns["leave_one_out_protocol"]["noise_reference_sizes"]
     assert sizes.sum(1).tolist() == [(cells.obs["time"] == t).sum() for t in (1.0, 2.5, 3.5, 5.5)]
+
+
+def test_the_reliability_of_every_fold_is_written_down(cells: AnnData) -> None:
+    sctraj.tl.leave_one_out(cells, methods=("uot-cfm", "ot-cfm"), field="closed-form", n_seeds=2)
+    protocol = cells.uns["leave_one_out_protocol"]
+    curved, straight = protocol["reliability"]
+    assert curved.shape == protocol["sigma"][0].shape == (4,)
+    assert ((curved >= 0) & (curved <= 1)).all()
+    assert len(set(curved)) > 1  # each by its own kept snapshots
+    assert np.isnan(straight).all()
+    kept = cells[cells.obs["time"] != protocol["held_out_times"][1]].copy()
+    for method, found in (("uot-cfm", curved[1]), ("ot-cfm", None)):
+        sctraj.tl.fit_flow(kept, method=method, field="closed-form")
+        assert kept.uns["flow"]["params"].get("reliability") == found
 
 
 @pytest.mark.parametrize(

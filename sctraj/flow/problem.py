@@ -14,7 +14,7 @@ from .coupling.blocked import BLOCK, at_once
 from .metric_path import BATCH_SIZE, LEARNING_RATE, N_STEPS, WIDTH, Metric, metric_path
 from .probability_path import BrownianBridge, Hermite, Pairs, PathSample, ProbabilityPath, Straight, Trigonometric
 from .snapshots import Interval, Snapshots
-from .tangents import tangents
+from .tangents import Tangents, tangents
 
 METHODS = ("uot-cfm", "ot-cfm", "i-cfm", "sb-cfm", "vp-cfm")
 PATHS = ("hermite", "straight", "land", "rbf")
@@ -44,15 +44,15 @@ class Problem:
     seed
         Of the member's own random stream: first weights, pairs, times and noise depend on it and on the kept
         snapshots alone, never on the other members.
-    velocities
-        For curved paths: every cell's velocity at its snapshot, ``(n_k, d)``; None where paths start or end straight.
+    tangents
+        For curved paths: velocities at their ends; None for others.
     """
 
     snapshots: Snapshots
     couplings: tuple[Coupling, ...]
     path: ProbabilityPath
     seed: int
-    velocities: tuple[Tensor | None, ...] = ()
+    tangents: Tangents | None = None
 
     @property
     def std(self) -> float:
@@ -80,13 +80,8 @@ class Problem:
         """Return pairs of interval ``k`` by their indices at both ends, ``(n,)``: their ends and velocities there."""
         interval = self.snapshots.intervals()[k]
         x0, x1 = interval.x0.index_select(0, i), interval.x1.index_select(0, j)
-        velocity0 = velocity1 = None
-        if self.velocities:
-            first, last = self.velocities[k : k + 2]
-            chord = (x1 - x0) / interval.length
-            velocity0 = chord if first is None else first.index_select(0, i)
-            velocity1 = chord if last is None else last.index_select(0, j)
-        return Pairs(x0, x1, interval.t0, interval.t1, velocity0, velocity1)
+        velocities = () if self.tangents is None else self.tangents.at(k, i, j, (x1 - x0) / interval.length)
+        return Pairs(x0, x1, interval.t0, interval.t1, *velocities)
 
     def listed(self, k: int) -> WeightedPairs:
         """Return the pairs of interval ``k``: all that the coupling lists, else a sample with equal masses."""
@@ -337,8 +332,12 @@ def make_problems(
         couplings = tuple(plans.couple(interval, law, method, rng) for interval in cells.intervals())
         if isinstance(law, Straight) and path in ("land", "rbf"):  # learned once, on the cells to train on
             law = _learned(cells, couplings, "land" if path == "land" else "rbf", law.sigma)
-        velocities = _velocities(cells, couplings, rng, plans.block) if isinstance(law, Hermite) else ()
-        part.extend(Problem(cells, couplings, law, seed, velocities) for seed in seeds)
+        bends = tangents(cells, _kin(cells, couplings, rng, plans.block)) if isinstance(law, Hermite) else None
+        if bends is not None and problems[0] is not part:  # as far as the cells to train on bear it
+            trained = problems[0][0].tangents
+            assert trained is not None
+            bends = replace(bends, reliability=trained.reliability)
+        part.extend(Problem(cells, couplings, law, seed, bends) for seed in seeds)
     return problems[0], problems[1]
 
 
@@ -357,15 +356,14 @@ def _learned(snapshots: Snapshots, couplings: Sequence[Coupling], metric: Metric
     )
 
 
-def _velocities(
+def _kin(
     snapshots: Snapshots, couplings: Sequence[Coupling], rng: torch.Generator, block: int | None
-) -> tuple[Tensor | None, ...]:
-    """Return the cells' velocities for curved paths; kin comes from the growing plan whatever the coupling is."""
-    plans = [
+) -> list[GrowingPlan]:
+    """Return a growing plan for every interval, whatever the couplings are: who is whose kin, for curved paths."""
+    return [
         c if isinstance(c, GrowingPlan) else growing(i, rng, block=block)
         for c, i in zip(couplings, snapshots.intervals())
     ]
-    return tangents(snapshots, plans)
 
 
 def hold_back(snapshots: Snapshots, *, fraction: float, rng: torch.Generator) -> tuple[Snapshots, Snapshots]:

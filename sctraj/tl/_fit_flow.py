@@ -75,8 +75,10 @@ def fit_flow(
         stochastic flow. ``"vp-cfm"``: at random, along variance-preserving paths.
     path
         Of the first three methods: ``"hermite"``, cubic paths that go through a cell at one velocity, measured from
-        its kin before and after; ``"straight"``; ``"land"`` or ``"rbf"``, learned to keep to the cells under that
-        metric (Kapusniak et al. 2024), for courses known to bend round a hole: they narrow populations elsewhere.
+        its kin before and after; turns that the whole population takes are taken less where they come and go with
+        single snapshots, as samples that are off make them. ``"straight"``. ``"land"`` or ``"rbf"``: learned to keep
+        to the cells under that metric (Kapusniak et al. 2024), for courses known to bend round a hole: they narrow
+        populations elsewhere.
         None: hermite for ``"uot-cfm"``, straight for the others.
     field
         ``"neural"``: a network trained by flow matching; its cost at a cell does not grow with the number of pairs.
@@ -123,8 +125,9 @@ def fit_flow(
     ``None``, or the copy if ``copy=True``. Sets:
 
     ``uns[key_added]`` : dict
-        ``params`` (with the sigma and seed used), ``weights`` (arrays), ``loss``, ``times``, ``versions``,
-        ``fingerprint``.
+        ``params`` (with the sigma and seed used, and of curved paths the ``reliability``, the share of the
+        population's turns that is taken: to tell it takes four snapshots, with fewer it is 1), ``weights`` (arrays),
+        ``loss``, ``times``, ``versions``, ``fingerprint``.
     ``obsm[key_added + "_velocity"]`` : float32, n_obs x d
         Velocity at the cell's own time, in units of the representation per unit of time; the members' mean.
     ``obs[key_added + "_growth"]`` : float32
@@ -173,6 +176,8 @@ def fit_flow(
         "use_rep": use_rep, "sigma": used, "n_members": n_members, "n_obs": adata.n_obs, "seed": seed,
         "device": str(where),
     }  # fmt: skip
+    tangents = problems[0].tangents
+    params |= {} if tangents is None else {"reliability": tangents.reliability}
     params |= {} if growth_key is None else {"growth_key": growth_key}
     params |= {} if block is None else {"block": block}
     if field == "neural":

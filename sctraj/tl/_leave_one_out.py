@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
@@ -204,7 +204,10 @@ def leave_one_out(
         "integration": f"euler, {EULER_STEPS} steps, real time",
         "held_out_times": np.array([snapshots.times[k] for k in hold_out.interior(snapshots)]),
         "noise_reference_sizes": np.array(halves),
-        "sigma": np.array([_sigmas(held_out, problems) for held_out, problems, _ in prepared.values()]),
+        "sigma": _of_fits(prepared.values(), lambda problem: problem.path.sigma),
+        "reliability": _of_fits(
+            prepared.values(), lambda problem: np.nan if problem.tangents is None else problem.tangents.reliability
+        ),
         **({} if block is None else {"block": block}),
         "n_steps": n_steps,
         "batch_size": batch_size,
@@ -234,9 +237,12 @@ def _check_sizes(snapshots: Snapshots) -> None:
             )
 
 
-def _sigmas(held_out: Sequence[int], problems: Sequence[Problem]) -> list[float]:
-    """Return the sigma of each held-out snapshot's fits."""
-    return list({k: problem.path.sigma for k, problem in zip(held_out, problems)}.values())
+def _of_fits(
+    prepared: Iterable[tuple[Sequence[int], Sequence[Problem], object]], value: Callable[[Problem], float]
+) -> np.ndarray:
+    """Return a number for each method and held-out snapshot, which its fits have in common: methods x snapshots."""
+    rows = ({k: value(problem) for k, problem in zip(held_out, problems)} for held_out, problems, _ in prepared)
+    return np.array([list(row.values()) for row in rows])
 
 
 @dataclass(frozen=True)

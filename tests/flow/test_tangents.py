@@ -1,8 +1,9 @@
-"""Laws of the cells' velocities at their snapshots: straight courses, circles, turning points, units."""
+"""Laws of the cells' velocities at their snapshots (straight courses, circles, turning points, units), and of turns."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,12 +11,11 @@ import torch
 from torch import Tensor
 
 from sctraj.flow.coupling import GrowingPlan, WeightedPairs, growing
+from sctraj.flow.problem import make_problems
 from sctraj.flow.snapshots import Snapshots
-from sctraj.flow.tangents import tangents
+from sctraj.flow.tangents import reliability, tangents, velocities
 
 TIMES = (0.5, 1.5, 4.5, 5.0)
-NONE = torch.zeros(0)
-EMPTY = WeightedPairs(NONE.long(), NONE.long(), NONE, NONE)
 
 
 def spread(n=20, d=2, seed=0) -> Tensor:
@@ -25,12 +25,14 @@ def spread(n=20, d=2, seed=0) -> Tensor:
 def course(at, times=TIMES, n=20) -> tuple[Snapshots, list[GrowingPlan]]:
     """Cells whose place at time t is ``at(t)`` ``(n, d)``, and who their kin are: themselves."""
     points = tuple(at(t) for t in times)
-    plans = [GrowingPlan(EMPTY, descendants=later, ancestors=earlier) for earlier, later in pairwise(points)]
+    each, mass = torch.arange(len(points[0])), torch.full((len(points[0]),), 1 / len(points[0]), dtype=torch.float64)
+    pairs = WeightedPairs(each, each, mass, mass)
+    plans = [GrowingPlan(pairs, descendants=later, ancestors=earlier) for earlier, later in pairwise(points)]
     return Snapshots(times, points), plans
 
 
 def inner(at, times=TIMES) -> list[Tensor]:
-    first, *found, last = tangents(*course(at, times))
+    first, *found, last = velocities(*course(at, times))
     assert first is None
     assert last is None
     return found
@@ -136,22 +138,139 @@ def test_single_precision_stays_and_is_computed_in_double():
     snapshots, plans = course(at)
     single = Snapshots(snapshots.times, tuple(x.float() for x in snapshots.points))
     for k in (1, 2):
-        found, truth = tangents(single, plans)[k], tangents(snapshots, plans)[k]
+        found, truth = velocities(single, plans)[k], velocities(snapshots, plans)[k]
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-5)  # rounding of the cells, over 0.5
 
 
 def test_two_snapshots_have_no_inner_ones():
     snapshots, plans = course(lambda t: spread() + t, (0.0, 1.0))
-    assert tangents(snapshots, plans) == (None, None)
+    assert velocities(snapshots, plans) == (None, None)
 
 
 def test_a_population_that_drifts_far_has_the_drifts_velocity():
     drift, times, n = torch.tensor([40.0, -30.0], dtype=torch.float64), (0.0, 1.0, 3.5, 4.0), 150
     snapshots = Snapshots(times, tuple(spread(n, seed=seed) + drift * t for seed, t in enumerate(times)))
     plans = [growing(interval, torch.Generator()) for interval in snapshots.intervals()]
-    for found in tangents(snapshots, plans)[1:-1]:
+    for found in velocities(snapshots, plans)[1:-1]:
         # kin are means over a kernel as wide as a snapshot: a cell's place in its snapshot, over the shorter gap,
         # three deviations of 1 / 0.5 against a speed of 50, and growth of first order, 4 / shift (see test_growing)
         assert float((found - drift).norm(dim=1).max()) < 3 / 0.5 * math.sqrt(2) + 1
         torch.testing.assert_close(found.mean(0), drift, rtol=0, atol=0.02 * 50)
+
+
+# ---- which turns to trust
+
+UNEVEN = (0.0, 2.0, 2.5, 4.0, 5.0, 5.5, 7.0)
+
+
+def accelerated(times, accelerations) -> list[Tensor]:
+    """Places at the times, from rest, whose second differences over these gaps are what is given, ``(T - 2, d)``."""
+    places, velocity = [torch.zeros_like(accelerations[0])] * 2, torch.zeros_like(accelerations[0])
+    for (t0, t1, t2), acceleration in zip(zip(times, times[1:], times[2:]), accelerations):
+        velocity = velocity + acceleration * (t2 - t0) / 2
+        places.append(places[-1] + velocity * (t2 - t1))
+    return places
+
+
+def shifted(times, *, own: float, noise: float, d=4000, seed=0) -> float:
+    """Reliability where the cells share a course of independent accelerations, and each snapshot has noise of its own.
+
+    In many dimensions, so that correlations are what they are expected to be.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    steps = own * torch.randn(len(times) - 2, d, generator=rng, dtype=torch.float64)
+    offsets = noise * torch.randn(len(times), d, generator=rng, dtype=torch.float64)
+    places = dict(zip(times, (place + offset for place, offset in zip(accelerated(times, steps), offsets))))
+    return reliability(*course(lambda t: places[t] + spread(3, d), times, n=3))
+
+
+def test_turns_that_come_and_go_with_single_snapshots_are_noise():
+    for times in (UNEVEN, tuple(range(6))):
+        # correlations of 4,000 dimensions: .016 each, over -2/3, and no fewer than three of them
+        assert shifted(times, own=0.0, noise=1.0) < 0.03
+        assert shifted(times, own=1.0, noise=0.0) > 0.97
+
+
+@pytest.mark.parametrize("noise", [0.2, 0.4, 0.8])
+def test_the_share_of_noise_among_turns_is_found(noise):
+    # over even gaps of 1: noise has a second difference of variance 6, accelerations are of variance 1
+    truth = 1 / (1 + 6 * noise**2)
+    assert shifted(tuple(range(7)), own=1.0, noise=noise) == pytest.approx(truth, abs=0.04)
+
+
+def test_a_course_that_lasts_is_trusted():
+    assert reliability(*course(lambda t: spread())) == 1  # at rest
+    assert reliability(*course(lambda t: spread() + t * spread(seed=1) + t**2 * spread(seed=2))) == 1
+    at, _ = circle(1.0)
+    assert reliability(*course(at, (0.0, 1.0, 2.0, 3.0, 4.0))) == 1  # a radian a gap
+    # a quarter turn and more: what was one way is the other a gap later, as noise would have it
+    assert 0 < reliability(*course(circle(2.0)[0], (0.0, 1.0, 2.0, 3.0, 4.0))) < 1
+
+
+@pytest.mark.parametrize("times", [(0.0, 1.0), (0.0, 1.0, 3.0)])
+def test_with_fewer_than_two_interior_snapshots_there_is_nothing_to_go_by(times):
+    assert reliability(*course(lambda t: spread(seed=int(t)), times)) == 1
+
+
+def test_units_time_axes_and_direction_do_not_matter_to_reliability():
+    places = {t: spread(seed=k) + 0.1 * t**2 for k, t in enumerate(UNEVEN)}
+    quarter = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.float64)
+    plain = reliability(*course(places.__getitem__, UNEVEN))
+    assert 0.1 < plain < 0.9
+    for hours in (24.0, -1.0):
+        times = sorted(hours * t + 100 for t in UNEVEN)
+        moved = {hours * t + 100: 37 * x @ quarter - 40 for t, x in places.items()}
+        assert reliability(*course(moved.__getitem__, tuple(times))) == pytest.approx(plain, rel=1e-9)  # rounding
+
+
+def test_what_cells_do_beside_their_population_is_no_noise():
+    out = spread(seed=1)
+    out -= out.mean(0)  # there and back, each cell its own way: the population stays
+    turn = torch.tensor([0.1, -0.2], dtype=torch.float64)
+    places = {t: spread() + turn * t**2 + out * (-1) ** k for k, t in enumerate(UNEVEN)}
+    assert reliability(*course(places.__getitem__, UNEVEN)) == 1
+
+
+def jittered(seed: int) -> Snapshots:
+    """A drift, and samples that are off as a whole."""
+    rng = torch.Generator().manual_seed(seed)
+    shifts = 2 * torch.randn(5, 2, generator=rng, dtype=torch.float64)
+    return Snapshots(tuple(range(5)), tuple(spread(60, seed=k) + 6 * k + shifts[k] for k in range(5)))
+
+
+def test_the_population_turns_as_far_as_is_reliable_and_cells_beside_it_as_they_do():
+    snapshots = jittered(1)
+    plans = [growing(interval, torch.Generator()) for interval in snapshots.intervals()]
+    bent = tangents(snapshots, plans)
+    assert bent.reliability == reliability(snapshots, plans)
+    for k, (interval, plan) in enumerate(zip(snapshots.intervals(), plans)):
+        pairs = plan.pairs
+        chord = (interval.x1[pairs.j] - interval.x0[pairs.i]) / interval.length
+        for share in (1.0, 0.25):
+            both = replace(bent, reliability=share).at(k, pairs.i, pairs.j, chord)
+            for end, (velocity, rows) in enumerate(zip(bent.velocities[k : k + 2], (pairs.i, pairs.j))):
+                own = (chord if velocity is None else velocity[rows]) - chord
+                mean = pairs.middle @ own
+                expected = own - mean + share * mean
+                torch.testing.assert_close(both[end] - chord, expected, rtol=0, atol=1e-9)  # rounding
+                torch.testing.assert_close(bent.turns[k][end], mean, rtol=0, atol=1e-9)
+                assert (float(mean.norm()) > 0.1) == (velocity is not None)
+
+
+def test_paths_turn_as_far_as_the_cells_to_train_on_bear_it():
+    found = []
+    for seed in range(4):
+        (problem,), _ = make_problems(
+            jittered(seed), method="uot-cfm", path=None, sigma=None, seeds=(0,), validate=False
+        )
+        assert problem.tangents.reliability == reliability(problem.snapshots, problem.couplings)
+        found.append(problem.tangents.reliability)
+    assert sum(found) / 4 < 0.6  # two correlations of two dimensions each: one draw alone says little
+    (train,), (held_back,) = make_problems(
+        jittered(1), method="ot-cfm", path="hermite", sigma=None, seeds=(0,), validate=True
+    )
+    assert held_back.tangents.reliability == train.tangents.reliability < 1
+    assert not torch.equal(held_back.tangents.turns[0][1], train.tangents.turns[0][1])  # of its own cells
+    straight = make_problems(jittered(1), method="ot-cfm", path=None, sigma=None, seeds=(0,), validate=False)[0][0]
+    assert straight.tangents is None
