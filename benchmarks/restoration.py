@@ -113,8 +113,7 @@ def restorations(
     same = {"sigma": None, "seeds": seeds, "validate": False}
     held_out, plain, _ = hold_out.hold_out_problems(snapshots, method="ot-cfm", path=None, **same)
     _, grown, _ = hold_out.hold_out_problems(snapshots, method=DEFAULT, path=None, **same)
-    # the pairs of OT-CFM on the default's curves, whose velocities come from the growing plan whatever the pairs are
-    curved = [replace(p, path=g.path, tangents=g.tangents) for p, g in zip(plain, grown)]
+    _, curved, _ = hold_out.hold_out_problems(snapshots, method="ot-cfm", path="hermite", **same)
     closed = [
         (plain, {STEPS[0]: "before", STEPS[1]: "both"}),
         ([replace(p, tangents=replace(p.tangents, reliability=1.0)) for p in curved], {STEPS[2]: "both"}),

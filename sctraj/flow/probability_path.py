@@ -141,7 +141,7 @@ class Hermite(ProbabilityPath):
     """A cubic through both ends with given velocities there, and constant spread; straight where none are given.
 
     ``mean = h00 x0 + h10 (t1-t0) v0 + h01 x1 + h11 (t1-t0) v1`` with the cubic Hermite basis, so that a cell's paths
-    before and after its snapshot go through it at one velocity. ``sigma`` is a length.
+    before and after its snapshot go through it at one velocity where they are given one. ``sigma`` is a length.
     """
 
     def moments(self, pairs: Pairs, s: Tensor) -> Moments:

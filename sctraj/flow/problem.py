@@ -332,7 +332,9 @@ def make_problems(
         couplings = tuple(plans.couple(interval, law, method, rng) for interval in cells.intervals())
         if isinstance(law, Straight) and path in ("land", "rbf"):  # learned once, on the cells to train on
             law = _learned(cells, couplings, "land" if path == "land" else "rbf", law.sigma)
-        bends = tangents(cells, _kin(cells, couplings, rng, plans.block)) if isinstance(law, Hermite) else None
+        bends = None
+        if isinstance(law, Hermite):
+            bends = tangents(cells, _kin(cells, couplings, rng, plans.block), couplings)
         if bends is not None and problems[0] is not part:  # as far as the cells to train on bear it
             trained = problems[0][0].tangents
             assert trained is not None

@@ -74,9 +74,9 @@ def fit_flow(
         conserved. ``"i-cfm"``: at random. ``"sb-cfm"``: by a Schroedinger bridge; also gives a score, and so a
         stochastic flow. ``"vp-cfm"``: at random, along variance-preserving paths.
     path
-        Of the first three methods: ``"hermite"``, cubic paths that go through a cell at one velocity, measured from
-        its kin before and after; turns that the whole population takes are taken less where they come and go with
-        single snapshots, as samples that are off make them. ``"straight"``. ``"land"`` or ``"rbf"``: learned to keep
+        Of the first three methods: ``"hermite"``, cubic paths through a cell at a velocity measured from its kin
+        before and after; turns that the whole population takes are taken less where they come and go with single
+        snapshots, as samples that are off make them. ``"straight"``. ``"land"`` or ``"rbf"``: learned to keep
         to the cells under that metric (Kapusniak et al. 2024), for courses known to bend round a hole: they narrow
         populations elsewhere.
         None: hermite for ``"uot-cfm"``, straight for the others.
@@ -126,8 +126,8 @@ def fit_flow(
 
     ``uns[key_added]`` : dict
         ``params`` (with the sigma and seed used, and of curved paths the ``reliability``, the share of the
-        population's turns that is taken: to tell it takes four snapshots, with fewer it is 1), ``weights`` (arrays),
-        ``loss``, ``times``, ``versions``, ``fingerprint``.
+        population's turns that the first member takes: to tell it takes four snapshots, with fewer it is 1),
+        ``weights`` (arrays), ``loss``, ``times``, ``versions``, ``fingerprint``.
     ``obsm[key_added + "_velocity"]`` : float32, n_obs x d
         Velocity at the cell's own time, in units of the representation per unit of time; the members' mean.
     ``obs[key_added + "_growth"]`` : float32
