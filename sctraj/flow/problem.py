@@ -328,6 +328,7 @@ def make_problems(
     rng = torch.Generator().manual_seed(DATA_SEED)
     parts = hold_back(snapshots, fraction=HELD_BACK, rng=rng) if validate else (snapshots,)
     problems: list[list[Problem]] = [[], []]
+    share: float | None = None
     for part, cells in zip(problems, parts):
         couplings = tuple(plans.couple(interval, law, method, rng) for interval in cells.intervals())
         if isinstance(law, Straight) and path in ("land", "rbf"):  # learned once, on the cells to train on
@@ -335,10 +336,8 @@ def make_problems(
         bends = None
         if isinstance(law, Hermite):
             bends = tangents(cells, _kin(cells, couplings, rng, plans.block), couplings)
-        if bends is not None and problems[0] is not part:  # as far as the cells to train on bear it
-            trained = problems[0][0].tangents
-            assert trained is not None
-            bends = replace(bends, reliability=trained.reliability)
+            share = bends.reliability if share is None else share  # as the cells to train on have it
+            bends = replace(bends, reliability=share)
         part.extend(Problem(cells, couplings, law, seed, bends) for seed in seeds)
     return problems[0], problems[1]
 
