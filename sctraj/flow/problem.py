@@ -13,7 +13,7 @@ from .coupling import Coupling, GrowingPlan, SparsePlan, WeightedPairs, blocked,
 from .coupling.blocked import BLOCK, at_once
 from .metric_path import BATCH_SIZE, LEARNING_RATE, N_STEPS, WIDTH, Metric, metric_path
 from .probability_path import BrownianBridge, Hermite, Pairs, PathSample, ProbabilityPath, Straight, Trigonometric
-from .snapshots import Interval, Snapshots
+from .snapshots import Interval, Snapshots, hold_back
 from .tangents import Tangents, tangents
 
 METHODS = ("uot-cfm", "ot-cfm", "i-cfm", "sb-cfm", "vp-cfm")
@@ -365,36 +365,6 @@ def _kin(
         c if isinstance(c, GrowingPlan) else growing(i, rng, block=block)
         for c, i in zip(couplings, snapshots.intervals())
     ]
-
-
-def hold_back(snapshots: Snapshots, *, fraction: float, rng: torch.Generator) -> tuple[Snapshots, Snapshots]:
-    """Split every snapshot's cells at random into those to train on and a ``fraction`` to validate on."""
-    train, validation = [], []
-    for x in snapshots.points:
-        n = min(max(1, round(fraction * len(x))), len(x) - 1)
-        order = torch.randperm(len(x), generator=rng).to(x.device)
-        validation.append(order[:n].sort().values)
-        train.append(order[n:].sort().values)
-    first, second = (
-        Snapshots(
-            snapshots.times,
-            tuple(x[rows] for x, rows in zip(snapshots.points, part)),
-            tuple(m[rows] for m, rows in zip(snapshots.mass, part)),
-            tuple(g[rows] for g, rows in zip(snapshots.growth, part)),
-        )
-        for part in (train, validation)
-    )
-    return first, second
-
-
-def resampled(snapshots: Snapshots, seed: int) -> Snapshots:
-    """Return the snapshots with the weights of a bootstrap: how often each cell is drawn when as many are, anew."""
-    rng = torch.Generator().manual_seed(seed)
-    mass = []
-    for m in snapshots.mass:
-        drawn = torch.multinomial(m.cpu(), len(m), replacement=True, generator=rng)
-        mass.append(torch.bincount(drawn, minlength=len(m)).to(m))
-    return replace(snapshots, mass=tuple(mass))
 
 
 def _thin(n: int, device: torch.device) -> Tensor:

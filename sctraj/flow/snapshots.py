@@ -1,4 +1,4 @@
-"""Snapshots: the cells sampled at each time, and the intervals between them."""
+"""Snapshots: the cells sampled at each time, the intervals between them, and samples of their cells."""
 
 from __future__ import annotations
 
@@ -124,6 +124,36 @@ class Snapshots:
         """Return the ``T - 1`` intervals between consecutive snapshots."""
         rows = zip(self.times, self.points, self.mass, self.growth or [None] * len(self))
         return tuple(Interval(t0, t1, x0, x1, m0, m1, g0) for (t0, x0, m0, g0), (t1, x1, m1, _) in pairwise(rows))
+
+
+def hold_back(snapshots: Snapshots, *, fraction: float, rng: torch.Generator) -> tuple[Snapshots, Snapshots]:
+    """Split every snapshot's cells at random into those to train on and a ``fraction`` to validate on."""
+    train, validation = [], []
+    for x in snapshots.points:
+        n = min(max(1, round(fraction * len(x))), len(x) - 1)
+        order = torch.randperm(len(x), generator=rng).to(x.device)
+        validation.append(order[:n].sort().values)
+        train.append(order[n:].sort().values)
+    first, second = (
+        Snapshots(
+            snapshots.times,
+            tuple(x[rows] for x, rows in zip(snapshots.points, part)),
+            tuple(m[rows] for m, rows in zip(snapshots.mass, part)),
+            tuple(g[rows] for g, rows in zip(snapshots.growth, part)),
+        )
+        for part in (train, validation)
+    )
+    return first, second
+
+
+def resampled(snapshots: Snapshots, seed: int) -> Snapshots:
+    """Return the snapshots with the weights of a bootstrap: how often each cell is drawn when as many are, anew."""
+    rng = torch.Generator().manual_seed(seed)
+    mass = []
+    for m in snapshots.mass:
+        drawn = torch.multinomial(m.cpu(), len(m), replacement=True, generator=rng)
+        mass.append(torch.bincount(drawn, minlength=len(m)).to(m))
+    return dataclasses.replace(snapshots, mass=tuple(mass))
 
 
 def to_device(record: _Record, device: torch.device) -> _Record:

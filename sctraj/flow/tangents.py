@@ -102,7 +102,7 @@ def velocities(snapshots: Snapshots, plans: Sequence[GrowingPlan]) -> tuple[Tens
 
 
 def reliability(snapshots: Snapshots, plans: Sequence[GrowingPlan]) -> float:
-    """Return the share, from 0 to 1, of the population's accelerations that is not noise of single snapshots.
+    """Return the share, from 0 to 1, of the population's accelerations that is not noise of single kept snapshots.
 
     A sample that is off as a whole (an age, a composition, a batch of its own) bends all paths one way there and the
     other way beside it. If every snapshot has noise of its own and the course's accelerations ``c`` have no correlation
@@ -118,13 +118,6 @@ def reliability(snapshots: Snapshots, plans: Sequence[GrowingPlan]) -> float:
     snapshots in two to five dimensions. A course that turns by more than a right angle in a gap looks like noise, and
     where the population does not turn it may come to anything, of nothing. 1 where there are fewer than two interior
     snapshots.
-
-    Parameters
-    ----------
-    snapshots
-        The kept snapshots.
-    plans
-        One per interval.
     """
     found, of_noise = 0.0, 0.0
     times = torch.tensor(snapshots.times, dtype=torch.float64)

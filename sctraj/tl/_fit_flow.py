@@ -12,7 +12,8 @@ from .. import _adata
 from .._log import logger
 from ..flow.flow_matching import Training, pick_device
 from ..flow.integrate import CELLS
-from ..flow.problem import Plans, Problem, make_problems, resampled
+from ..flow.problem import Plans, Problem, make_problems
+from ..flow.snapshots import Snapshots, resampled
 from ._field import Field, check_field, make_field
 from ._seeds import member_seeds, seed_of
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from torch import nn
 
-    from ..flow.snapshots import Snapshots
     from ..flow.vector_field import VectorField
 
 Method = Literal["uot-cfm", "ot-cfm", "i-cfm", "sb-cfm", "vp-cfm"]

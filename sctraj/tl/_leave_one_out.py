@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
@@ -202,12 +202,8 @@ def leave_one_out(
         "start": STARTS[start],
         "jitter": jitter,
         "integration": f"euler, {EULER_STEPS} steps, real time",
-        "held_out_times": np.array([snapshots.times[k] for k in hold_out.interior(snapshots)]),
+        **_of_folds(snapshots, prepared.values()),
         "noise_reference_sizes": np.array(halves),
-        "sigma": _of_fits(prepared.values(), lambda problem: problem.path.sigma),
-        "reliability": _of_fits(
-            prepared.values(), lambda problem: np.nan if problem.tangents is None else problem.tangents.reliability
-        ),
         **({} if block is None else {"block": block}),
         "n_steps": n_steps,
         "batch_size": batch_size,
@@ -237,12 +233,17 @@ def _check_sizes(snapshots: Snapshots) -> None:
             )
 
 
-def _of_fits(
-    prepared: Iterable[tuple[Sequence[int], Sequence[Problem], object]], value: Callable[[Problem], float]
-) -> np.ndarray:
-    """Return a number for each method and held-out snapshot, which its fits have in common: methods x snapshots."""
-    rows = ({k: value(problem) for k, problem in zip(held_out, problems)} for held_out, problems, _ in prepared)
-    return np.array([list(row.values()) for row in rows])
+def _of_folds(
+    snapshots: Snapshots, prepared: Iterable[tuple[Sequence[int], Sequence[Problem], object]]
+) -> dict[str, np.ndarray]:
+    """Return the held-out times and, methods x times, what a method's fits to the kept snapshots have in common."""
+    each = [list(dict(zip(held_out, problems)).values()) for held_out, problems, _ in prepared]
+    curved = [[np.nan if p.tangents is None else p.tangents.reliability for p in problems] for problems in each]
+    return {
+        "held_out_times": np.array([snapshots.times[k] for k in hold_out.interior(snapshots)]),
+        "sigma": np.array([[p.path.sigma for p in problems] for problems in each]),
+        "reliability": np.array(curved),
+    }
 
 
 @dataclass(frozen=True)

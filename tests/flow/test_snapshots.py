@@ -10,8 +10,8 @@ import torch
 
 from sctraj.flow.coupling import blocked, entropic, exact, growing
 from sctraj.flow.coupling.blocked import blocks
-from sctraj.flow.problem import hold_back, make_problems, resampled
-from sctraj.flow.snapshots import Snapshots, to_device
+from sctraj.flow.problem import make_problems
+from sctraj.flow.snapshots import Snapshots, hold_back, resampled, to_device
 
 TIMES = (0.0, 1.5, 2.0, 7.0)
 
