@@ -2,6 +2,7 @@
 
 python benchmarks/closed_form.py --quick           # 2 s
 python benchmarks/closed_form.py --pairs 10000 100000 1000000 --dimensions 5 50
+python benchmarks/closed_form.py --device cuda
 python benchmarks/closed_form.py --real shared/data/embryoid_body_2750.h5ad      # and all of leave_one_out with it
 
 Beside the time stands how many of the pairs nearest to a query hold all but a thousandth of the weight (median over
@@ -21,6 +22,7 @@ from restoration import table
 
 from sctraj import pp, tl
 from sctraj.flow.closed_form import ClosedFormField, closed_form
+from sctraj.flow.flow_matching import pick_device
 from sctraj.flow.problem import DRAWN_PAIRS, make_problems
 from sctraj.flow.snapshots import Snapshots
 
@@ -28,7 +30,7 @@ NEGLECTED = 1e-3
 SECONDS = 3.0  # of queries, about
 
 
-def field(n_pairs: int, d: int) -> tuple[ClosedFormField, torch.Tensor]:
+def field(n_pairs: int, d: int, device: torch.device) -> tuple[ClosedFormField, torch.Tensor]:
     """Two Gaussian snapshots coupled independently: a field of about ``n_pairs`` pairs, and points half-way."""
     n, rng = n_pairs // (2 * DRAWN_PAIRS), torch.Generator().manual_seed(0)
     ends = tuple(shift + torch.randn(n, d, generator=rng) for shift in (0.0, 1.0))
@@ -36,17 +38,24 @@ def field(n_pairs: int, d: int) -> tuple[ClosedFormField, torch.Tensor]:
         Snapshots((0.0, 1.0), ends), method="i-cfm", path=None, sigma=0.1, seeds=[0], validate=False
     )
     points = 0.5 + 0.5**0.5 * torch.randn(1, 4096, d, generator=rng)
-    return closed_form(problems, device=torch.device("cpu"), dtype=torch.float32), points
+    return closed_form(problems, device=device, dtype=torch.float32), points.to(device)
 
 
 def rate(one: ClosedFormField, points: torch.Tensor) -> float:
     """Queries per second: all points again and again, or as many as there is time for."""
+
+    def ask(n: int) -> None:
+        one.velocity(0.5, points[:, :n])
+        if points.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    ask(16)  # libraries loaded
     began = time.perf_counter()
-    one.velocity(0.5, points[:, :16])
+    ask(16)
     n = min(points.shape[1], max(16, int(16 * SECONDS / (time.perf_counter() - began))))
     began, calls = time.perf_counter(), 0
     while time.perf_counter() - began < SECONDS / 2:
-        one.velocity(0.5, points[:, :n])
+        ask(n)
         calls += 1
     return calls * n / (time.perf_counter() - began)
 
@@ -66,22 +75,23 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few pairs")
     parser.add_argument("--pairs", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--dimensions", type=int, nargs="+", default=[5, 50])
+    parser.add_argument("--device", type=pick_device, default=torch.device("cpu"))
     parser.add_argument("--real", type=Path, help="h5ad with obsm['X_pca']: also time leave_one_out in 5 dimensions")
     args = parser.parse_args()
     logging.getLogger("sctraj").setLevel(logging.WARNING)
     rows = []
     for n_pairs in [1000] if args.quick else args.pairs:
         for d in args.dimensions:
-            one, points = field(n_pairs, d)
+            one, points = field(n_pairs, d, args.device)
             rows.append([f"{n_pairs:,}", str(d), f"{rate(one, points):,.0f}", f"{needed(one, points):,}"])
-    print(f"{torch.get_num_threads()} threads\n")
+    print(f"{torch.get_num_threads()} threads, {args.device}\n")
     print(table(["pairs", "dimensions", "queries per second", "pairs that hold .999 of the weight"], rows))
     if args.real:
         adata = ad.read_h5ad(args.real)
         pp.standardize(adata, n_dims=5)
-        tl.leave_one_out(adata, use_rep="X_std", field="closed-form")  # libraries loaded
+        tl.leave_one_out(adata, use_rep="X_std", field="closed-form", device=str(args.device))  # libraries loaded
         began = time.perf_counter()
-        tl.leave_one_out(adata, use_rep="X_std", field="closed-form")
+        tl.leave_one_out(adata, use_rep="X_std", field="closed-form", device=str(args.device))
         print(f"leave_one_out(field='closed-form'), {adata.n_obs:,} cells: {time.perf_counter() - began:.1f} s")
 
 

@@ -86,15 +86,18 @@ def main() -> None:
     ).to(device, torch.float32)
     moved = [flow_matching.to_device(p, device) for p in problems]
     streams = [torch.Generator(device).manual_seed(p.seed) for p in problems]
-    n_drawn = 40
-    drawing = seconds(lambda: flow_matching._draw(moved, streams, field, n_drawn, batch), device, least) / n_drawn
+    n_steps = steps[1]
+
+    def draw() -> None:
+        for _ in flow_matching._batches(moved, streams, field, training.batch_size, n_steps):
+            pass
+
+    drawing = seconds(draw, device, least) / n_steps
     weights = list(field.network.parameters())
     optimiser = flow_matching._AdamW(weights, training.weight_decay)
 
     def move() -> None:
-        for w in weights:
-            w.grad = w.detach()
-        optimiser.step(0.0)
+        optimiser.step([w.detach() for w in weights], 0.0)
 
     moving = seconds(move, device, least)
     floor = flop / rate

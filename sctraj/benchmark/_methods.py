@@ -249,7 +249,7 @@ def restore_own(
     chosen = own_settings(method, settings)
     field, path, sigma, block = (chosen.pop(name) for name in ("field", "path", "sigma", "block"))
     training = Training(module=None, **chosen)
-    validate = training.patience is not None and field == "neural"
+    validate, where = training.patience is not None and field == "neural", pick_device(device)
     problems: list[Problem] = []
     validation: list[Problem] = []
     member, members = [], []  # which member serves a job; one job of each member
@@ -257,13 +257,14 @@ def restore_own(
         seeds = [member_seeds(job.seed, 1)[0] for job in group]
         some = seeds if field == "neural" else seeds[:1]
         made = make_problems(
-            group[0].snapshots, method=method, path=path, sigma=sigma, seeds=some, validate=validate, plans=Plans(block)
+            group[0].snapshots, method=method, path=path, sigma=sigma, seeds=some, validate=validate,
+            plans=Plans(block, where),
         )  # fmt: skip
         member += [len(problems) + n % len(some) for n in range(len(group))]
         problems += made[0]
         validation += made[1]
         members += group[: len(some)]
-    fitted = make_field(field, problems, validation, training, pick_device(device), progress=False).vector_field
+    fitted = make_field(field, problems, validation, training, where, progress=False).vector_field
     restored = restore_members(fitted, members, start=start)
     return [restored[m] for m in member]
 

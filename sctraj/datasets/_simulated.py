@@ -6,7 +6,6 @@ from itertools import pairwise
 import anndata as ad
 import numpy as np
 import pandas as pd
-import scanpy as sc
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
@@ -109,6 +108,8 @@ def simulated_differentiation(
         layers={"counts": sparse.csr_matrix(counts, dtype=np.float32)},
         uns={"simulation": arguments | {"mass": mass}},
     )
+    import scanpy as sc  # takes seconds to load, and courses do without
+
     # a full decomposition in float64: close eigenvalues of the noise would turn the last components in float32
     sc.pp.pca(adata, n_comps=n_pcs, svd_solver="full", dtype="float32")
     adata.X = adata.X.astype(np.float32)

@@ -7,18 +7,21 @@ is one batched matmul per layer. No member's numbers enter another's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from .problem import Problem
+from .replay import Replayed
 from .snapshots import to_device
 from .vector_field import MLP, Modules, NeuralField, VectorField, scaling
 
 CHUNK = 2**19  # numbers drawn at once for a member: a few dozen steps' worth in five dimensions
+CHUNK_ON_GPU = 2**22  # there: a draw's time is that of launching its kernels, however much it draws
 EVALUATE_EVERY = 25  # steps between looks at the validation loss
 VALIDATION_PAIRS = 512  # per interval
 DIVERGED = 10.0  # times the first loss: a last one above has not converged
@@ -46,8 +49,7 @@ class Fit:
     validation_loss: Tensor
 
 
-@dataclass(frozen=True)
-class _Batch:
+class _Batch(NamedTuple):
     """Standardised training data of all members: leading axes ``(S, M, B)``; ``S`` steps."""
 
     t: Tensor
@@ -184,7 +186,7 @@ def fit(
         wanted = f"(2, {velocity_and_score + grows})" + (f", or without growth (2, {velocity_and_score})" * grows)
         raise ValueError(f"expected a module that maps (2, 1), (2, {d}) to {wanted}, found {tuple(shape[1:])}")
     losses, validation_losses = _train(field, batches, held_back, training=training, progress=progress)
-    history = torch.stack(losses).cpu()
+    history = losses.cpu()
     if not bool(history[-1].isfinite().all()):
         raise RuntimeError(f"expected a finite loss, found {history[-1].tolist()}; take a lower learning_rate")
     first, last = history[0], history[-max(1, n_steps // 20) :].mean(0)  # the first is before any step
@@ -193,43 +195,60 @@ def fit(
             f"expected a loss that falls, found {first.tolist()} at first and {last.tolist()} at last; take a lower "
             "learning_rate"
         )
-    empty = history.new_zeros(0, members)
     field.eval().requires_grad_(False)
-    return Fit(field, history, torch.stack(validation_losses).cpu() if validation_losses else empty)
+    return Fit(field, history, validation_losses.cpu())
 
 
 def _train(
     field: NeuralField, batches: Iterator[_Batch], held_back: _Batch | None, *, training: Training, progress: bool
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Train the field's network in place; return training losses and validation losses, each ``(M,)``, on its device.
+) -> tuple[Tensor, Tensor]:
+    """Train the field's network in place.
 
     The host never waits for the device but to ask whether all members are done, where there is a ``held_back`` batch.
+
+    Returns
+    -------
+    Training losses ``(n_steps, M)`` and validation losses ``(n_evaluations, M)``, on the field's device.
     """
-    members = field.members
+    members, n_steps, device = field.members, training.n_steps, field.scale.device
     weights: list[Tensor] = list(field.network.parameters())
     optimiser = _AdamW(weights, training.weight_decay)
     average = [w.detach().clone() for w in weights]
-    stopping = _EarlyStopping(average, members, training.patience or training.n_steps)
+    stopping = _EarlyStopping(average, members, training.patience or n_steps)
 
-    losses, validation_losses = [], []
-    for step in _steps(training.n_steps, members, progress=progress):
-        loss = _loss(field, next(batches))  # (M,)
-        loss.sum().backward()  # members share nothing: each gets the gradient of its own loss
-        optimiser.step(training.learning_rate * one_cycle(step / training.n_steps))
-        decay = min(training.ema_decay, (1 + step) / (10 + step))  # a short memory while the weights still travel
-        torch._foreach_lerp_(average, [w.detach() for w in weights], 1 - decay)
-        losses.append(loss.detach())
+    def act(rate: Tensor | float, fading: Tensor | float, *batch: Tensor) -> Tensor:
+        loss = _loss(field, _Batch(*batch))  # (M,)
+        # members share nothing: each gets the gradient of its own loss
+        optimiser.step(torch.autograd.grad(loss.sum(), weights, allow_unused=True), rate)
+        with torch.no_grad():
+            for mean, w in zip(average, weights):
+                mean.lerp_(w, fading)
+        return loss.detach()
+
+    rates: Sequence[Tensor | float] = [training.learning_rate * one_cycle(step / n_steps) for step in range(n_steps)]
+    # a short memory while the weights still travel
+    fadings: Sequence[Tensor | float] = [1 - min(training.ema_decay, (1 + k) / (10 + k)) for k in range(n_steps)]
+    run: Callable[..., Tensor] = act
+    if device.type == "cuda" and isinstance(field.network, MLP):  # a user's module may do what cannot be recorded
+        rates, fadings = (torch.tensor(v, dtype=torch.float32, device=device).unbind() for v in (rates, fadings))
+        run = Replayed(act)
+
+    losses = field.scale.new_empty(n_steps, members)
+    validation_losses = []
+    for step in _steps(n_steps, members, progress=progress):
+        losses[step] = run(rates[step], fadings[step], *next(batches))
         if held_back is not None and (step + 1) % EVALUATE_EVERY == 0:
             with torch.no_grad(), _swapped(weights, average):
                 validation_losses.append(_loss(field, held_back))
             stopping.look(validation_losses[-1], average)
             if stopping.done():
+                losses = losses[: step + 1]
                 break
     with torch.no_grad():
         best = stopping.best if validation_losses else average
         for w, value in zip(weights, best):
             w.copy_(value)
-    return losses, validation_losses
+    return losses, torch.stack(validation_losses) if validation_losses else losses[:0]
 
 
 def _steps(n_steps: int, members: int, *, progress: bool) -> Iterable[int]:
@@ -258,11 +277,12 @@ def _batches(
     """Yield every step's data, drawn some dozens of steps at a time: indices and noise in bulk, then only views."""
     n_pairs = batch_size * max(len(p.couplings) for p in problems)
     # whatever the other members are, so that a member's stream is its own
-    at_once = max(1, min(n_steps, CHUNK // (n_pairs * (3 * field.dimension + 3))))
+    most = CHUNK if field.scale.device.type == "cpu" else CHUNK_ON_GPU
+    at_once = max(1, min(n_steps, most // (n_pairs * (3 * field.dimension + 3))))
     for start in range(0, n_steps, at_once):
         chunk = _draw(problems, streams, field, at_once, n_pairs)
         for step in range(min(at_once, n_steps - start)):
-            yield _Batch(*(getattr(chunk, name)[step] for name in _Batch.__dataclass_fields__))
+            yield _Batch(*(drawn[step] for drawn in chunk))
 
 
 def _draw(
@@ -290,7 +310,7 @@ def _draw(
 
     members = list(zip(problems, streams, field.shift, field.scale, field.origin, field.gap, field.std))
     rows = [row(*member) for member in members]
-    return _Batch(*(torch.stack([getattr(r, name) for r in rows], 1) for name in _Batch.__dataclass_fields__))
+    return _Batch(*(torch.stack(column, 1) for column in zip(*rows)))
 
 
 def _loss(field: NeuralField, batch: _Batch) -> Tensor:
@@ -321,12 +341,12 @@ class _AdamW:
         self.fused = device.type in ("cpu", "cuda")
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        """Take a step and forget the gradients; weights without one stay."""
-        moved = [k for k, w in enumerate(self.weights) if w.grad is not None]
+    def step(self, gradients: Sequence[Tensor | None], learning_rate: Tensor | float) -> None:
+        """Take a step; weights without a gradient stay."""
+        moved = [k for k, gradient in enumerate(gradients) if gradient is not None]
         adamw(
             [self.weights[k] for k in moved],
-            [w.grad for w in self.weights if w.grad is not None],
+            [gradient for gradient in gradients if gradient is not None],
             [self.means[k] for k in moved],
             [self.squares[k] for k in moved],
             [],
@@ -340,8 +360,6 @@ class _AdamW:
             eps=1e-8,
             maximize=False,
         )
-        for w in self.weights:
-            w.grad = None
 
 
 class _swapped:

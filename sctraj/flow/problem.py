@@ -13,7 +13,7 @@ from .coupling import Coupling, GrowingPlan, SparsePlan, WeightedPairs, blocked,
 from .coupling.blocked import BLOCK, at_once
 from .metric_path import BATCH_SIZE, LEARNING_RATE, N_STEPS, WIDTH, Metric, metric_path
 from .probability_path import BrownianBridge, Hermite, Pairs, PathSample, ProbabilityPath, Straight, Trigonometric
-from .snapshots import Interval, Snapshots, hold_back
+from .snapshots import Interval, Snapshots, hold_back, to_device
 from .tangents import Tangents, tangents
 
 METHODS = ("uot-cfm", "ot-cfm", "i-cfm", "sb-cfm", "vp-cfm")
@@ -156,6 +156,8 @@ class Plans:
     ----------
     block
         Cells a side of the blocks that larger snapshots are coupled in; None: as `couple` has it.
+    device
+        Where entropic plans are solved; None: where the cells are. (mps, which has no float64, leaves them there too.)
 
     Raises
     ------
@@ -163,10 +165,11 @@ class Plans:
         If that is not a whole number of at least 2.
     """
 
-    def __init__(self, block: int | None = None) -> None:
+    def __init__(self, block: int | None = None, device: torch.device | None = None) -> None:
         if block is not None and not (block >= 2 and block % 1 == 0):
             raise ValueError(f"expected block to be a whole number of cells of at least 2, found {block}")
         self.block = None if block is None else int(block)
+        self.device = None if device is None or device.type == "mps" else device
         self._known: list[_Solved] = []
 
     def couple(self, interval: Interval, path: ProbabilityPath | None, method: str, rng: torch.Generator) -> Coupling:
@@ -177,7 +180,7 @@ class Plans:
             if known.what == what and _same(known.interval, interval) and torch.equal(known.before, before):
                 rng.set_state(known.after)
                 return known.coupling
-        coupling = couple(interval, path, method, rng, self.block)
+        coupling = couple(interval, path, method, rng, self.block, self.device)
         self._known.append(_Solved(interval, what, before, rng.get_state(), coupling))
         return coupling
 
@@ -263,20 +266,27 @@ def make_path(snapshots: Snapshots, method: str, path: str | None, sigma: float)
 
 
 def couple(
-    interval: Interval, path: ProbabilityPath | None, method: str, rng: torch.Generator, block: int | None = None
+    interval: Interval,
+    path: ProbabilityPath | None,
+    method: str,
+    rng: torch.Generator,
+    block: int | None = None,
+    device: torch.device | None = None,
 ) -> Coupling:
     """Return a method's coupling of one interval; ``rng`` serves only where the whole plan does not fit.
 
     The path serves only for ``"sb-cfm"``, whose coupling depends on its sigma. Snapshots of more than ``block`` cells
     (by default 3,000) are met in blocks, except for ``"sb-cfm"``, whose potentials fit whatever the snapshots are.
+    Entropic plans are solved on the ``device``, by default the cells' own, where all that is returned is.
     """
     if method == "uot-cfm":
-        return growing(interval, rng, block=block)
+        return growing(interval, rng, block=block, device=device)
     if method == "ot-cfm":
         return blocked(interval, rng, block=block or BLOCK)
     if method == "sb-cfm":
         assert path is not None
-        return entropic(interval, epsilon=2 * path.sigma**2 * interval.length)
+        plan = entropic(interval, epsilon=2 * path.sigma**2 * interval.length, device=device)
+        return to_device(plan, interval.x0.device)
     return independent(interval)
 
 
@@ -335,7 +345,7 @@ def make_problems(
             law = _learned(cells, couplings, "land" if path == "land" else "rbf", law.sigma)
         bends = None
         if isinstance(law, Hermite):
-            bends = tangents(cells, _kin(cells, couplings, rng, plans.block), couplings)
+            bends = tangents(cells, _kin(cells, couplings, rng, plans), couplings)
             share = bends.reliability if share is None else share  # as the cells to train on have it
             bends = replace(bends, reliability=share)
         part.extend(Problem(cells, couplings, law, seed, bends) for seed in seeds)
@@ -357,12 +367,10 @@ def _learned(snapshots: Snapshots, couplings: Sequence[Coupling], metric: Metric
     )
 
 
-def _kin(
-    snapshots: Snapshots, couplings: Sequence[Coupling], rng: torch.Generator, block: int | None
-) -> list[GrowingPlan]:
+def _kin(snapshots: Snapshots, couplings: Sequence[Coupling], rng: torch.Generator, plans: Plans) -> list[GrowingPlan]:
     """Return a growing plan for every interval, whatever the couplings are: who is whose kin, for curved paths."""
     return [
-        c if isinstance(c, GrowingPlan) else growing(i, rng, block=block)
+        c if isinstance(c, GrowingPlan) else growing(i, rng, block=plans.block, device=plans.device)
         for c, i in zip(couplings, snapshots.intervals())
     ]
 

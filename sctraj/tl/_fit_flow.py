@@ -149,7 +149,7 @@ def fit_flow(
     where = pick_device(device)
     check_field(field, module)
     training = Training(module, width, depth, n_steps, batch_size, learning_rate, weight_decay, ema_decay, patience)
-    plans = Plans(block)
+    plans = Plans(block, where)
     seed = seed_of(rng)
     seeds = member_seeds(seed, n_members)
     cells = _adata.read_snapshots(adata, time_key, use_rep, least=2, growth_key=growth_key)

@@ -149,7 +149,7 @@ def leave_one_out(
         raise ValueError(f"expected distinct methods of {METHODS}, found {methods}")
     where = pick_device(device)
     training = Training(module, width, depth, n_steps, batch_size, learning_rate, weight_decay, ema_decay, patience)
-    plans = Plans(block)
+    plans = Plans(block, where)
     seed = seed_of(rng)
     seeds = member_seeds(seed, n_seeds)
     if start not in get_args(Start):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -109,6 +110,9 @@ class Kernel:
             if float(rise.max()) <= REACH:
                 absorbed = self.absorbed[there]  # of far cells the best for the other side, where marginals are soft
         weight = self.log_mass[there] + potential / epsilon
+        if self.fused:
+            largest, total = self.sums(here, weight, epsilon)
+            return -epsilon * (largest + total.log())
         parts = []
         for tile, exponent in self._exponents(here, weight, epsilon):
             largest = exponent.amax(1, keepdim=True)
@@ -125,7 +129,7 @@ class Kernel:
         In tiles each entry is made once for both: a row's ``f`` is known when its tile is, so the plan's column sums
         ``c`` grow tile by tile, and the columns' soft minima are ``g - epsilon log(c / b)``.
         """
-        if self.kept is not None:
+        if self.kept is not None or self.fused:
             f = softness * self.soft_minimum(g, epsilon, rows=True)
             return f, self.soft_minimum(f, epsilon, rows=False)
         log_a, log_b = self.log_mass
@@ -149,6 +153,8 @@ class Kernel:
 
     def plan(self, f: Tensor, g: Tensor, epsilon: float) -> Plan:
         """Return the plan ``a_i b_j exp((f_i + g_j - C_ij) / epsilon)`` as a linear map."""
+        if self.fused:
+            return FusedPlan(self, f, g, epsilon)
         if self.kept is None:
             log_a, log_b = self.log_mass
             rise = f / epsilon - self.squares[0] / epsilon
@@ -182,6 +188,28 @@ class Kernel:
     def _exp_(self, x: Tensor) -> Tensor:
         """Replace ``x`` by its exponential: to the last bit where a kernel is kept, for tolerances near rounding."""
         return exp_(x) if self.kept is None else x.exp_()
+
+    @cached_property
+    def fused(self) -> bool:
+        """Whether entries are never stored: where the kernel is not kept, on a CUDA device, if Triton is there."""
+        there = self.cells[0].device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        return self.kept is None and there
+
+    def sums(self, here: int, weight: Tensor, epsilon: float, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Sum ``exp(weight_j - C_ij / epsilon) values_j`` up over ``j`` for every cell of a side, where fused.
+
+        Returns
+        -------
+        ``(m,)`` each: the largest exponent of a row, and what is left of the sum when its exponential is divided out.
+        """
+        from .fused import row_sums
+
+        there = 1 - here
+        largest, total = row_sums(
+            self.cells[here] * (2 / epsilon), self.cells[there], weight - self.squares[there] / epsilon, values,
+            dtype=self._dtype(epsilon),
+        )  # fmt: skip
+        return largest - self.squares[here] / epsilon, total
 
     @cached_property
     def squares(self) -> tuple[Tensor, Tensor]:
@@ -242,3 +270,25 @@ class Plan:
         for rows, entries in self.made():
             found += (weight[rows].to(entries) * (entries @ v.to(entries))) @ entries
         return self.right * found
+
+
+class FusedPlan(Plan):
+    """The plan of a fused kernel and its potentials."""
+
+    def __init__(self, kernel: Kernel, f: Tensor, g: Tensor, epsilon: float) -> None:
+        self.kernel, self.potentials, self.epsilon = kernel, (f, g), epsilon
+
+    def columns(self, u: Tensor) -> Tensor:
+        """Return ``P^T u``, ``(n1,)``."""
+        return self._times(1, u)
+
+    def there_and_back(self, v: Tensor, weight: Tensor) -> Tensor:
+        """Return ``P^T diag(weight) P v``, ``(n1,)``."""
+        return self._times(1, weight * self._times(0, v))
+
+    def _times(self, here: int, values: Tensor) -> Tensor:
+        """Return ``P v`` for a vector of the other side (here 0), ``P^T v`` (1)."""
+        there = 1 - here
+        log_mass = [h / self.epsilon + log_m for h, log_m in zip(self.potentials, self.kernel.log_mass)]
+        largest, total = self.kernel.sums(here, log_mass[there], self.epsilon, values)
+        return total * (largest + log_mass[here]).exp()
