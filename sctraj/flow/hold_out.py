@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .clouds import Estimate, median_distance
-from .coupling import blocked
+from .coupling import SparsePlan
 from .coupling.blocked import at_once
 from .distance import variance_ratio
 from .distance_estimates import estimated_wasserstein, restoration_plan
@@ -196,25 +196,27 @@ def moved(
     return restorations
 
 
-def baseline(snapshots: Snapshots, k: int, name: str) -> Restoration:
+def baseline(snapshots: Snapshots, k: int, name: str, plans: Plans | None = None) -> Restoration:
     """Restore snapshot ``k`` without a model, from its kept neighbours.
 
-    ``"previous"`` and ``"next"`` copy a neighbour, ``"ot-interpolation"`` is `interpolated` between the two.
+    ``"previous"`` and ``"next"`` copy a neighbour, ``"ot-interpolation"`` is `interpolated` between the two, by their
+    plan if it is among ``plans``.
     """
     kept = snapshots.without(k)
     if name == "previous":
         return Restoration(kept.points[k - 1], kept.mass[k - 1])
     if name == "next":
         return Restoration(kept.points[k], kept.mass[k])
-    return interpolated(kept.intervals()[k - 1], snapshots.times[k])
+    return interpolated(kept.intervals()[k - 1], snapshots.times[k], plans)
 
 
-def interpolated(interval: Interval, time: float) -> Restoration:
+def interpolated(interval: Interval, time: float, plans: Plans | None = None) -> Restoration:
     """Move every pair of the exact plan along its chord to the real fraction of the gap (McCann 1997).
 
     The plan's masses are the weights. At a time outside the interval chords are drawn out.
     """
-    plan = blocked(interval, torch.Generator().manual_seed(DATA_SEED))
+    plan = (plans or Plans()).couple(interval, None, "ot-cfm", torch.Generator().manual_seed(DATA_SEED))
+    assert isinstance(plan, SparsePlan)
     s = (time - interval.t0) / interval.length
     return Restoration((1 - s) * interval.x0[plan.i] + s * interval.x1[plan.j], plan.mass)
 

@@ -176,7 +176,7 @@ def leave_one_out(
     for method, (held_out, problems, validation) in prepared.items():
         fitted = make_field(field, problems, validation, training, where, progress=progress).vector_field
         found += _restored(method, fitted, snapshots, held_out, start, jitter)
-    references, halves = _references(snapshots, seeds)
+    references, halves = _references(snapshots, seeds, plans if block is None else Plans())
     found += references
     judged = hold_out.judge_all([(one.restoration, one.observed) for one in found])
     rows = [row for one, judgement in zip(found, judged) for row in _rows(one, judgement, snapshots.times[one.k])]
@@ -293,12 +293,14 @@ def _rows(one: _Found, judged: Judgement, time: float) -> list[dict[str, object]
     return [same | {"metric": metric, "value": value} for metric, value in values.items()]
 
 
-def _references(snapshots: Snapshots, seeds: Sequence[int]) -> tuple[list[_Found], list[tuple[int, int]]]:
+def _references(snapshots: Snapshots, seeds: Sequence[int], plans: Plans) -> tuple[list[_Found], list[tuple[int, int]]]:
     """Return the baselines and the noise reference, and the sizes of the latter's halves."""
     found, sizes = [], []
+    across = [snapshots.without(k).intervals()[k - 1] for k in hold_out.interior(snapshots)]
+    plans.prepare(across, "ot-cfm", hold_out.DATA_SEED, torch.get_num_threads())
     for name in hold_out.BASELINES:
         for k in hold_out.interior(snapshots):
-            found.append(_Found(name, k, 0, hold_out.baseline(snapshots, k, name), snapshots.points[k]))
+            found.append(_Found(name, k, 0, hold_out.baseline(snapshots, k, name, plans), snapshots.points[k]))
     for k in hold_out.interior(snapshots):
         for number, seed in enumerate(seeds):
             first, second = hold_out.halves(snapshots.points[k], torch.Generator().manual_seed(seed + k))

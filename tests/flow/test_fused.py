@@ -20,28 +20,28 @@ if DEVICE.type == "cpu":
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Kernels that do not fit are fused, wherever they are."""
+    """Kernels that do not fit are fused, wherever they are, in float32 whatever the rounding."""
     monkeypatch.setattr(kernel, "WHOLE", 20)
-    monkeypatch.setattr(kernel.Kernel, "fused", property(lambda self: self.kept is None))
+    monkeypatch.setattr(kernel.Kernel, "_fused", lambda self, epsilon: self.kept is None)
 
 
 @pytest.mark.parametrize("valued", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [3, 201, 1025])
 @pytest.mark.parametrize("d", [1, 5, 8, 9, 50])
-def test_sums_are_those_of_the_whole_matrix(d, dtype, valued):
+def test_sums_are_those_of_the_whole_matrix(d, n, valued):
     from sctraj.flow.coupling.fused import row_sums
 
     rng = torch.Generator().manual_seed(d)
-    x, y, weight, values = (torch.randn(*s, generator=rng).double() for s in ((130, d), (201, d), (201,), (201,)))
-    weight[3], values[7] = -math.inf, 0.0
+    x, y, weight, values = (torch.randn(*s, generator=rng).double() for s in ((130, d), (n, d), (n,), (n,)))
+    weight[1], values[2] = -math.inf, 0.0
     exponent = 3 * weight + x @ y.T
     expected = exponent.exp() @ (values if valued else torch.ones_like(values))
     given = (v.to(DEVICE) for v in (x, y, 3 * weight))
-    largest, total = row_sums(*given, values.to(DEVICE) if valued else None, dtype=dtype)
-    tolerance = 1e-13 if dtype == torch.float64 else 1e-5
+    largest, total = row_sums(*given, values.to(DEVICE) if valued else None)
     found = (total * (largest - exponent.amax(1).to(DEVICE)).exp()).cpu() * exponent.amax(1).exp()
     scale = exponent.exp() @ values.abs() if valued else expected
-    assert float(((found - expected) / scale).abs().max()) < tolerance * max(1.0, float(exponent.abs().max()))
+    size = float(exponent[exponent > -math.inf].abs().max())
+    assert float(((found - expected) / scale).abs().max()) < 1e-6 * (5 + size)
 
 
 def two(n: int, m: int, d: int) -> Interval:
@@ -75,7 +75,7 @@ def test_plans_as_linear_maps_are_those_of_tiles(monkeypatch, fused, d):
     f, g, v, weight = (torch.rand(k, generator=rng).double().to(DEVICE) for k in (60, 80, 80, 60))
     one = kernel.Kernel(*ends).plan(f, g, 0.7)
     assert isinstance(one, kernel.FusedPlan)
-    monkeypatch.setattr(kernel.Kernel, "fused", property(lambda self: False))
+    monkeypatch.setattr(kernel.Kernel, "_fused", lambda self, epsilon: False)
     other = kernel.Kernel(*ends).plan(f, g, 0.7)
-    torch.testing.assert_close(one.columns(weight), other.columns(weight), rtol=1e-10, atol=0)
-    torch.testing.assert_close(one.there_and_back(v, weight), other.there_and_back(v, weight), rtol=1e-10, atol=0)
+    torch.testing.assert_close(one.columns(weight), other.columns(weight), rtol=1e-5, atol=0)
+    torch.testing.assert_close(one.there_and_back(v, weight), other.there_and_back(v, weight), rtol=1e-5, atol=0)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS = 64, 64  # pairs that a program meets at once
-FEW = 8  # coordinates up to which products are sums of single terms; more are left to the tensor cores, in float32
+ROWS, COLUMNS, WARPS = 64, 64, 4  # pairs that a program meets at once, by so many threads / 32
+PROGRAMS = 2048  # at least, where there are columns enough: they are split among as many
+FEW = 8  # coordinates up to which products are sums of single terms; more are left to the tensor cores
 LOWEST = -1e30  # instead of minus infinity, from which nothing can be subtracted
 
 
@@ -20,10 +20,11 @@ def _kernel(  # type: ignore[no-untyped-def]
     y,  # (d, n)
     weight,  # (n,)
     values,  # (n,)
-    largest,  # out: (m,)
-    total,  # out: (m,) float64
+    largest,  # out: (splits, m)
+    total,  # out: (splits, m), float64
     m,
     n,
+    share,  # columns of a split
     D: tl.constexpr,
     PADDED: tl.constexpr,  # coordinates of a product on tensor cores, 0: none is
     VALUED: tl.constexpr,
@@ -33,14 +34,15 @@ def _kernel(  # type: ignore[no-untyped-def]
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < m
-    top = tl.full((ROWS,), LOWEST, weight.dtype.element_ty)
+    first = tl.program_id(1) * share
+    top = tl.full((ROWS,), LOWEST, tl.float32)
     sums = tl.zeros((ROWS,), tl.float64)
     if PADDED > 0:
         k = tl.arange(0, PADDED)
         a = tl.load(x + k[None, :] * m + rows[:, None], mask=inside[:, None] & (k[None, :] < D), other=0.0)
-    for start in range(0, n, COLUMNS):
+    for start in range(first, min(first + share, n), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        there = columns < n
+        there = columns < n  # a share is a whole number of blocks
         exponent = tl.load(weight + columns, mask=there, other=LOWEST)[None, :]
         if PADDED > 0:
             b = tl.load(y + k[:, None] * n + columns[None, :], mask=there[None, :] & (k[:, None] < D), other=0.0)
@@ -56,14 +58,15 @@ def _kernel(  # type: ignore[no-untyped-def]
             entries = entries * tl.load(values + columns, mask=there, other=0.0)[None, :]
         sums = sums * tl.exp2(top - higher).to(tl.float64) + tl.sum(entries, 1).to(tl.float64)
         top = higher
-    tl.store(largest + rows, top, mask=inside)
-    tl.store(total + rows, sums, mask=inside)
+    out = tl.program_id(1) * m + rows
+    tl.store(largest + out, top, mask=inside)
+    tl.store(total + out, sums, mask=inside)
 
 
-def row_sums(
-    x: Tensor, y: Tensor, weight: Tensor, values: Tensor | None = None, *, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def row_sums(x: Tensor, y: Tensor, weight: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return of every row ``e_ij = weight_j + x_i . y_j`` the largest entry and ``sum_j exp(e_ij - largest) values_j``.
+
+    Entries are float32, sums of blocks of them are added up in float64.
 
     Parameters
     ----------
@@ -73,22 +76,23 @@ def row_sums(
         ``(n,)``, float64; minus infinity, or far above -1e30.
     values
         ``(n,)``; ones by default.
-    dtype
-        In which entries are made; sums are float64.
 
     Returns
     -------
     ``(m,)`` each, float64.
     """
     (m, d), n, bits = x.shape, len(y), 1 / math.log(2)
-    padded = 0 if d <= FEW or dtype == torch.float64 else max(16, triton.next_power_of_2(d))
-    ends = (end.to(dtype).T.contiguous() for end in (x * bits, y))
-    weight = (weight * bits).to(dtype)
-    valued = values is not None
-    values = weight if values is None else values.to(dtype)
-    largest, total = torch.empty_like(x[:, 0], dtype=dtype), torch.empty_like(x[:, 0])
-    _kernel[(triton.cdiv(m, ROWS),)](
-        *ends, weight, values, largest, total, m, n, D=d, PADDED=padded, VALUED=valued, ROWS=ROWS, COLUMNS=COLUMNS,
-        LOWEST=LOWEST,
+    programs = triton.cdiv(m, ROWS)
+    splits = max(1, min(triton.cdiv(PROGRAMS, programs), triton.cdiv(n, 4 * COLUMNS)))
+    share = triton.cdiv(triton.cdiv(n, splits), COLUMNS) * COLUMNS
+    splits = triton.cdiv(n, share)
+    ends = (end.float().T.contiguous() for end in (x * bits, y))
+    weight = (weight * bits).float()
+    largest, total = weight.new_empty(splits, m), x.new_empty(splits, m)
+    _kernel[(programs, splits)](
+        *ends, weight, weight if values is None else values.float(), largest, total, m, n, share,
+        D=d, PADDED=0 if d <= FEW else max(16, triton.next_power_of_2(d)), VALUED=values is not None,
+        ROWS=ROWS, COLUMNS=COLUMNS, LOWEST=LOWEST, num_warps=WARPS,
     )  # fmt: skip
-    return largest.double() / bits, total
+    top = largest.amax(0)
+    return top.double() / bits, (total * (largest - top).double().exp2()).sum(0)

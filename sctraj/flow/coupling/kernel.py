@@ -110,7 +110,7 @@ class Kernel:
             if float(rise.max()) <= REACH:
                 absorbed = self.absorbed[there]  # of far cells the best for the other side, where marginals are soft
         weight = self.log_mass[there] + potential / epsilon
-        if self.fused:
+        if self._fused(epsilon):
             largest, total = self.sums(here, weight, epsilon)
             return -epsilon * (largest + total.log())
         parts = []
@@ -129,7 +129,7 @@ class Kernel:
         In tiles each entry is made once for both: a row's ``f`` is known when its tile is, so the plan's column sums
         ``c`` grow tile by tile, and the columns' soft minima are ``g - epsilon log(c / b)``.
         """
-        if self.kept is not None or self.fused:
+        if self.kept is not None or self._fused(epsilon):
             f = softness * self.soft_minimum(g, epsilon, rows=True)
             return f, self.soft_minimum(f, epsilon, rows=False)
         log_a, log_b = self.log_mass
@@ -153,7 +153,7 @@ class Kernel:
 
     def plan(self, f: Tensor, g: Tensor, epsilon: float) -> Plan:
         """Return the plan ``a_i b_j exp((f_i + g_j - C_ij) / epsilon)`` as a linear map."""
-        if self.fused:
+        if self._fused(epsilon):
             return FusedPlan(self, f, g, epsilon)
         if self.kept is None:
             log_a, log_b = self.log_mass
@@ -189,11 +189,10 @@ class Kernel:
         """Replace ``x`` by its exponential: to the last bit where a kernel is kept, for tolerances near rounding."""
         return exp_(x) if self.kept is None else x.exp_()
 
-    @cached_property
-    def fused(self) -> bool:
-        """Whether entries are never stored: where the kernel is not kept, on a CUDA device, if Triton is there."""
-        there = self.cells[0].device.type == "cuda" and importlib.util.find_spec("triton") is not None
-        return self.kept is None and there
+    def _fused(self, epsilon: float) -> bool:
+        """Whether entries are never stored: in float32 on a CUDA device, if Triton is there."""
+        single = self._dtype(epsilon) == torch.float32 and self.cells[0].device.type == "cuda"
+        return single and importlib.util.find_spec("triton") is not None
 
     def sums(self, here: int, weight: Tensor, epsilon: float, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Sum ``exp(weight_j - C_ij / epsilon) values_j`` up over ``j`` for every cell of a side, where fused.
@@ -206,9 +205,8 @@ class Kernel:
 
         there = 1 - here
         largest, total = row_sums(
-            self.cells[here] * (2 / epsilon), self.cells[there], weight - self.squares[there] / epsilon, values,
-            dtype=self._dtype(epsilon),
-        )  # fmt: skip
+            self.cells[here] * (2 / epsilon), self.cells[there], weight - self.squares[there] / epsilon, values
+        )
         return largest - self.squares[here] / epsilon, total
 
     @cached_property
