@@ -10,7 +10,6 @@ from torch import Tensor
 
 ROWS, COLUMNS, WARPS = 64, 64, 4  # pairs that a program meets at once, by so many threads / 32
 PROGRAMS = 2048  # at least, where there are columns enough: they are split among as many
-FEW = 8  # coordinates up to which products are sums of single terms; more are left to the tensor cores
 LOWEST = -1e30  # instead of minus infinity, from which nothing can be subtracted
 
 
@@ -26,7 +25,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     n,
     share,  # columns of a split
     D: tl.constexpr,
-    PADDED: tl.constexpr,  # coordinates of a product on tensor cores, 0: none is
+    PADDED: tl.constexpr,  # coordinates, as many as the tensor cores ask for
     VALUED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -37,21 +36,15 @@ def _kernel(  # type: ignore[no-untyped-def]
     first = tl.program_id(1) * share
     top = tl.full((ROWS,), LOWEST, tl.float32)
     sums = tl.zeros((ROWS,), tl.float64)
-    if PADDED > 0:
-        k = tl.arange(0, PADDED)
-        a = tl.load(x + k[None, :] * m + rows[:, None], mask=inside[:, None] & (k[None, :] < D), other=0.0)
+    k = tl.arange(0, PADDED)
+    a = tl.load(x + k[None, :] * m + rows[:, None], mask=inside[:, None] & (k[None, :] < D), other=0.0)
     for start in range(first, min(first + share, n), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         there = columns < n  # a share is a whole number of blocks
-        exponent = tl.load(weight + columns, mask=there, other=LOWEST)[None, :]
-        if PADDED > 0:
-            b = tl.load(y + k[:, None] * n + columns[None, :], mask=there[None, :] & (k[:, None] < D), other=0.0)
-            exponent = exponent + tl.dot(a, b, input_precision="tf32x3")
-        else:
-            for c in tl.static_range(D):
-                own = tl.load(x + c * m + rows, mask=inside, other=0.0)
-                other = tl.load(y + c * n + columns, mask=there, other=0.0)
-                exponent = exponent + own[:, None] * other[None, :]
+        b = tl.load(y + k[:, None] * n + columns[None, :], mask=there[None, :] & (k[:, None] < D), other=0.0)
+        # three products in tf32 make up for its few bits
+        exponent = tl.dot(a, b, input_precision="tf32x3")
+        exponent += tl.load(weight + columns, mask=there, other=LOWEST)[None, :]
         higher = tl.maximum(top, tl.max(exponent, 1))
         entries = tl.exp2(exponent - higher[:, None])
         if VALUED:
@@ -91,7 +84,7 @@ def row_sums(x: Tensor, y: Tensor, weight: Tensor, values: Tensor | None = None)
     largest, total = weight.new_empty(splits, m), x.new_empty(splits, m)
     _kernel[(programs, splits)](
         *ends, weight, weight if values is None else values.float(), largest, total, m, n, share,
-        D=d, PADDED=0 if d <= FEW else max(16, triton.next_power_of_2(d)), VALUED=values is not None,
+        D=d, PADDED=max(16, triton.next_power_of_2(d)), VALUED=values is not None,
         ROWS=ROWS, COLUMNS=COLUMNS, LOWEST=LOWEST, num_warps=WARPS,
     )  # fmt: skip
     top = largest.amax(0)

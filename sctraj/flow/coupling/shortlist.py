@@ -43,8 +43,7 @@ def shortlisted(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Ten
     -------
     Indices ``i, j`` of its pairs, row by row, and their masses; None where optimality was not proven in ``ROUNDS``.
     """
-    g = _potential(cost, a, b)
-    f = (cost - g).amin(1)
+    f, _ = near_potentials(cost, a, b)
     reduced = cost - f[:, None]
     reduced -= reduced.amin(0)
     listed = reduced <= _threshold(reduced, PAIRS)
@@ -71,12 +70,11 @@ def shortlisted(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Ten
     return None
 
 
-def _potential(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return nearly optimal potentials ``(m,)``: a few iterations of Sinkhorn's algorithm, in single precision."""
+def near_potentials(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return nearly optimal potentials ``(n,)``, ``(m,)``: a few iterations of Sinkhorn's algorithm, in float32."""
     single, a, b = cost.float(), a.float(), b.float()
-    kernel, g = torch.empty_like(single), torch.zeros_like(b)
-    for sharpness in SHARPNESS:
-        epsilon = sharpness * float(single.std())
+    kernel, g, spread = torch.empty_like(single), torch.zeros_like(b), float(single.std())
+    for epsilon in (sharpness * spread for sharpness in SHARPNESS):
         if not epsilon > 0:
             break
         torch.sub(single, g, out=kernel)
@@ -86,7 +84,8 @@ def _potential(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
             rows = 1 / (kernel @ (scaling * b)).clamp_(min=1e-30)
             scaling = 1 / ((rows * a) @ kernel).clamp_(min=1e-30)
         g = g + epsilon * scaling.log()
-    return g.double()
+    g = g.double()
+    return (cost - g).amin(1), g
 
 
 def _threshold(reduced: Tensor, pairs: int) -> float:
