@@ -241,6 +241,7 @@ def main() -> None:
     )
     parser.add_argument("--processes", type=int, default=2, help="of torchcfm at once, a thread each")
     parser.add_argument("--device", default="cpu", help="of sctraj; torchcfm in one process is run on both")
+    parser.add_argument("--no-peer-gpu", action="store_true", help="torchcfm in one process on the CPU alone")
     parser.add_argument("--output", type=Path, help="csv")
     parser.add_argument("--plot", type=Path, help="png of W1 against time")
     args = parser.parse_args()
@@ -264,7 +265,7 @@ def main() -> None:
     print(f"the first call, {short} steps, libraries being loaded: {time.perf_counter() - began:.1f} s\n")
     rows = [ours("sctraj", adata, n_seeds, n, args.device) for n in curve]
     rows.append(peer(CPU, snapshots, n_seeds, steps, n_fits=args.peer_fits))
-    if args.device != "cpu":
+    if args.device != "cpu" and not args.no_peer_gpu:
         rows.append(peer(GPU, snapshots, n_seeds, steps, n_fits=args.peer_fits, device=args.device))
     several = f"torchcfm, {args.processes} processes"
     rows.append(peer(several, snapshots, n_seeds, steps, jobs=args.processes))
