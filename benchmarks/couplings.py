@@ -188,7 +188,7 @@ def geomloss_sinkhorn(case: Case) -> EntropicPlan:
 METHODS: dict[str, tuple[int, Callable, Callable]] = {  # largest number of cells, solver, its pairs
     "exact": (DENSE, lambda case: exact(case.interval), sparse),
     "blocked": (10**9, lambda case: blocked(case.interval, rng()), sparse),
-    "growing": (10**9, lambda case: growing(case.interval, rng(), device=case.device), sparse),
+    "growing": (10**9, lambda case: growing(case.interval, rng()), sparse),
     "entropic": (10**9, ours_entropic, whole),
     "unbalanced": (10**9, ours_unbalanced, whole),
     "POT emd": (DENSE, lambda case: ot.emd(*arrays(case), numItermax=10_000_000), dense),
@@ -200,7 +200,7 @@ METHODS: dict[str, tuple[int, Callable, Callable]] = {  # largest number of cell
     "GeomLoss sinkhorn": (10**9, geomloss_sinkhorn, whole),
 }
 PEERS = {"OTT sinkhorn": "ott", "GeomLoss sinkhorn": "pykeops"}  # and modules that may be missing
-ON_GPU = {"growing", "entropic", "unbalanced"}  # ours, which go there where they are asked to
+ON_GPU = {"entropic", "unbalanced"}  # ours, which go there where they are asked to
 SOFT = {"unbalanced", "POT sinkhorn_unbalanced"}  # marginals differ from the snapshots' by design
 
 

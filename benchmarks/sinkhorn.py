@@ -2,15 +2,19 @@
 
 python benchmarks/sinkhorn.py --quick   # a few seconds: few cells, and a strong entropy alone
 python benchmarks/sinkhorn.py
+python benchmarks/sinkhorn.py --passes --device cuda   # pairs a second of one iteration where no kernel is kept
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 import time
+from collections.abc import Sequence
 
+import torch
 from restoration import table
 from torch import Tensor
 
@@ -18,13 +22,21 @@ from sctraj._adata import read_snapshots
 from sctraj.datasets import simulated_differentiation
 from sctraj.flow.coupling import entropic as coupling
 from sctraj.flow.coupling import exact, sinkhorn
+from sctraj.flow.coupling.kernel import Kernel
+from sctraj.flow.flow_matching import pick_device
 from sctraj.flow.snapshots import Interval
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few cells, and a strong entropy alone")
-    quick = parser.parse_args().quick
+    parser.add_argument("--passes", action="store_true", help="single iterations of large snapshots, float32")
+    parser.add_argument("--device", type=pick_device, default=torch.device("cpu"), help="of the passes")
+    args = parser.parse_args()
+    quick = args.quick
+    if args.passes:
+        passes((1000,) if quick else (10_000, 100_000), args.device)
+        return
     solver = sys.modules["sctraj.flow.coupling.entropic"]  # the function of that name hides the module
     mix = sinkhorn.Mixing.__call__
     logging.getLogger("sctraj").setLevel(logging.WARNING)
@@ -42,6 +54,32 @@ def main() -> None:
                 row.append(solved(interval, fraction * cost))
             rows.append(row)
     print(table(["interval", "epsilon / cost", *ways], rows))
+
+
+def passes(sizes: Sequence[int], device: torch.device) -> None:
+    """Time the soft minima of both sides: in tiles, each entry made once for both, and, where it can be, fused."""
+    rows, fused = [], Kernel._fused
+    for n in sizes:
+        for d in (5, 50):
+            rng = torch.Generator().manual_seed(0)
+            ends = [(shift + torch.randn(n, d, generator=rng)).double().to(device) for shift in (0.0, 0.5)]
+            same = torch.full((n,), -math.log(n), dtype=torch.float64, device=device)
+            g, seconds = torch.zeros_like(same), []
+            for way in (lambda self, epsilon: False, fused):
+                Kernel._fused = way
+                kernel = Kernel(*ends, same, same, keep=False)
+                kernel.rounding = 1e-2
+                took = []
+                for _ in range(4):
+                    start = time.perf_counter()
+                    float(kernel.soft_minima(g, 2.0 * d, 1.0)[1].sum())
+                    took.append(time.perf_counter() - start)
+                seconds.append(min(took[1:]) if kernel._fused(2.0 * d) or way is not fused else math.nan)
+            Kernel._fused = fused
+            shown = ["" if math.isnan(s) else f"{1e3 * s:.2f}" for s in seconds]
+            rows.append([f"{n:,}", str(d), *shown, *("" if math.isnan(s) else f"{n * n / s:.1e}" for s in seconds)])
+    print(f"{device}, {torch.get_num_threads()} threads\n")
+    print(table(["cells a side", "dimensions", "ms in tiles", "fused", "pairs a second in tiles", "fused"], rows))
 
 
 def plain(_: sinkhorn.Mixing, at: Tensor, then: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from .vector_field import FieldSample, VectorField, scaling
 
 NEIGHBOURS = 5  # the bandwidth is the distance to the path point that is so near
 FLOOR = 0.05  # least bandwidth, as a fraction of the interval's rms displacement
-TILE = 2**22  # queries times pairs met at once
+TILE = 2**22  # queries times pairs met at once on a CPU
+TILE_ON_GPU = 2**26  # there: of a million pairs dozens of queries still fill it
 BLOCK = 64  # pairs among which the least distance is found first
 _Record = TypeVar("_Record")
 KINDS = {kind.__name__: kind for kind in (Straight, Hermite, BrownianBridge, Trigonometric, MetricPath)}
@@ -220,7 +221,8 @@ class _Now(NamedTuple):
     def tiles(self, path: ProbabilityPath, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield points ``(n, d)``, their squared distances to the pairs ``(n, n_pairs)`` and bandwidths ``(n, 1)``."""
         mean, squares = self.at.mean, self.at.mean.square().sum(1)
-        for points in x.split(max(1, TILE // len(mean))):
+        most = TILE if x.device.type == "cpu" else TILE_ON_GPU
+        for points in x.split(max(1, most // len(mean))):
             distance2 = torch.addmm(squares, points, mean.T, alpha=-2)
             distance2.add_(points.square().sum(1, keepdim=True)).clamp_(min=0)
             if _local(path):

@@ -230,7 +230,8 @@ def _train(
     fadings: Sequence[Tensor | float] = [1 - min(training.ema_decay, (1 + k) / (10 + k)) for k in range(n_steps)]
     run: Callable[..., Tensor] = act
     if device.type == "cuda" and isinstance(field.network, MLP):  # a user's module may do what cannot be recorded
-        rates, fadings = (torch.tensor(v, dtype=torch.float32, device=device).unbind() for v in (rates, fadings))
+        each = (torch.tensor(v, dtype=torch.float32).to(device, non_blocking=True) for v in (rates, fadings))
+        rates, fadings = (v.unbind() for v in each)
         run = Replayed(act)
 
     losses = field.scale.new_empty(n_steps, members)
@@ -346,7 +347,7 @@ class _AdamW:
         moved = [k for k, gradient in enumerate(gradients) if gradient is not None]
         adamw(
             [self.weights[k] for k in moved],
-            [gradient for gradient in gradients if gradient is not None],
+            [gradient.contiguous() for gradient in gradients if gradient is not None],  # as the weights are
             [self.means[k] for k in moved],
             [self.squares[k] for k in moved],
             [],

@@ -157,7 +157,8 @@ class Plans:
     block
         Cells a side of the blocks that larger snapshots are coupled in; None: as `couple` has it.
     device
-        Where entropic plans are solved; None: where the cells are. (mps, which has no float64, leaves them there too.)
+        Where the plans of ``"sb-cfm"`` are solved; None: where the cells are. (mps, which has no float64, leaves them
+        there too.) Those of growing populations are of blocks, solved by the processors at once.
 
     Raises
     ------
@@ -277,10 +278,10 @@ def couple(
 
     The path serves only for ``"sb-cfm"``, whose coupling depends on its sigma. Snapshots of more than ``block`` cells
     (by default 3,000) are met in blocks, except for ``"sb-cfm"``, whose potentials fit whatever the snapshots are.
-    Entropic plans are solved on the ``device``, by default the cells' own, where all that is returned is.
+    These are found on the ``device``, by default the cells' own, where all that is returned is.
     """
     if method == "uot-cfm":
-        return growing(interval, rng, block=block, device=device)
+        return growing(interval, rng, block=block)
     if method == "ot-cfm":
         return blocked(interval, rng, block=block or BLOCK)
     if method == "sb-cfm":
@@ -345,7 +346,7 @@ def make_problems(
             law = _learned(cells, couplings, "land" if path == "land" else "rbf", law.sigma)
         bends = None
         if isinstance(law, Hermite):
-            bends = tangents(cells, _kin(cells, couplings, rng, plans), couplings)
+            bends = tangents(cells, _kin(cells, couplings, rng, plans.block), couplings)
             share = bends.reliability if share is None else share  # as the cells to train on have it
             bends = replace(bends, reliability=share)
         part.extend(Problem(cells, couplings, law, seed, bends) for seed in seeds)
@@ -367,10 +368,12 @@ def _learned(snapshots: Snapshots, couplings: Sequence[Coupling], metric: Metric
     )
 
 
-def _kin(snapshots: Snapshots, couplings: Sequence[Coupling], rng: torch.Generator, plans: Plans) -> list[GrowingPlan]:
+def _kin(
+    snapshots: Snapshots, couplings: Sequence[Coupling], rng: torch.Generator, block: int | None
+) -> list[GrowingPlan]:
     """Return a growing plan for every interval, whatever the couplings are: who is whose kin, for curved paths."""
     return [
-        c if isinstance(c, GrowingPlan) else growing(i, rng, block=plans.block, device=plans.device)
+        c if isinstance(c, GrowingPlan) else growing(i, rng, block=block)
         for c, i in zip(couplings, snapshots.intervals())
     ]
 

@@ -537,7 +537,8 @@ def test_the_steps_are_those_of_adamw():
     for k in range(5):
         other.param_groups[0]["lr"] = rate = 0.1 / (1 + k)
         theirs.grad = (theirs.detach() + k).cos()
-        own.step([None, (mine.detach() + k).cos()], rate)
+        gradient = (mine.detach() + k).cos()
+        own.step([None, gradient.T.contiguous().T], rate)  # in whatever order it lies
         other.step()
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-14)
     assert torch.equal(untouched, start)

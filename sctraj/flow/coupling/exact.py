@@ -16,7 +16,7 @@ from .independent import draw
 from .pairs import WeightedPairs
 from .shortlist import SMALLEST, near_potentials, shortlisted
 
-SMALLEST_NEAR = 2**17  # pairs in all, from which it pays to begin with potentials that are nearly optimal
+SMALLEST_NEAR = 2**19  # pairs in all, from which it pays to begin with potentials that are nearly optimal
 Array = NDArray[np.float64]
 
 

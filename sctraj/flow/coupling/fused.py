@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS, WARPS = 64, 64, 4  # pairs that a program meets at once, by so many threads / 32
+ROWS, COLUMNS, WARPS = 128, 32, 4  # pairs that a program meets at once, by so many threads / 32
 PROGRAMS = 2048  # at least, where there are columns enough: they are split among as many
+ROUNDING = 2.0**-21  # of a product, relative to its terms: that of three in tf32, which make up for its few bits
 LOWEST = -1e30  # instead of minus infinity, from which nothing can be subtracted
 
 
@@ -42,7 +43,6 @@ def _kernel(  # type: ignore[no-untyped-def]
         columns = start + tl.arange(0, COLUMNS)
         there = columns < n  # a share is a whole number of blocks
         b = tl.load(y + k[:, None] * n + columns[None, :], mask=there[None, :] & (k[:, None] < D), other=0.0)
-        # three products in tf32 make up for its few bits
         exponent = tl.dot(a, b, input_precision="tf32x3")
         exponent += tl.load(weight + columns, mask=there, other=LOWEST)[None, :]
         higher = tl.maximum(top, tl.max(exponent, 1))

@@ -65,7 +65,6 @@ def growing(
     block: int | None = None,
     most_cells: int = MOST_CELLS,
     workers: int = -1,
-    device: torch.device | None = None,
 ) -> GrowingPlan:
     """Couple an interval's ends where parts of the population grow or shrink relative to each other.
 
@@ -92,8 +91,6 @@ def growing(
         Cells of a snapshot that take part, where it is met in blocks.
     workers
         Blocks solved at once; -1: as many as there are processors.
-    device
-        Where to compute the unbalanced plans; the cells' own by default.
     """
     if block is None:
         block = BLOCK if max(len(interval.x0), len(interval.x1)) <= BLOCK else SMALL_BLOCK
@@ -105,7 +102,7 @@ def growing(
     # kin go by where a cell is: those that take no part are shared out among the blocks
     outside = [_without_mass(end, len(x)).tensor_split(len(cut)) for end, x in zip(ends, (interval.x0, interval.x1))]
     tasks = [(part, interval.x0[o0], interval.x1[o1]) for (_, _, part, _), o0, o1 in zip(cut, *outside)]
-    solve = partial(_solved, epsilon=epsilon, penalty=penalty, kin_penalty=kin_penalty, device=device)
+    solve = partial(_solved, epsilon=epsilon, penalty=penalty, kin_penalty=kin_penalty)
     solved = at_once(solve, tasks, workers)
 
     i, j, mass0, mass1 = [], [], [], []
@@ -123,14 +120,7 @@ def growing(
 
 
 def _solved(
-    part: Interval,
-    outside0: Tensor,
-    outside1: Tensor,
-    *,
-    epsilon: float,
-    penalty: float,
-    kin_penalty: float,
-    device: torch.device | None,
+    part: Interval, outside0: Tensor, outside1: Tensor, *, epsilon: float, penalty: float, kin_penalty: float
 ) -> tuple[SparsePlan, Tensor, Tensor]:
     """Couple one block.
 
@@ -147,16 +137,15 @@ def _solved(
         held = replace(part, mass0=grown * (a.sum() / grown.sum()), growth0=None)  # equal rates change no bit
     # of a snapshot and its copy the cost is zero: what rounding allows
     cost = max(exact(held).cost, 2 * SHARPEST / epsilon * _spread(held)) or 1.0  # all in one place: any will do
-    plan = unbalanced(held, epsilon=epsilon * cost, penalty=penalty * cost, device=device)
-    r, c = held.mass0 * plan.log_ratio0.to(a).exp(), held.mass1 * plan.log_ratio1.to(b).exp()
+    plan = unbalanced(held, epsilon=epsilon * cost, penalty=penalty * cost)
+    r, c = held.mass0 * plan.log_ratio0.exp(), held.mass1 * plan.log_ratio1.exp()
     r, c = torch.maximum(r / r.sum(), LEAST * a), torch.maximum(c / c.sum(), LEAST * b)
     best = exact(replace(held, mass0=r / r.sum(), mass1=c / c.sum()))
-    stiff = unbalanced(held, epsilon=epsilon * cost, penalty=kin_penalty * cost, device=device)
-    x0, x1, there0, there1 = (x.to(stiff.x0) for x in (part.x0, part.x1, outside0, outside1))
-    there0, there1 = there0 - x0.mean(0), there1 - x0.mean(0)  # centred as the plan's
+    stiff = unbalanced(held, epsilon=epsilon * cost, penalty=kin_penalty * cost)
+    x0, x1 = part.x0.double(), part.x1.double()
+    there0, there1 = (outside.double() - x0.mean(0) for outside in (outside0, outside1))  # centred as the plan's
     descendants = torch.cat([stiff.descendants(x1), stiff.descendants(x1, there0)])
-    ancestors = torch.cat([stiff.ancestors(x0), stiff.ancestors(x0, there1)])
-    return best, descendants.to(part.x0.device), ancestors.to(part.x0.device)
+    return best, descendants, torch.cat([stiff.ancestors(x0), stiff.ancestors(x0, there1)])
 
 
 def _without_mass(end: Sequence[tuple[Tensor, Tensor]], n: int) -> Tensor:

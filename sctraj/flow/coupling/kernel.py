@@ -190,9 +190,12 @@ class Kernel:
         return exp_(x) if self.kept is None else x.exp_()
 
     def _fused(self, epsilon: float) -> bool:
-        """Whether entries are never stored: in float32 on a CUDA device, if Triton is there."""
-        single = self._dtype(epsilon) == torch.float32 and self.cells[0].device.type == "cuda"
-        return single and importlib.util.find_spec("triton") is not None
+        """Whether entries are never stored: on a CUDA device, if Triton is there and its rounding may pass."""
+        if self.cells[0].device.type != "cuda" or importlib.util.find_spec("triton") is None:
+            return False
+        from .fused import ROUNDING
+
+        return self.kept is None and self._may_round(ROUNDING, epsilon)
 
     def sums(self, here: int, weight: Tensor, epsilon: float, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Sum ``exp(weight_j - C_ij / epsilon) values_j`` up over ``j`` for every cell of a side, where fused.
@@ -222,10 +225,12 @@ class Kernel:
 
     def _dtype(self, epsilon: float) -> torch.dtype:
         """Return the precision of tiles: float32 where an exponent's rounding there may pass."""
-        single = self.kept is None and self.rounding > 0
-        if single and torch.finfo(torch.float32).eps * self.largest_cost / epsilon <= self.rounding:
-            return torch.float32
-        return torch.float64
+        single = self.kept is None and self._may_round(torch.finfo(torch.float32).eps, epsilon)
+        return torch.float32 if single else torch.float64
+
+    def _may_round(self, by: float, epsilon: float) -> bool:
+        """Whether costs may be off by so much of the largest."""
+        return self.rounding > 0 and by * self.largest_cost / epsilon <= self.rounding
 
     def _exponents(self, here: int, weight: Tensor, epsilon: float) -> Iterator[tuple[slice, Tensor]]:
         """Yield slices of a side's ``m`` cells with ``weight_j - (C_ij - squares_i) / epsilon``, ``(m, n)``.
