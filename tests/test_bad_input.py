@@ -113,6 +113,10 @@ def test_leave_one_out_refuses(cells: AnnData) -> None:
     few = cells[(cells.obs["time"] != 1.0) | (np.arange(cells.n_obs) < np.flatnonzero(cells.obs["time"] == 1.0)[3])]
     with pytest.raises(ValueError, match="at least 4 cells in every held-out snapshot, found 3 at time 1"):
         sctraj.tl.leave_one_out(few.copy(), **QUICK)
+    same = cells.copy()
+    same.obsm["X_pca"][(same.obs["time"] == 1.0).to_numpy()] = 0.5
+    with pytest.raises(ValueError, match=r"cells that differ in every held-out snapshot, found \d+ .* at time 1"):
+        sctraj.tl.leave_one_out(same, **QUICK)
     assert "leave_one_out" not in cells.uns
 
 

@@ -224,12 +224,17 @@ def leave_one_out(
 
 
 def _check_sizes(snapshots: Snapshots) -> None:
-    """Raise where a snapshot has too few cells to be held out."""
+    """Raise where a snapshot has too few cells to be held out, or all of them at one place."""
     for k in hold_out.interior(snapshots):
         if (n := len(snapshots.points[k])) < hold_out.SMALLEST_HELD_OUT:
             raise ValueError(
                 f"expected at least {hold_out.SMALLEST_HELD_OUT} cells in every held-out snapshot, found {n} at time "
                 f"{snapshots.times[k]:g}; merge it with another or leave its cells out"
+            )
+        if bool((snapshots.points[k] == snapshots.points[k][0]).all()):
+            raise ValueError(
+                f"expected cells that differ in every held-out snapshot, found {n} of the same at time "
+                f"{snapshots.times[k]:g}; check the representation or leave them out"
             )
 
 
