@@ -6,7 +6,8 @@ python benchmarks/couplings.py --sizes 30000 100000 1000000 --device cuda  # blo
 pip install ott-jax geomloss pykeops                                       # peers that are shown where they are there
 
 Each row is made in a process of its own, on one core, which is ended after --limit seconds; OTT's time has its
-compilation, but on a GPU the second of two runs is timed, for all (up to 200,000 cells), and memory is the GPU's.
+compilation, but on a GPU the second of two runs is timed, for all (up to 200,000 cells;
+--limit is for both), and memory is the GPU's.
 Of a simulated course of three snapshots the first and the last are coupled; a thousand pairs, put on their chords at
 the middle's time, are compared with a thousand cells of the middle. Entropies are 0.05 of the exact cost, penalties 2
 (as in the default), and solvers stop at the same L1 error of the marginals, 1e-3. Cost is relative to the lowest of a

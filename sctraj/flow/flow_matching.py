@@ -21,7 +21,7 @@ from .snapshots import to_device
 from .vector_field import MLP, Modules, NeuralField, VectorField, scaling
 
 CHUNK = 2**19  # numbers drawn at once for a member: a few dozen steps' worth in five dimensions
-CHUNK_ON_GPU = 2**22  # there: a draw's time is that of launching its kernels, however much it draws
+CHUNK_ON_GPU = 2**21  # there: a draw's time is that of launching its kernels, however much it draws
 EVALUATE_EVERY = 25  # steps between looks at the validation loss
 VALIDATION_PAIRS = 512  # per interval
 DIVERGED = 10.0  # times the first loss: a last one above has not converged
@@ -232,7 +232,7 @@ def _train(
     if device.type == "cuda" and isinstance(field.network, MLP):  # a user's module may do what cannot be recorded
         each = (torch.tensor(v, dtype=torch.float32).to(device, non_blocking=True) for v in (rates, fadings))
         rates, fadings = (v.unbind() for v in each)
-        run = Replayed(act)
+        run = Replayed(act, device)
 
     losses = field.scale.new_empty(n_steps, members)
     validation_losses = []
@@ -284,6 +284,7 @@ def _batches(
         chunk = _draw(problems, streams, field, at_once, n_pairs)
         for step in range(min(at_once, n_steps - start)):
             yield _Batch(*(drawn[step] for drawn in chunk))
+        del chunk  # before the next one is drawn
 
 
 def _draw(
@@ -309,9 +310,15 @@ def _draw(
             std=(torch.zeros_like(sample.std) if noise is None else sample.std / std).to(dtype),
         )
 
-    members = list(zip(problems, streams, field.shift, field.scale, field.origin, field.gap, field.std))
-    rows = [row(*member) for member in members]
-    return _Batch(*(torch.stack(column, 1) for column in zip(*rows)))
+    found: list[Tensor] = []
+    members = zip(problems, streams, field.shift, field.scale, field.origin, field.gap, field.std)
+    for m, member in enumerate(members):
+        drawn = row(*member)
+        if not found:
+            found = [v.new_empty(n_steps, len(problems), *v.shape[1:]) for v in drawn]
+        for whole, v in zip(found, drawn):
+            whole[:, m] = v
+    return _Batch(*found)
 
 
 def _loss(field: NeuralField, batch: _Batch) -> Tensor:

@@ -163,7 +163,7 @@ class Plans:
     Raises
     ------
     ValueError
-        If that is not a whole number of at least 2.
+        If block is not a whole number of at least 2.
     """
 
     def __init__(self, block: int | None = None, device: torch.device | None = None) -> None:

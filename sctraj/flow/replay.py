@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
 WARM_UP = 3  # calls before the recording, in which libraries load what they need
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the device's stream for recordings: libraries keep room of their own for every stream they have met."""
+    return torch.cuda.Stream(device)
 
 
 class Replayed:
@@ -20,29 +27,36 @@ class Replayed:
     ----------
     act
         Maps tensors on one CUDA device to one.
+    device
+        That device.
     """
 
-    def __init__(self, act: Callable[..., Tensor]) -> None:
-        self.act, self.calls = act, 0
-        self.graph = torch.cuda.CUDAGraph()
+    def __init__(self, act: Callable[..., Tensor], device: torch.device) -> None:
+        self.act, self.device, self.calls = act, device, 0
         self.inputs: list[Tensor] = []
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Call the function; the result is overwritten by the next call."""
-        if self.calls == 0:
-            self.inputs = [v.clone() for v in inputs]
-            self.stream = torch.cuda.Stream(inputs[0].device)
-        torch._foreach_copy_(self.inputs, inputs)
-        self.calls += 1
-        if self.calls <= WARM_UP:
-            current = torch.cuda.current_stream()
-            self.stream.wait_stream(current)
-            with torch.cuda.stream(self.stream):
-                found = self.act(*self.inputs)
-            current.wait_stream(self.stream)
-            return found
-        if self.calls == WARM_UP + 1:
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.found = self.act(*self.inputs)
-        self.graph.replay()
-        return self.found
+        with torch.cuda.device(self.device):
+            if self.calls == 0:
+                self.inputs = [v.clone() for v in inputs]
+            torch._foreach_copy_(self.inputs, inputs)
+            self.calls += 1
+            if self.calls <= WARM_UP:
+                return self._as_it_is()
+            if self.calls == WARM_UP + 1:
+                self.graph = torch.cuda.CUDAGraph()
+                # other threads may do what a recording must not
+                with torch.cuda.graph(self.graph, stream=_stream(self.device), capture_error_mode="thread_local"):
+                    self.found = self.act(*self.inputs)
+            self.graph.replay()
+            return self.found
+
+    def _as_it_is(self) -> Tensor:
+        """Call the function on the stream that it will be recorded on."""
+        current, stream = torch.cuda.current_stream(), _stream(self.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            found = self.act(*self.inputs)
+        current.wait_stream(stream)
+        return found

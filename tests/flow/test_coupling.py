@@ -372,8 +372,8 @@ def test_cells_without_mass_far_from_all_that_have_some_do_no_harm(monkeypatch, 
         mass1=torch.cat([torch.zeros(10).double(), few.mass1]),
     )
     monkeypatch.setattr(kernel, "WHOLE", whole)
-    made, columns = [], kernel.Plan.columns
-    monkeypatch.setattr(kernel.Plan, "columns", lambda self, u: made.append(columns(self, u)) or made[-1])
+    made, columns = [], kernel.TiledPlan.columns
+    monkeypatch.setattr(kernel.TiledPlan, "columns", lambda self, u: made.append(columns(self, u)) or made[-1])
     plan, without = solved(interval, penalty, 0.02), solved(few, penalty, 0.02)
     assert made  # Newton steps were taken
     assert all(bool(part.isfinite().all()) for part in made)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sctraj.flow import flow_matching
+from sctraj.flow import flow_matching, problem
 from sctraj.flow.closed_form import closed_form
 from sctraj.flow.coupling import entropic, kernel, unbalanced
 from sctraj.flow.flow_matching import Fit, Training, fit
@@ -52,7 +52,7 @@ def test_steps_replayed_are_the_steps(monkeypatch, method, patience):
     training = replace(TRAINING, patience=patience)
     replayed = fitted(method, training=training)
     again = fitted(method, training=training)
-    monkeypatch.setattr(flow_matching, "Replayed", lambda act: act)
+    monkeypatch.setattr(flow_matching, "Replayed", lambda act, device: act)
     plain = fitted(method, training=training)
     assert replayed.loss.shape == plain.loss.shape
     for one, same, other in zip(weights(replayed), weights(again), weights(plain), strict=True):
@@ -85,7 +85,7 @@ def test_the_host_waits_for_nothing_in_the_training_loop(method):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flow_matching, "_train", watched)
-        patch.setattr(flow_matching, "Replayed", lambda act: act)  # a recording ends with a wait
+        patch.setattr(flow_matching, "Replayed", lambda act, device: act)  # a recording ends with a wait
         fitted(method)
 
 
@@ -159,11 +159,23 @@ def test_entropic_pairs_are_drawn_on_the_device(monkeypatch, whole):
     assert float((drawn - plan.matrix()).abs().sum()) < 0.25  # 18,000 cells of the table
 
 
-@pytest.mark.parametrize("method", ["uot-cfm", "sb-cfm"])
-def test_problems_solved_on_the_device_are_where_the_cells_are(method):
-    there, here = problems(method, device=GPU)[0][0], problems(method)[0][0]
+def test_entropic_plans_are_solved_on_the_device_and_come_back(monkeypatch):
+    asked = []
+    monkeypatch.setattr(problem, "entropic", lambda *args, **how: asked.append(how["device"]) or entropic(*args, **how))
+    there, here = problems("sb-cfm", device=GPU)[0][0], problems("sb-cfm")[0][0]
+    assert asked == [GPU, GPU, None, None]
     for one, other in zip(there.couplings, here.couplings):
-        assert (one.f if method == "sb-cfm" else one.pairs.mass0).device == CPU
+        assert one.f.device == CPU
         i, j = one.sample(50, torch.Generator().manual_seed(0))
         same_i, same_j = other.sample(50, torch.Generator().manual_seed(0))
         assert int((i != same_i).sum() + (j != same_j).sum()) <= 2  # rounding at a boundary
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second CUDA device")
+def test_the_second_device_serves_as_the_first(monkeypatch):
+    monkeypatch.setattr(kernel, "WHOLE", 1000)
+    second = torch.device("cuda:1")
+    made, _ = problems("sb-cfm", device=second)
+    found = fit(made, validation=[], training=TRAINING, device=second, dtype=torch.float32, progress=False)
+    for one, other in zip(weights(found), weights(fitted("sb-cfm")), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-2, atol=1e-2)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 ROWS, COLUMNS, WARPS = 128, 32, 4  # pairs that a program meets at once, by so many threads / 32
 PROGRAMS = 2048  # at least, where there are columns enough: they are split among as many
-ROUNDING = 2.0**-21  # of a product, relative to its terms: that of three in tf32, which make up for its few bits
-LOWEST = -1e30  # instead of minus infinity, from which nothing can be subtracted
+MOST_COORDINATES = 64  # those of a program's cells have to fit a multiprocessor's shared memory
+# of an exponent, over the largest cost: three products in tf32 make up for its few bits (2^-22.7 was the most met)
+ROUNDING = 2.0**-22
+LOWEST = -1e30  # where the largest begins: from minus infinity nothing can be subtracted
 
 
 @triton.jit
@@ -44,7 +48,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         there = columns < n  # a share is a whole number of blocks
         b = tl.load(y + k[:, None] * n + columns[None, :], mask=there[None, :] & (k[:, None] < D), other=0.0)
         exponent = tl.dot(a, b, input_precision="tf32x3")
-        exponent += tl.load(weight + columns, mask=there, other=LOWEST)[None, :]
+        exponent += tl.load(weight + columns, mask=there, other=-float("inf"))[None, :]
         higher = tl.maximum(top, tl.max(exponent, 1))
         entries = tl.exp2(exponent - higher[:, None])
         if VALUED:
@@ -64,7 +68,7 @@ def row_sums(x: Tensor, y: Tensor, weight: Tensor, values: Tensor | None = None)
     Parameters
     ----------
     x, y
-        ``(m, d)`` and ``(n, d)``, float64, on one CUDA device.
+        ``(m, d)`` and ``(n, d)``, float64, on one CUDA device; at most ``MOST_COORDINATES``.
     weight
         ``(n,)``, float64; minus infinity, or far above -1e30.
     values
@@ -82,10 +86,11 @@ def row_sums(x: Tensor, y: Tensor, weight: Tensor, values: Tensor | None = None)
     ends = (end.float().T.contiguous() for end in (x * bits, y))
     weight = (weight * bits).float()
     largest, total = weight.new_empty(splits, m), x.new_empty(splits, m)
-    _kernel[(programs, splits)](
-        *ends, weight, weight if values is None else values.float(), largest, total, m, n, share,
-        D=d, PADDED=max(16, triton.next_power_of_2(d)), VALUED=values is not None,
-        ROWS=ROWS, COLUMNS=COLUMNS, LOWEST=LOWEST, num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # a kernel runs where its caller is
+        _kernel[(programs, splits)](
+            *ends, weight, weight if values is None else values.float(), largest, total, m, n, share,
+            D=d, PADDED=max(16, triton.next_power_of_2(d)), VALUED=values is not None,
+            ROWS=ROWS, COLUMNS=COLUMNS, LOWEST=LOWEST, num_warps=WARPS,
+        )  # fmt: skip
     top = largest.amax(0)
     return top.double() / bits, (total * (largest - top).double().exp2()).sum(0)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
 from ..exponential import exp_
+
+logger = logging.getLogger(__name__)
 
 WHOLE = 2**24  # entries: any matrix up to this size is kept (128 MiB in float64), a larger one is made anew row by row
 TILE = 2**20  # entries met at once on a CPU: what its caches hold
@@ -23,6 +27,23 @@ def squared_distances(x0: Tensor, x1: Tensor) -> Tensor:
     """Squared Euclidean distances, ``(n0, n1)``."""
     products = torch.addmm(x1.square().sum(1), x0, x1.T, alpha=-2)
     return products.add_(x0.square().sum(1)[:, None]).clamp_(min=0)
+
+
+@cache
+def _fuses(device: torch.device) -> bool:
+    """Say whether a device can run `fused`: a CUDA device, if Triton is there and works, which it is asked once."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    if not nvidia or importlib.util.find_spec("triton") is None:
+        return False
+    from .fused import row_sums
+
+    few = torch.zeros(1, 1, dtype=torch.float64, device=device)
+    try:
+        row_sums(few, few, few[0])
+    except Exception as error:
+        logger.info("Triton does not work here (%s): kernels of large snapshots are made in tiles", error)
+        return False
+    return True
 
 
 class Room:
@@ -163,14 +184,14 @@ class Kernel:
                 for tile, exponent in self._exponents(0, g / epsilon, epsilon):
                     yield tile, exp_(exponent.add_(rise[tile, None].to(exponent)))
 
-            return Plan(made, log_a.exp(), log_b.exp())
+            return TiledPlan(made, log_a.exp(), log_b.exp())
         kept = self.kept
         if epsilon != self.epsilon or any(
             float(self._scaling(h, side)[1].abs().max()) > REACH for side, h in enumerate((f, g))
         ):
             self._absorb(f, g, epsilon)
         scalings = (self._scaling(h, side)[0] for side, h in enumerate((f, g)))
-        return Plan(lambda: iter([(slice(0, len(f)), kept)]), *scalings)
+        return TiledPlan(lambda: iter([(slice(0, len(f)), kept)]), *scalings)
 
     def _scaling(self, potential: Tensor, side: int) -> tuple[Tensor, Tensor]:
         """Return a side's masses times scalings, and the scalings' logarithms (0 for cells without mass): ``(n,)``."""
@@ -190,12 +211,12 @@ class Kernel:
         return exp_(x) if self.kept is None else x.exp_()
 
     def _fused(self, epsilon: float) -> bool:
-        """Whether entries are never stored: on a CUDA device, if Triton is there and its rounding may pass."""
-        if self.cells[0].device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        """Whether entries are never stored: where none are kept and the device sums them up as it makes them."""
+        if self.kept is not None or not _fuses(self.cells[0].device):
             return False
-        from .fused import ROUNDING
+        from .fused import MOST_COORDINATES, ROUNDING
 
-        return self.kept is None and self._may_round(ROUNDING, epsilon)
+        return self.cells[0].shape[1] <= MOST_COORDINATES and self._may_round(ROUNDING, epsilon)
 
     def sums(self, here: int, weight: Tensor, epsilon: float, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Sum ``exp(weight_j - C_ij / epsilon) values_j`` up over ``j`` for every cell of a side, where fused.
@@ -251,8 +272,20 @@ class Kernel:
             yield tile, torch.addmm(weight, own[tile], other.T, alpha=2 / epsilon, out=out)
 
 
-class Plan:
-    """A plan ``P = diag(left) K diag(right)``, ``(n0, n1)``, as a linear map.
+class Plan(ABC):
+    """A plan ``P``, ``(n0, n1)``, as a linear map."""
+
+    @abstractmethod
+    def columns(self, u: Tensor) -> Tensor:
+        """Return ``P^T u``, ``(n1,)``."""
+
+    @abstractmethod
+    def there_and_back(self, v: Tensor, weight: Tensor) -> Tensor:
+        """Return ``P^T diag(weight) P v``, ``(n1,)``."""
+
+
+class TiledPlan(Plan):
+    """A plan ``P = diag(left) K diag(right)``.
 
     ``made`` yields slices of rows with ``K``'s entries there; a tile need not outlast the making of the next.
     """
@@ -276,7 +309,7 @@ class Plan:
 
 
 class FusedPlan(Plan):
-    """The plan of a fused kernel and its potentials."""
+    """A plan of potentials ``f, g`` and a kernel whose entries are never stored."""
 
     def __init__(self, kernel: Kernel, f: Tensor, g: Tensor, epsilon: float) -> None:
         self.kernel, self.potentials, self.epsilon = kernel, (f, g), epsilon
