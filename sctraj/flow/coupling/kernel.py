@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 from abc import ABC, abstractmethod
@@ -32,15 +31,14 @@ def squared_distances(x0: Tensor, x1: Tensor) -> Tensor:
 @cache
 def _fuses(device: torch.device) -> bool:
     """Say whether a device can run `fused`: a CUDA device, if Triton is there and works, which it is asked once."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    if not nvidia or importlib.util.find_spec("triton") is None:
+    if device.type != "cuda" or torch.version.hip is not None:
         return False
-    from .fused import row_sums
-
     few = torch.zeros(1, 1, dtype=torch.float64, device=device)
     try:
+        from .fused import row_sums
+
         row_sums(few, few, few[0])
-    except Exception as error:
+    except Exception as error:  # it is not there, or lacks a compiler
         logger.info("Triton does not work here (%s): kernels of large snapshots are made in tiles", error)
         return False
     return True
