@@ -24,6 +24,7 @@ import math
 import multiprocessing
 import os
 import resource
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -306,11 +307,11 @@ def compared(n: int, d: int, names: Sequence[str], limit: float, device: torch.d
     cost = exact(thinned).cost
     case = Case(interval, EPSILON * cost, PENALTY * cost, device)
     s = (TIMES[1] - TIMES[0]) / (TIMES[2] - TIMES[0])
-    found = {
-        name: in_child(name, case, snapshots.points[1], s, limit)
-        for name in names
-        if METHODS[name][0] >= max(len(interval.x0), len(interval.x1))
-    }
+    found = {}
+    for name in names:
+        if METHODS[name][0] >= max(len(interval.x0), len(interval.x1)):
+            found[name] = in_child(name, case, snapshots.points[1], s, limit)
+            print(f"{n}, {d}: {name} {found[name]}", file=sys.stderr, flush=True)  # the table needs all of them
     hard = [
         row["cost"]
         for name, row in found.items()
