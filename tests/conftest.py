@@ -6,6 +6,15 @@ from pathlib import Path
 import pytest
 from anndata import AnnData
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Share the processors among the workers of ``pytest -n``."""
+    if hasattr(config, "workerinput"):
+        import torch
+
+        torch.set_num_threads(max(1, torch.get_num_threads() // config.workerinput["workercount"]))
+
+
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
