@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sctraj.flow import problem
 from sctraj.flow.coupling import blocked, entropic, exact, growing
 from sctraj.flow.coupling.blocked import blocks
-from sctraj.flow.problem import make_problems
+from sctraj.flow.problem import Plans, make_problems
 from sctraj.flow.snapshots import Snapshots, hold_back, resampled, to_device
 
 TIMES = (0.0, 1.5, 2.0, 7.0)
@@ -219,6 +220,18 @@ def test_every_coupling_takes_resampled_snapshots(couple):
     assert bool((interval.mass0 == 0).any())  # a third of the cells
     i, j = couple(interval).sample(5000, torch.Generator().manual_seed(0))
     assert bool((interval.mass0[i] > 0).all() and (interval.mass1[j] > 0).all())
+
+
+def test_the_plans_of_bridges_are_solved_where_asked_and_come_back_to_the_cells(monkeypatch):
+    asked, there = [], torch.device("cpu")
+    monkeypatch.setattr(problem, "entropic", lambda *args, **how: asked.append(how["device"]) or entropic(*args, **how))
+    for device in (there, None, torch.device("mps")):  # which has no float64
+        plans = Plans(device=device)
+        made, _ = make_problems(
+            make(), method="sb-cfm", path=None, sigma=1.0, seeds=[0], validate=False, plans=plans
+        )  # fmt: skip
+        assert {plan.f.device for plan in made[0].couplings} == {there}
+    assert asked == [there] * 3 + [None] * 6
 
 
 def test_to_device_keeps_records():
