@@ -34,8 +34,8 @@ from sctraj import pp, tl
 from sctraj._adata import read_snapshots
 from sctraj.datasets import simulated_course
 from sctraj.flow.distance import energy_distance, wasserstein
-from sctraj.flow.flow_matching import one_cycle
 from sctraj.flow.hold_out import interior
+from sctraj.flow.optimiser import one_cycle
 from sctraj.flow.snapshots import Snapshots, to_device
 
 try:

@@ -94,7 +94,7 @@ def main() -> None:
 
     drawing = seconds(draw, device, least) / n_steps
     weights = list(field.network.parameters())
-    optimiser = flow_matching._AdamW(weights, training.weight_decay)
+    optimiser = flow_matching.AdamW(weights, training.weight_decay)
 
     def move() -> None:
         optimiser.step([w.detach() for w in weights], 0.0)

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
+from .optimiser import AdamW, EarlyStopping, one_cycle, swapped
 from .problem import Problem
 from .replay import Replayed
 from .snapshots import to_device
@@ -212,9 +212,9 @@ def _train(
     """
     members, n_steps, device = field.members, training.n_steps, field.scale.device
     weights: list[Tensor] = list(field.network.parameters())
-    optimiser = _AdamW(weights, training.weight_decay)
+    optimiser = AdamW(weights, training.weight_decay)
     average = [w.detach().clone() for w in weights]
-    stopping = _EarlyStopping(average, members, training.patience or n_steps)
+    stopping = EarlyStopping(average, members, training.patience or n_steps)
 
     def act(rate: Tensor | float, fading: Tensor | float, *batch: Tensor) -> Tensor:
         loss = _loss(field, _Batch(*batch))  # (M,)
@@ -239,7 +239,7 @@ def _train(
     for step in _steps(n_steps, members, progress=progress):
         losses[step] = run(rates[step], fadings[step], *next(batches))
         if held_back is not None and (step + 1) % EVALUATE_EVERY == 0:
-            with torch.no_grad(), _swapped(weights, average):
+            with torch.no_grad(), swapped(weights, average):
                 validation_losses.append(_loss(field, held_back))
             stopping.look(validation_losses[-1], average)
             if stopping.done():
@@ -258,14 +258,6 @@ def _steps(n_steps: int, members: int, *, progress: bool) -> Iterable[int]:
     from tqdm.auto import trange  # warns where a notebook lacks its widgets: only whom it concerns
 
     return trange(n_steps, desc=f"flow matching, {members} member(s)", leave=False)
-
-
-def one_cycle(progress: float) -> float:
-    """Learning rate over its highest: a linear rise over the first tenth, then a cosine fall to zero."""
-    rise = 0.1
-    if progress < rise:
-        return (progress + 0.01) / (rise + 0.01)
-    return 0.5 * (1 + math.cos(math.pi * (progress - rise) / (1 - rise)))
 
 
 def _batches(
@@ -332,79 +324,3 @@ def _loss(field: NeuralField, batch: _Batch) -> Tensor:
     if n_growth and output.shape[-1] > d + n_score:
         loss = loss + GROWTH_WEIGHT * (batch.weight * (output[..., d + n_score :] - batch.growth).square()).mean((1, 2))
     return loss
-
-
-class _AdamW:
-    """AdamW with PyTorch's defaults (Loshchilov & Hutter 2019).
-
-    ``torch.optim.AdamW`` takes the same steps, but to make one loads the compiler, which takes longer than a short fit.
-    """
-
-    def __init__(self, weights: list[Tensor], weight_decay: float) -> None:
-        self.weights, self.weight_decay = weights, weight_decay
-        self.means = [torch.zeros_like(w) for w in weights]
-        self.squares = [torch.zeros_like(w) for w in weights]
-        device = weights[0].device
-        self.taken = [torch.zeros((), device=device) for _ in weights]
-        self.fused = device.type in ("cpu", "cuda")
-
-    @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor | None], learning_rate: Tensor | float) -> None:
-        """Take a step; weights without a gradient stay."""
-        moved = [k for k, gradient in enumerate(gradients) if gradient is not None]
-        adamw(
-            [self.weights[k] for k in moved],
-            [gradient.contiguous() for gradient in gradients if gradient is not None],  # as the weights are
-            [self.means[k] for k in moved],
-            [self.squares[k] for k in moved],
-            [],
-            [self.taken[k] for k in moved],
-            fused=self.fused,
-            amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
-            lr=learning_rate,
-            weight_decay=self.weight_decay,
-            eps=1e-8,
-            maximize=False,
-        )
-
-
-class _swapped:
-    """Put other values into the weights for a while."""
-
-    def __init__(self, weights: list[Tensor], values: list[Tensor]) -> None:
-        self.weights, self.values = weights, values
-
-    def __enter__(self) -> None:
-        self.kept = [w.detach().clone() for w in self.weights]
-        for w, v in zip(self.weights, self.values):
-            w.copy_(v)
-
-    def __exit__(self, *_: object) -> None:
-        for w, v in zip(self.weights, self.kept):
-            w.copy_(v)
-
-
-class _EarlyStopping:
-    """Each member's best weights so far; a member that has not improved for ``patience`` looks is done for good."""
-
-    def __init__(self, weights: list[Tensor], members: int, patience: int) -> None:
-        self.best, device = [w.clone() for w in weights], weights[0].device
-        self.lowest = torch.full((members,), math.inf, device=device)
-        self.waited = torch.zeros(members, dtype=torch.long, device=device)
-        self.patience = patience
-
-    def look(self, loss: Tensor, weights: list[Tensor]) -> None:
-        """Take the members' losses with these weights into account."""
-        better = (loss < self.lowest) & (self.waited < self.patience)
-        self.lowest = torch.where(better, loss.to(self.lowest), self.lowest)
-        done = self.waited >= self.patience
-        self.waited = torch.where(better, 0, self.waited + 1)
-        self.waited = torch.where(done, self.patience, self.waited)
-        for best, w in zip(self.best, weights):
-            best.copy_(torch.where(better.view(-1, *[1] * (w.dim() - 1)), w, best))
-
-    def done(self) -> bool:
-        """Ask whether all members are; the host waits for the answer."""
-        return bool((self.waited >= self.patience).all())

@@ -70,11 +70,12 @@ def test_the_loss_falls_as_on_a_cpu():
     assert float((last[1] / on_cpu.loss[0]).max()) < 0.7
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_host_waits_for_nothing_in_the_training_loop(method):
+@pytest.fixture
+def watched(monkeypatch):
+    """Training loops in which a wait of the host is an error."""
     train = flow_matching._train
 
-    def watched(*args, **kwargs):
+    def run(*args, **kwargs):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that it need not notice all
@@ -83,10 +84,22 @@ def test_the_host_waits_for_nothing_in_the_training_loop(method):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flow_matching, "_train", watched)
-        patch.setattr(flow_matching, "Replayed", lambda act, device: act)  # a recording ends with a wait
-        fitted(method)
+    monkeypatch.setattr(flow_matching, "_train", run)
+    monkeypatch.setattr(flow_matching, "Replayed", lambda act, device: act)  # a recording ends with a wait
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_host_waits_for_nothing_in_the_training_loop(watched, method):
+    found = fitted(method)
+    assert found.loss.shape == (TRAINING.n_steps, 2)
+    assert bool(found.loss.isfinite().all())
+
+
+def test_a_wait_in_the_training_loop_is_found(monkeypatch, watched):
+    loss = flow_matching._loss
+    monkeypatch.setattr(flow_matching, "_loss", lambda *args: (found := loss(*args), float(found.sum()))[0])
+    with pytest.raises(RuntimeError, match="synchroniz"):
+        fitted("ot-cfm")
 
 
 class Ours(nn.Module):

@@ -89,13 +89,13 @@ def there(record: Any) -> Any:
 @pytest.fixture(autouse=True)
 def fused(monkeypatch):
     """AdamW as on a GPU."""
-    init = flow_matching._AdamW.__init__
+    init = flow_matching.AdamW.__init__
 
     def made(self, *args):
         init(self, *args)
         self.fused = True
 
-    monkeypatch.setattr(flow_matching._AdamW, "__init__", made)
+    monkeypatch.setattr(flow_matching.AdamW, "__init__", made)
 
 
 def problems(method: str, path: str | None = None, seeds=(0, 1)) -> list[Problem]:
@@ -184,7 +184,7 @@ def test_early_stopping_waits_once_a_look_and_for_no_more(monkeypatch):
     monkeypatch.setattr(flow_matching, "EVALUATE_EVERY", 2)
     made = problems("ot-cfm")
     streams, looks = [torch.Generator() for _ in made], []
-    monkeypatch.setattr(flow_matching._EarlyStopping, "done", lambda self: looks.append(self.waited.device) or False)
+    monkeypatch.setattr(flow_matching.EarlyStopping, "done", lambda self: looks.append(self.waited.device) or False)
     field, made = neural(made).to(GPU), there(made)
     with Watched():
         batches = flow_matching._batches(made, streams, field, 4, 5)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sctraj.flow.flow_matching import EVALUATE_EVERY, Fit, Training, _AdamW, fit, pick_device
+from sctraj.flow.flow_matching import EVALUATE_EVERY, Fit, Training, fit, pick_device
 from sctraj.flow.hold_out import hold_out_problems
 from sctraj.flow.integrate import push, simulate, transport
 from sctraj.flow.problem import METHODS, make_problems
@@ -527,18 +527,3 @@ def test_layers_and_their_gradients_are_those_of_autograd():
     assert all(gradient.is_contiguous() for gradient in gradients[1:])  # as a fused optimiser takes them
     for own, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(own, theirs, rtol=0, atol=1e-13)
-
-
-def test_the_steps_are_those_of_adamw():
-    start = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    mine, theirs, untouched = (nn.Parameter(start.clone()) for _ in range(3))
-    own = _AdamW([untouched, mine], 0.1)
-    other = torch.optim.AdamW([theirs], lr=1.0, weight_decay=0.1)
-    for k in range(5):
-        other.param_groups[0]["lr"] = rate = 0.1 / (1 + k)
-        theirs.grad = (theirs.detach() + k).cos()
-        gradient = (mine.detach() + k).cos()
-        own.step([None, gradient.T.contiguous().T], rate)  # in whatever order it lies
-        other.step()
-    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-14)
-    assert torch.equal(untouched, start)
