@@ -152,7 +152,8 @@ def test_share_averages_to_the_table(cells: AnnData) -> None:
         np.testing.assert_allclose(by_time, wide.loc[method, by_time.index.tolist()], rtol=1e-9)
 
 
-def test_baselines_and_noise_reference(cells: AnnData) -> None:
+def test_baselines_and_noise_reference(cells: AnnData, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     sctraj.tl.leave_one_out(cells, n_seeds=10, **QUICK)
     table = sctraj.get.leave_one_out(cells)
     x = {t: cells.obsm["X_pca"][(cells.obs["time"] == t).to_numpy()] for t in (0.0, 1.0, 2.5)}
@@ -164,6 +165,47 @@ def test_baselines_and_noise_reference(cells: AnnData) -> None:
     assert abs(by_seed.mean()) < 3 * by_seed.std() / np.sqrt(len(by_seed)) + 1e-3  # halves of one law: zero on average
     sizes = cells.uns["leave_one_out_protocol"]["noise_reference_sizes"]
     assert sizes.sum(1).tolist() == [(cells.obs["time"] == t).sum() for t in (1.0, 2.5, 3.5, 5.5)]
+    least, most = (f"{n // 2} + {n - n // 2}" for n in (min(sizes.sum(1)), max(sizes.sum(1))))
+    assert f"halves have {least} to {most} cells" in caplog.text  # however many folds there are
+
+
+@pytest.fixture(scope="module")
+def noisy() -> AnnData:
+    """Many snapshots, each with an age, a composition and a shift of its own."""
+    return sctraj.datasets.simulated_course("branching", 320, times=np.linspace(0, 4, 8), sample_effects=1.5)
+
+
+@pytest.mark.parametrize("start", ["both", "before"])
+def test_how_much_farther_snapshots_count_is_written_down(noisy: AnnData, start) -> None:
+    out = sctraj.tl.leave_one_out(
+        noisy, methods=("uot-cfm", "ot-cfm"), field="closed-form", start=start, n_seeds=1, copy=True
+    )
+    protocol = out.uns["leave_one_out_protocol"]
+    curved, straight = protocol["farther"]
+    np.testing.assert_array_equal(curved, 1 - protocol["reliability"][0] if start == "both" else np.zeros(6))
+    assert not straight.any()
+    assert protocol["reliability"][0].min() < 0.8
+
+
+def test_interpolation_is_what_leaving_out_judges(noisy: AnnData) -> None:
+    sctraj.tl.leave_one_out(noisy, field="closed-form", n_seeds=1, key_added="all")
+    table = sctraj.get.leave_one_out(noisy, key="all").query("method == 'uot-cfm'").set_index(["time", "metric"])
+    times = noisy.obs["time"].unique()
+    for k, sources in ((1, [0, 2, 3]), (4, [2, 3, 5, 6])):  # of the first of them there is no second one before
+        here = (noisy.obs["time"] == times[k]).to_numpy()
+        kept = noisy[~here].copy()
+        sctraj.tl.fit_flow(kept, field="closed-form")
+        # as many steps of a mean gap of 2/3 as are 100 for a time in the middle of a gap that is twice the others
+        there = sctraj.tl.interpolate(kept, times[k], solver="euler", n_steps=117, decode=False)
+        moved = kept.obs["time"].to_numpy()[kept.obs_names.get_indexer(there.obs["source_cell"])]
+        np.testing.assert_array_equal(np.unique(moved), times[sources])
+        found = sctraj.metrics.energy_distance(
+            there.obsm["X_pca"], noisy.obsm["X_pca"][here], weights_x=there.obs["weight"].to_numpy()
+        )
+        # Euler steps of nearly the same length; the nearest two alone are off by a seventh
+        assert found == pytest.approx(table.loc[(times[k], "energy"), "value"], rel=1e-2)
+        near = sctraj.tl.interpolate(kept, times[k], start="before", decode=False)
+        assert near.n_obs == 40
 
 
 def test_the_reliability_of_every_fold_is_written_down(cells: AnnData) -> None:

@@ -20,9 +20,10 @@ from torch import Tensor, zeros
 
 from .. import tl
 from ..flow.flow_matching import Training, pick_device
-from ..flow.hold_out import BASELINES, NOISE_REFERENCE, Restoration, interpolated, mixed, moved
+from ..flow.hold_out import BASELINES, NOISE_REFERENCE, gathered, interpolated
 from ..flow.problem import METHODS, Plans, Problem, make_path, make_problems
 from ..flow.snapshots import Snapshots
+from ..flow.starts import Origin, origins
 from ..flow.vector_field import VectorField
 from ..tl._field import check_field, make_field
 from ..tl._leave_one_out import EULER_STEPS
@@ -265,7 +266,7 @@ def restore_own(
         validation += made[1]
         members += group[: len(some)]
     fitted = make_field(field, problems, validation, training, where, progress=False).vector_field
-    restored = restore_members(fitted, members, start=start)
+    restored = restore_members(fitted, members, start=start, farther=[p.farther for p in problems])
     return [restored[m] for m in member]
 
 
@@ -279,54 +280,38 @@ def _by_snapshots(jobs: Sequence[Job]) -> list[list[Job]]:
     return groups
 
 
-def restore_members(field: VectorField, jobs: Sequence[Job], *, start: str) -> list[list[Cloud]]:
+def restore_members(
+    field: VectorField, jobs: Sequence[Job], *, start: str, farther: Sequence[float]
+) -> list[list[Cloud]]:
     """Move kept cells to each member's times, all members at once.
 
-    From the snapshot before (``"before"``) or the first one (``"first"``); or from both neighbours (``"both"``), at the
-    fraction ``s`` of the gap weighing ``1 - s`` and ``s`` in all. Euler, ``EULER_STEPS`` steps an interval crossed.
+    From the snapshot before (``"before"``) or the first one (``"first"``); or from ``"both"`` sides, where ``farther``
+    is each member's share of snapshots beyond the nearest (`flow.starts`). Euler, ``EULER_STEPS`` steps an interval.
     """
     clouds: list[list[Cloud]] = [[] for _ in jobs]
     for n in range(max(len(job.times) for job in jobs)):
         times = [job.times[min(n, len(job.times) - 1)] for job in jobs]  # members with fewer go along once more
-        sides = [neighbours(job.snapshots, time) for job, time in zip(jobs, times)]
-        firsts = [0 if start == "first" else _there(side[0]) for side in sides]
-        crossed = max(_there(side[0]) - first + 1 for side, first in zip(sides, firsts))
-        starts = [firsts]
-        if start == "both":
-            starts.append([_there(side[1]) for side in sides])
-        n_steps = (crossed * EULER_STEPS, EULER_STEPS)
-        from_sides = [_moved(field, jobs, some, times, steps) for some, steps in zip(starts, n_steps)]
-        for m, job in enumerate(jobs):
+        asked = [_origins(*one, start=start) for one in zip(jobs, times, farther, strict=True)]
+        snapshots = [job.snapshots for job in jobs]
+        restored = gathered(
+            field, snapshots, asked, times, solver="euler", n_steps=EULER_STEPS, tolerance=1e-4
+        )  # fmt: skip
+        for job, own, moved, whole in zip(jobs, clouds, asked, restored):
             if n < len(job.times):
-                cloud = _cloud([side[m] for side in from_sides], _fraction(job, times[m], sides[m]))
-                clouds[m].append(replace(cloud, origins=tuple(job.snapshots.times[some[m]] for some in starts)))
+                mass = whole.weights.numpy()
+                own.append(
+                    Cloud(
+                        whole.points.double().numpy(),
+                        mass / mass.sum(),
+                        parts=tuple(len(job.snapshots.points[one.snapshot]) for one in moved),
+                        origins=tuple(job.snapshots.times[one.snapshot] for one in moved),
+                    )
+                )
     return clouds
 
 
-def _there(k: int | None) -> int:
-    assert k is not None  # by Task.starts
-    return k
-
-
-def _fraction(job: Job, time: float, side: tuple[int | None, int | None]) -> float:
-    """Return how far through the gap between its neighbours a time is; beyond the last snapshot 0, and not used."""
-    if side[0] is None or side[1] is None:
-        return 0.0
-    t0, t1 = job.snapshots.times[side[0]], job.snapshots.times[side[1]]
-    return (time - t0) / (t1 - t0)
-
-
-def _moved(
-    field: VectorField, jobs: Sequence[Job], start: Sequence[int], times: Sequence[float], n_steps: int
-) -> list[Restoration]:
-    """Move one kept snapshot of every member to its time, with the mass that its cells gain or lose."""
-    cells = [(job.snapshots.points[k], job.snapshots.mass[k]) for job, k in zip(jobs, start)]
-    t0 = [job.snapshots.times[k] for job, k in zip(jobs, start)]
-    return moved(field, cells, t0, times, solver="euler", n_steps=n_steps, tolerance=1e-4)
-
-
-def _cloud(sides: Sequence[Restoration], s: float) -> Cloud:
-    """Put the sides together, at the fraction ``s`` of the gap."""
-    whole = sides[0] if len(sides) == 1 else mixed(sides[0], sides[1], s)
-    mass = whole.weights.numpy()
-    return Cloud(whole.points.double().numpy(), mass / mass.sum(), tuple(len(side.points) for side in sides))
+def _origins(job: Job, time: float, farther: float, *, start: str) -> list[Origin]:
+    """Return which of a job's snapshots are moved to a time."""
+    if start == "first":
+        return [Origin(0, 1.0, sum(t < time for t in job.snapshots.times))]
+    return origins(job.snapshots.times, time, "both" if start == "both" else "before", farther=farther)

@@ -19,6 +19,7 @@ from .. import _adata, tl
 from ..flow.distance import LARGEST_EXACT
 from ..flow.hold_out import BASELINES, NOISE_REFERENCE, SMALLEST_HELD_OUT
 from ..flow.problem import METHODS as OWN
+from ..flow.starts import reach
 from ._evaluate import check
 from ._execute import duration
 from ._judge import DIVERGENCES
@@ -119,7 +120,7 @@ def estimate(unit: Unit, adata: AnnData, time_key: str, *, n_dims: int, bootstra
     settings = dict(unit.settings)
     steps = settings.get("n_steps", inspect.signature(tl.leave_one_out).parameters["n_steps"].default)
     n_seeds, seconds, most = len(unit.seeds), 0.2, 0
-    sides, spaces = 2 if unit.start == "both" else 1, 2 if unit.strict else 1
+    spaces = 2 if unit.strict else 1
     # what has no seed is judged once
     n_clouds = 1 if unit.method in BASELINES or settings.get("field") == "closed-form" else n_seeds
     genes = adata.n_vars if adata.X is not None else 0
@@ -131,13 +132,14 @@ def estimate(unit: Unit, adata: AnnData, time_key: str, *, n_dims: int, bootstra
                 f"{NOISE_REFERENCE}, found {min(held_out)} at time {fold.held_out_times[np.argmin(held_out)]:g}; merge "
                 f"or leave out that time, or say references = false in a grid file"
             )
-        restored = sides * max(sizes) if unit.method in OWN else max(sizes)
+        moved = 2 * reach(len(sizes)) if unit.start == "both" else 1  # snapshots, at most
+        restored = moved * max(sizes) if unit.method in OWN else max(sizes)
         # what is larger is met in blocks
         most = max(most, min(restored, LARGEST_EXACT) * min(max(*sizes, *held_out), LARGEST_EXACT))
         if unit.method in OWN:
             plans = PLAN * sum(a * min(b, LARGEST_EXACT) for a, b in pairwise(sizes)) * (n_seeds if task.by_seed else 1)
             trained = n_seeds * FIT * int(steps) if settings.get("field", "neural") == "neural" else 0.0
-            seconds += plans + trained + n_seeds * MOVE * sides * max(sizes) * len(held_out)
+            seconds += plans + trained + n_seeds * MOVE * moved * max(sizes) * len(held_out)
         seconds += n_clouds * spaces * sum(_judging(restored, n, bootstraps) for n in held_out)
         if unit.strict:
             seconds += adata.n_obs * min(genes, 2000) ** 2 * RECIPE

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,10 +21,10 @@ from .integrate import Field, Solver, transport
 from .pairwise_estimates import estimated_pairwise, within
 from .problem import DATA_SEED, DISPLACEMENT_CELLS, Plans, Problem, make_problems
 from .snapshots import Interval, Snapshots
+from .starts import Origin, Start, origins
 
 METRICS = ("w1", "w2", "mmd", "energy", "variance_ratio")
 UNWEIGHTED = ("w1", "energy")  # of these also without the restoration's own masses, all its points weighing the same
-Start = Literal["both", "before"]
 BASELINES = ("previous", "next", "ot-interpolation")
 NOISE_REFERENCE = "noise-reference"
 SMALLEST_HELD_OUT = 4  # cells: two halves of two, so that the noise reference's distances can be taken
@@ -98,6 +97,7 @@ def restore(
     solver: Solver,
     n_steps: int,
     tolerance: float,
+    farther: Sequence[float] = (),
     jitter: float = 0.0,
 ) -> list[Restoration]:
     """Move kept cells to each member's held-out time, all members at once, with the mass that they gain or lose.
@@ -110,8 +110,11 @@ def restore(
         The snapshot that each member has not seen, ``M`` indices.
     start
         ``"before"``: all cells of the snapshot before (the published protocol). ``"both"``: those of the snapshot
-        after as well, backwards in time; at the fraction ``s`` of the gap the former weigh ``1 - s`` in all and the
-        latter ``s``.
+        after as well, backwards in time, and of more of them on each side, see `origins`.
+    n_steps
+        In each gap that is crossed.
+    farther
+        Each member's share of snapshots beyond the nearest, see `farther_share`; without, none have any.
     jitter
         See `moved`.
 
@@ -119,30 +122,70 @@ def restore(
     -------
     One per member; masses are None where all cells weigh the same.
     """
-    times, rng = [snapshots.times[k] for k in held_out], torch.Generator().manual_seed(DATA_SEED)
+    rng = torch.Generator().manual_seed(DATA_SEED)
+    asked = []
+    for k, share in zip(held_out, farther or [0.0] * len(held_out), strict=True):
+        kept = [i for i in range(len(snapshots)) if i != k]
+        found = origins([snapshots.times[i] for i in kept], snapshots.times[k], start, farther=share)
+        asked.append([origin._replace(snapshot=kept[origin.snapshot]) for origin in found])
+    return gathered(
+        field,
+        [snapshots] * len(asked),
+        asked,
+        [snapshots.times[k] for k in held_out],
+        solver=solver,
+        n_steps=n_steps,
+        tolerance=tolerance,
+        jitter=jitter,
+        rng=rng,
+    )
 
-    def from_side(shift: int) -> list[Restoration]:
-        cells = [(snapshots.points[k + shift], snapshots.mass[k + shift]) for k in held_out]
-        t0 = [snapshots.times[k + shift] for k in held_out]
-        return moved(
-            field, cells, t0, times, solver=solver, n_steps=n_steps, tolerance=tolerance, jitter=jitter, rng=rng
+
+def gathered(
+    field: Field,
+    snapshots: Sequence[Snapshots],
+    asked: Sequence[Sequence[Origin]],
+    times: Sequence[float],
+    *,
+    solver: Solver,
+    n_steps: int,
+    tolerance: float,
+    jitter: float = 0.0,
+    rng: torch.Generator | None = None,
+) -> list[Restoration]:
+    """Move each member's snapshots to its time and put them together by their shares, all members at once.
+
+    Parameters
+    ----------
+    field
+        M members.
+    snapshots, asked, times
+        M each: a member's snapshots, which of them are moved and how much each counts, and the time they are moved to.
+        Where members are moved from different numbers of gaps away, the farthest rules the steps of all.
+    n_steps
+        In each gap that is crossed.
+    """
+    parts: list[list[Restoration]] = [[] for _ in asked]
+    for n in range(max(len(some) for some in asked)):
+        now = [some[n] if n < len(some) else some[0] for some in asked]  # who has fewer goes along once more
+        cells = [(own.points[origin.snapshot], own.mass[origin.snapshot]) for own, origin in zip(snapshots, now)]
+        t0 = [own.times[origin.snapshot] for own, origin in zip(snapshots, now)]
+        steps = n_steps * max(origin.gaps for origin in now)
+        there = moved(
+            field, cells, t0, times, solver=solver, n_steps=steps, tolerance=tolerance, jitter=jitter, rng=rng
         )
-
-    before = from_side(-1)
-    if start == "before":
-        return before
-    both = []
-    after = from_side(1)
-    for k, first, last in zip(held_out, before, after):
-        t0, t, t1 = snapshots.times[k - 1 : k + 2]
-        both.append(mixed(first, last, (t - t0) / (t1 - t0)))
-    return both
+        for own, some, restoration in zip(parts, asked, there):
+            if n < len(some):
+                own.append(restoration)
+    return [mixed(own, [origin.share for origin in some]) for own, some in zip(parts, asked)]
 
 
-def mixed(first: Restoration, last: Restoration, s: float) -> Restoration:
-    """Put two restorations together, the first weighing ``1 - s`` in all and the last ``s``."""
-    mass = torch.cat([(1 - s) * first.weights, s * last.weights])
-    return Restoration(torch.cat([first.points, last.points]), mass)
+def mixed(parts: Sequence[Restoration], shares: Sequence[float]) -> Restoration:
+    """Put restorations together, each weighing its share in all."""
+    if len(parts) == 1:
+        return parts[0]
+    mass = torch.cat([share * part.weights for part, share in zip(parts, shares, strict=True)])
+    return Restoration(torch.cat([part.points for part in parts]), mass)
 
 
 def moved(

@@ -14,6 +14,7 @@ from .coupling.blocked import BLOCK, at_once
 from .metric_path import BATCH_SIZE, LEARNING_RATE, N_STEPS, WIDTH, Metric, metric_path
 from .probability_path import BrownianBridge, Hermite, Pairs, PathSample, ProbabilityPath, Straight, Trigonometric
 from .snapshots import Interval, Snapshots, hold_back, to_device
+from .starts import farther_share
 from .tangents import Tangents, tangents
 
 METHODS = ("uot-cfm", "ot-cfm", "i-cfm", "sb-cfm", "vp-cfm")
@@ -70,6 +71,11 @@ class Problem:
         field need not hit every kept snapshot. The other methods' fields are held to what they are defined by.
         """
         return SLOW if self.grows else 1.0
+
+    @property
+    def farther(self) -> float:
+        """How much a snapshot counts beside the next nearer one, in a population that is moved to another time."""
+        return farther_share(len(self.snapshots), None if self.tangents is None else self.tangents.reliability)
 
     @property
     def grows(self) -> bool:

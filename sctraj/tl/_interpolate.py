@@ -12,9 +12,10 @@ import torch
 from .. import _adata
 from .._log import logger
 from ..flow.flow_matching import pick_device
-from ..flow.hold_out import Restoration, Start, mixed, moved
+from ..flow.hold_out import Restoration, mixed, moved
 from ..flow.integrate import Solver
 from ..flow.problem import DATA_SEED
+from ..flow.starts import Start, farther_share, origins
 from ._field import check_jitter
 from ._steps import check_steps, steps_per_gap
 
@@ -40,7 +41,8 @@ def interpolate(
     """Predict the population at a time between the first and the last snapshot.
 
     All cells of the snapshots before and after that time are moved along the flow to it, and carry weights: nearer
-    snapshots weigh more, and parts of the population that grow gain. It is what `sctraj.tl.leave_one_out` judges.
+    snapshots weigh more, and parts of the population that grow gain. It is what `sctraj.tl.leave_one_out` judges. At a
+    snapshot's own time it is that snapshot.
 
     Parameters
     ----------
@@ -49,7 +51,8 @@ def interpolate(
     time
         Real time, within the snapshots' range.
     start
-        What is moved: ``"both"`` neighbours in time, or the snapshot ``"before"`` alone.
+        What is moved: ``"both"`` neighbours in time, and of seven snapshots or more whose single samples are noisy the
+        next ones too, as in `sctraj.tl.leave_one_out`; or the snapshot ``"before"`` alone.
     jitter
         As in `sctraj.tl.leave_one_out`: noise on what is moved, in bandwidths of a closed-form field.
     solver
@@ -108,14 +111,10 @@ def interpolate(
     check_jitter(jitter, flow.params["field"])
     decoder = _decoder(adata, use_rep) if decode else None
     field = flow.vector_field.to(where).ensemble()
-    k = max(i for i, t in enumerate(snapshots.times) if t <= time)
-
     stream = torch.Generator().manual_seed(DATA_SEED)
 
     def from_snapshot(k: int) -> Restoration:
         gap = abs(time - snapshots.times[k])
-        if gap == 0:
-            return Restoration(snapshots.points[k].cpu(), snapshots.mass[k])
         cells, steps = [(snapshots.points[k], snapshots.mass[k])], max(1, math.ceil(per_gap * gap / snapshots.mean_gap))
         (there,) = moved(
             field, cells, [snapshots.times[k]], [time], solver=solver, n_steps=steps, tolerance=tolerance,
@@ -123,11 +122,14 @@ def interpolate(
         )  # fmt: skip
         return there
 
-    if start == "both" and time > snapshots.times[k]:
-        s = (time - snapshots.times[k]) / (snapshots.times[k + 1] - snapshots.times[k])
-        population, used = mixed(from_snapshot(k), from_snapshot(k + 1), s), [k, k + 1]
+    if time in snapshots.times:
+        used = [snapshots.times.index(time)]
+        population = Restoration(snapshots.points[used[0]].cpu(), snapshots.mass[used[0]])
     else:
-        population, used = from_snapshot(k), [k]
+        farther = farther_share(len(snapshots), flow.params.get("reliability"))
+        starts = origins(snapshots.times, time, start, farther=farther)
+        used = [origin.snapshot for origin in starts]
+        population = mixed([from_snapshot(k) for k in used], [origin.share for origin in starts])
     restored = population.points.numpy().astype(np.float32)
 
     sources = np.concatenate([np.asarray(adata.obs_names[flow.cells.index[i]], dtype=object) for i in used])
@@ -147,7 +149,7 @@ def interpolate(
         result = AnnData(X=decoded, obs=obs, var=adata.var.iloc[genes].copy(), obsm={use_rep: restored})
     logger.info(
         f"the population at {time:g}: {len(sources)} cells moved from "
-        f"{' and '.join(f'{snapshots.times[i]:g}' for i in used)}"
+        f"{' and '.join(f'{snapshots.times[i]:g}' for i in sorted(used))}"
         f"{f', decoded to {result.n_vars} genes' if decoder is not None else ', not decoded to genes'}"
     )
     return result

@@ -14,8 +14,8 @@ from .. import _adata
 from .._log import logger
 from ..flow import hold_out
 from ..flow.flow_matching import Training, pick_device
-from ..flow.hold_out import Start
 from ..flow.problem import METHODS, Plans
+from ..flow.starts import Start
 from ._field import Field, check_field, check_jitter, make_field
 from ._fit_flow import Path
 from ._seeds import member_seeds, seed_of
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 EULER_STEPS = 100  # the published protocol's
 STARTS = {
-    "both": "all cells of the snapshots before and after the held-out one, weighted by nearness in time",
+    "both": "all cells of the snapshots before and after the held-out one, weighted by nearness in time; of those next "
+    "on each side, the share farther of the nearer one's",
     "before": "all cells of the snapshot before the held-out one",
 }
 
@@ -94,7 +95,10 @@ def leave_one_out(
     path, field, growth_key
         As in `sctraj.tl.fit_flow`.
     start
-        What is moved to the held-out time: ``"both"`` neighbours, or the snapshot ``"before"``.
+        What is moved to the held-out time: ``"both"`` neighbours, or the snapshot ``"before"``. Of curved paths through
+        seven kept snapshots or more, ``"both"`` takes the second ones on each side too (of 15 or more the third, and
+        so on), where single samples are noisy: what these are off by cancels better among more. The share of each
+        beside the next nearer one is the protocol's ``farther``.
     jitter
         Standard deviation of normal noise on what is moved, in bandwidths of a closed-form field. Its flow keeps the
         population's spread from starts as wide as its kernel (1); cells themselves (0) end up a little too close.
@@ -175,7 +179,8 @@ def leave_one_out(
     found: list[_Found] = []
     for method, (held_out, problems, validation) in prepared.items():
         fitted = make_field(field, problems, validation, training, where, progress=progress).vector_field
-        found += _restored(method, fitted, snapshots, held_out, start, jitter)
+        farther = [problem.farther for problem in problems]
+        found += _restored(method, fitted, snapshots, held_out, start, farther, jitter)
     references, halves = _references(snapshots, seeds, plans if block is None else Plans())
     found += references
     judged = hold_out.judge_all([(one.restoration, one.observed) for one in found])
@@ -202,7 +207,7 @@ def leave_one_out(
         "start": STARTS[start],
         "jitter": jitter,
         "integration": f"euler, {EULER_STEPS} steps, real time",
-        **_of_folds(snapshots, prepared.values()),
+        **_of_folds(snapshots, prepared.values(), start),
         "noise_reference_sizes": np.array(halves),
         **({} if block is None else {"block": block}),
         "n_steps": n_steps,
@@ -217,10 +222,16 @@ def leave_one_out(
         f"left out each of {len(snapshots) - 2} snapshots, {n_seeds} seed(s), "
         f"{', '.join(methods)} ({field} field). {use_rep} was "
         f"computed beforehand: if on all cells, it has seen the held-out snapshots. The noise reference's halves have "
-        f"{', '.join(f'{a} + {b}' for a, b in halves)} cells. Wrote "
+        f"{_sizes(halves)} cells. Wrote "
         f'uns["{table}"], uns["{_adata.PROTOCOL.format(table=table)}"], obsm["{w1}"], obsm["{name}"]'
     )
     return adata if copy else None
+
+
+def _sizes(halves: Sequence[tuple[int, int]]) -> str:
+    """Return the sizes of all folds' halves in words: the smallest and the largest where they differ."""
+    least, most = (f"{a} + {b}" for a, b in (min(halves, key=sum), max(halves, key=sum)))
+    return least if least == most else f"{least} to {most}"
 
 
 def _check_sizes(snapshots: Snapshots) -> None:
@@ -239,15 +250,17 @@ def _check_sizes(snapshots: Snapshots) -> None:
 
 
 def _of_folds(
-    snapshots: Snapshots, prepared: Iterable[tuple[Sequence[int], Sequence[Problem], object]]
+    snapshots: Snapshots, prepared: Iterable[tuple[Sequence[int], Sequence[Problem], object]], start: Start
 ) -> dict[str, np.ndarray]:
     """Return the held-out times and, methods x times, what a method's fits to the kept snapshots have in common."""
     each = [list(dict(zip(held_out, problems)).values()) for held_out, problems, _ in prepared]
     curved = [[np.nan if p.tangents is None else p.tangents.reliability for p in problems] for problems in each]
+    farther = [[p.farther if start == "both" else 0.0 for p in problems] for problems in each]
     return {
         "held_out_times": np.array([snapshots.times[k] for k in hold_out.interior(snapshots)]),
         "sigma": np.array([[p.path.sigma for p in problems] for problems in each]),
         "reliability": np.array(curved),
+        "farther": np.array(farther),
     }
 
 
@@ -263,11 +276,25 @@ class _Found:
 
 
 def _restored(
-    method: str, field: VectorField, snapshots: Snapshots, held_out: Sequence[int], start: Start, jitter: float
+    method: str,
+    field: VectorField,
+    snapshots: Snapshots,
+    held_out: Sequence[int],
+    start: Start,
+    farther: Sequence[float],
+    jitter: float,
 ) -> list[_Found]:
     """Restore every member's held-out snapshot; the seeds of a fold follow each other."""
     restorations = hold_out.restore(
-        field, snapshots, held_out, start=start, solver="euler", n_steps=EULER_STEPS, tolerance=1e-4, jitter=jitter
+        field,
+        snapshots,
+        held_out,
+        start=start,
+        solver="euler",
+        n_steps=EULER_STEPS,
+        tolerance=1e-4,
+        farther=farther,
+        jitter=jitter,
     )
     n_seeds = held_out.count(held_out[0])
     return [

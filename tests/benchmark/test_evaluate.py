@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sctraj import pp, tl
+from sctraj import datasets, pp, tl
 from sctraj.benchmark import _course, _evaluate, _judge, _methods
 from sctraj.benchmark._course import prepare, read_course
 from sctraj.benchmark._evaluate import COLUMNS, Unit, evaluate, restorations
@@ -267,6 +267,22 @@ def test_leave_one_out_agrees_with_the_verb(course):
             found = evaluate(one, cells, time_key="time", use_rep="X_std", n_dims=None)
             values = found.set_index(["held_out", "metric"])["value"].drop("sinkhorn", level="metric")
             np.testing.assert_allclose(values, wanted[method].loc[values.index], rtol=2e-5, atol=1e-5)
+
+
+def test_farther_snapshots_are_moved_as_by_the_verb():
+    cells = datasets.simulated_course("branching", 240, times=np.linspace(0, 4, 8), sample_effects=1.5)
+    tl.leave_one_out(cells, field="closed-form", n_seeds=1)
+    wanted = cells.uns["leave_one_out"].query("method == 'uot-cfm'").set_index(["time", "metric"])["value"]
+    one = unit("uot-cfm", settings=CLOSED, start="both")
+    found = evaluate(one, cells, time_key="time", use_rep="X_pca", n_dims=None)
+    values = found.set_index(["held_out", "metric"])["value"].drop("sinkhorn", level="metric")
+    np.testing.assert_allclose(values, wanted.loc[values.index], rtol=2e-5, atol=1e-5)
+    read = read_course(cells, "time", "X_pca", None, None, strict=False)
+    times = cells.obs["time"].unique()
+    clouds = [one.cloud for one in restorations(one, read, TASKS["leave-one-out"], device="cpu")]
+    assert clouds[0].origins == (times[0], times[2], times[3])  # there is no second one before
+    assert clouds[2].origins == (times[2], times[4], times[1], times[5])
+    assert all(sum(cloud.parts) == len(cloud.points) for cloud in clouds)
 
 
 def test_a_unit_is_trained_as_one_batch_in_which_members_do_not_meet(course, monkeypatch):
