@@ -42,7 +42,7 @@ class Unit:
     strict
         Whether the representation is fitted anew in every fold, on the kept cells alone.
     start
-        What is moved to the held-out time: "both" neighbours, the snapshot "before", or the "first".
+        What is moved to the held-out time: "both" sides, the snapshot "before", or the "first".
     seeds
         One fit of every fold each.
     """

@@ -217,7 +217,7 @@ def make_grid(
     strict
         Whether the representation is refitted without the held-out snapshot; both in turn if both are given.
     starts
-        What is moved to the held-out time: "both" neighbours, the snapshot "before", or the "first". A task that can
+        What is moved to the held-out time: "both" sides, the snapshot "before", or the "first". A task that can
         start from none of these starts from the first that it can.
     references
         Add the baselines and the noise reference, which skill is measured against.

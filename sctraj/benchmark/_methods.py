@@ -23,7 +23,7 @@ from ..flow.flow_matching import Training, pick_device
 from ..flow.hold_out import BASELINES, NOISE_REFERENCE, gathered, interpolated
 from ..flow.problem import METHODS, Plans, Problem, make_path, make_problems
 from ..flow.snapshots import Snapshots
-from ..flow.starts import Origin, origins
+from ..flow.starts import Origin, Start, origins
 from ..flow.vector_field import VectorField
 from ..tl._field import check_field, make_field
 from ..tl._leave_one_out import EULER_STEPS
@@ -291,7 +291,15 @@ def restore_members(
     clouds: list[list[Cloud]] = [[] for _ in jobs]
     for n in range(max(len(job.times) for job in jobs)):
         times = [job.times[min(n, len(job.times) - 1)] for job in jobs]  # members with fewer go along once more
-        asked = [_origins(*one, start=start) for one in zip(jobs, times, farther, strict=True)]
+        if start == "first":
+            gaps = max(sum(t < time for t in job.snapshots.times) for job, time in zip(jobs, times))
+            asked = [[Origin(0, 1.0, gaps)] for _ in jobs]
+        else:
+            side: Start = "both" if start == "both" else "before"
+            asked = [
+                origins(job.snapshots.times, time, side, farther=share)
+                for job, time, share in zip(jobs, times, farther, strict=True)
+            ]
         snapshots = [job.snapshots for job in jobs]
         restored = gathered(
             field, snapshots, asked, times, solver="euler", n_steps=EULER_STEPS, tolerance=1e-4
@@ -308,10 +316,3 @@ def restore_members(
                     )
                 )
     return clouds
-
-
-def _origins(job: Job, time: float, farther: float, *, start: str) -> list[Origin]:
-    """Return which of a job's snapshots are moved to a time."""
-    if start == "first":
-        return [Origin(0, 1.0, sum(t < time for t in job.snapshots.times))]
-    return origins(job.snapshots.times, time, "both" if start == "both" else "before", farther=farther)

@@ -140,7 +140,7 @@ def grid_of(
         Judge in the strict form too, beside the published one: the representation is fitted anew in every fold, without
         the held-out cells. With use_rep "recipe" the two differ by nothing else, so that the leak can be read off.
     start
-        What is moved to the held-out time: "both" neighbours, the snapshot "before" (as published), or the "first". A
+        What is moved to the held-out time: "both" sides, the snapshot "before" (as published), or the "first". A
         task that cannot start there starts from the first of these that it can.
     bootstraps
         Half-samples of the cells behind each interval; 0 for none.

@@ -161,22 +161,26 @@ def gathered(
         M members.
     snapshots, asked, times
         M each: a member's snapshots, which of them are moved and how much each counts, and the time they are moved to.
-        Where members are moved from different numbers of gaps away, the farthest rules the steps of all.
     n_steps
         In each gap that is crossed.
     """
     parts: list[list[Restoration]] = [[] for _ in asked]
-    for n in range(max(len(some) for some in asked)):
-        now = [some[n] if n < len(some) else some[0] for some in asked]  # who has fewer goes along once more
+    # by way and side, which is the order of `origins`, so that no member's steps depend on another's
+    ways = [
+        {(origin.gaps, own.times[origin.snapshot] > time): origin for origin in some}
+        for own, some, time in zip(snapshots, asked, times, strict=True)
+    ]
+    for way in sorted(set().union(*ways)):
+        now = [own.get(way, some[0]) for own, some in zip(ways, asked)]  # who has no such snapshot goes along once more
         cells = [(own.points[origin.snapshot], own.mass[origin.snapshot]) for own, origin in zip(snapshots, now)]
         t0 = [own.times[origin.snapshot] for own, origin in zip(snapshots, now)]
-        steps = n_steps * max(origin.gaps for origin in now)
+        steps = n_steps * way[0]
         there = moved(
             field, cells, t0, times, solver=solver, n_steps=steps, tolerance=tolerance, jitter=jitter, rng=rng
         )
-        for own, some, restoration in zip(parts, asked, there):
-            if n < len(some):
-                own.append(restoration)
+        for part, own, restoration in zip(parts, ways, there):
+            if way in own:
+                part.append(restoration)
     return [mixed(own, [origin.share for origin in some]) for own, some in zip(parts, asked)]
 
 

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 Start = Literal["both", "before"]
 ONE_MORE = 8  # snapshots for each one on a side beside the nearest: of fewer, noise and course are too hard to tell
+MOST = 3  # on a side: nothing was measured beyond, and the way grows longer
 
 
 class Origin(NamedTuple):
@@ -35,8 +36,18 @@ def origins(times: Sequence[float], time: float, start: Start, *, farther: float
     Returns
     -------
     The nearest before, the nearest after, then the next two, and so on.
+
+    Raises
+    ------
+    ValueError
+        If there is no snapshot before ``time``, or for ``"both"`` none after it.
     """
     before, after = bisect_left(times, time) - 1, bisect_right(times, time)
+    if before < 0 or (start == "both" and after == len(times)):
+        raise ValueError(
+            f"expected a time with a snapshot before it, and one after it to move both, found {time:g} of snapshots at "
+            f"{times[0]:g} to {times[-1]:g}; take a time between them"
+        )
     if start == "before":
         return [Origin(before, 1.0, 1)]
     s = (time - times[before]) / (times[after] - times[before])
@@ -50,7 +61,7 @@ def origins(times: Sequence[float], time: float, start: Start, *, farther: float
 
 def reach(n_snapshots: int) -> int:
     """Return how many snapshots on a side a population is moved from at most, of a course with this many."""
-    return 1 + (n_snapshots + 1) // ONE_MORE
+    return min(MOST, 1 + (n_snapshots + 1) // ONE_MORE)
 
 
 def farther_share(n_snapshots: int, reliability: float | None) -> float:

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 EULER_STEPS = 100  # the published protocol's
 STARTS = {
-    "both": "all cells of the snapshots before and after the held-out one, weighted by nearness in time; of those next "
-    "on each side, the share farther of the nearer one's",
+    "both": "all cells of the snapshots before and after the held-out one, weighted by nearness in time; those farther "
+    "out on a side each weigh farther times the next nearer one",
     "before": "all cells of the snapshot before the held-out one",
 }
 
@@ -96,9 +96,9 @@ def leave_one_out(
         As in `sctraj.tl.fit_flow`.
     start
         What is moved to the held-out time: ``"both"`` neighbours, or the snapshot ``"before"``. Of curved paths through
-        seven kept snapshots or more, ``"both"`` takes the second ones on each side too (of 15 or more the third, and
-        so on), where single samples are noisy: what these are off by cancels better among more. The share of each
-        beside the next nearer one is the protocol's ``farther``.
+        seven kept snapshots or more, ``"both"`` takes the second ones on each side too (of 15 or more the third), where
+        single samples are noisy: what these are off by cancels better among more. The share of each beside the next
+        nearer one is the protocol's ``farther``; unweighted distances count all their cells alike.
     jitter
         Standard deviation of normal noise on what is moved, in bandwidths of a closed-form field. Its flow keeps the
         population's spread from starts as wide as its kernel (1); cells themselves (0) end up a little too close.
@@ -206,7 +206,7 @@ def leave_one_out(
         "field": field,
         "start": STARTS[start],
         "jitter": jitter,
-        "integration": f"euler, {EULER_STEPS} steps, real time",
+        "integration": f"euler, {EULER_STEPS} steps a gap, real time",
         **_of_folds(snapshots, prepared.values(), start),
         "noise_reference_sizes": np.array(halves),
         **({} if block is None else {"block": block}),

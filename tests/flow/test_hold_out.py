@@ -172,6 +172,18 @@ def test_farther_snapshots_are_moved_too_by_their_shares():
             assert float(weights.sum()) == pytest.approx(shares[i], abs=1e-12)  # rounding
 
 
+def test_a_long_course_is_restored_together_as_each_on_its_own():
+    times = tuple(float(t) for t in range(17))  # three on a side, and at the ends fewer
+    snapshots, held_out, field = make(times, sizes=(6,) * 17), [1, 8, 14], Swirl(3)
+    same = {"start": "both", "solver": "euler", "n_steps": 5, "tolerance": 1e-6}
+    together = restore(field, snapshots, held_out, farther=[0.5] * 3, **same)
+    assert [len(there.points) for there in together] == [24, 36, 30]
+    for n, k in enumerate(held_out):
+        (alone,) = restore(field.member(n), snapshots, [k], farther=[0.5], **same)
+        torch.testing.assert_close(together[n].points, alone.points, rtol=0, atol=1e-12)
+        torch.testing.assert_close(together[n].weights, alone.weights, rtol=0, atol=1e-15)
+
+
 def test_what_single_samples_are_off_by_cancels_better_among_four():
     # a population that stands still, each sample of it shifted as a whole: the held-out one's own shift is left to all,
     # of the others' variance half to the mean of two and a quarter to the mean of four

@@ -37,7 +37,7 @@ def test_each_side_counts_by_its_nearness_in_time_however_many_share_it(times, t
 
 
 def test_of_longer_courses_more_snapshots_are_moved():
-    assert [reach(n) for n in (2, 6, 7, 14, 15, 22, 23)] == [1, 1, 2, 2, 3, 3, 4]
+    assert [reach(n) for n in (2, 6, 7, 14, 15, 22, 100)] == [1, 1, 2, 2, 3, 3, 3]
 
 
 def test_at_the_ends_of_the_course_the_nearest_has_all_of_its_side():
@@ -55,6 +55,12 @@ def test_of_few_snapshots_and_without_farther_ones_there_are_the_neighbours_alon
 @pytest.mark.parametrize(("time", "snapshot"), [(0.5, 0), (2.0, 1), (4.0, 1), (9.5, 6)])
 def test_the_snapshot_before_is_alone(time, snapshot):
     assert origins(MANY, time, "before", farther=1.0) == [(snapshot, 1.0, 1)]
+
+
+@pytest.mark.parametrize(("time", "start"), [(0.0, "before"), (-1.0, "both"), (9.0, "both"), (10.0, "both")])
+def test_a_side_without_snapshots_is_refused(time, start):
+    with pytest.raises(ValueError, match="expected a time with a snapshot before it"):
+        origins(MANY, time, start, farther=0.0)
 
 
 def test_noise_makes_farther_ones_count_where_it_can_be_told():
