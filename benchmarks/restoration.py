@@ -6,9 +6,9 @@ python benchmarks/restoration.py --read all.csv              # these tables once
 
 Beside the default stand baselines, two halves of the truth, an interpolation that was shrunk (a measure by which that
 gains cannot be trusted), the default's ingredients one by one, neural fields, and of simulated cells that do not
-diffuse the true dynamics from both neighbours: what a perfect field would score. Simulated data sets are drawn anew
-for every seed; those with sample effects from other seeds than those without. Of real data there is one set each, and
-seeds are those of neural fields and of the halves.
+diffuse the true dynamics from both neighbours: what a perfect field would score from these. Simulated data sets are
+drawn anew for every seed; those with sample effects from other seeds than those without. Of real data there is one set
+each, and seeds are those of neural fields and of the halves.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ REAL = {
     "ipsc-5d": "ipsc_cardiomyocyte_1081.h5ad",
 }
 SIMULATED = [f"{family}{effects}" for family in get_args(Family) for effects in ("", "+effects")] + ["differentiation"]
-DENSE = 12  # snapshots of the same families at even times, the same cells in all
+DENSE = 12  # snapshots of the same families at even times, as many cells in all
 MANY = [f"{family}:{DENSE}{effects}" for family in get_args(Family) for effects in ("", "+effects")]
 EFFECTS_SEED = 1000  # on top of the seed where there are sample effects: the same cells again would tell less
 N_CELLS, QUICK_CELLS, QUICK_STEPS = 2000, 500, 50
@@ -93,7 +93,7 @@ def load(name: str, seed: int, n_cells: int, real: Path) -> tuple[ad.AnnData, Sn
 
 # --- restorations
 def truth(adata: ad.AnnData, times: Sequence[float], k: int) -> Restoration:
-    """Restore snapshot ``k`` from both neighbours as the default does, by the true dynamics and growth."""
+    """Restore snapshot ``k`` from both neighbours as the default does of few, by the true dynamics and growth."""
     t0, t, t1 = times[k - 1 : k + 2]
     first, last = (Restoration(*map(torch.from_numpy, carried(adata, side, t))) for side in (t0, t1))
     s = (t - t0) / (t1 - t0)
