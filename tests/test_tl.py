@@ -178,7 +178,7 @@ def noisy() -> AnnData:
 @pytest.mark.parametrize("start", ["both", "before"])
 def test_how_much_farther_snapshots_count_is_written_down(noisy: AnnData, start) -> None:
     out = sctraj.tl.leave_one_out(
-        noisy, methods=("uot-cfm", "ot-cfm"), field="closed-form", start=start, n_seeds=1, copy=True
+        noisy, methods=("uot-cfm", "ot-cfm"), start=start, n_seeds=1, n_steps=2, width=4, copy=True
     )
     protocol = out.uns["leave_one_out_protocol"]
     curved, straight = protocol["farther"]
@@ -187,14 +187,25 @@ def test_how_much_farther_snapshots_count_is_written_down(noisy: AnnData, start)
     assert protocol["reliability"][0].min() < 0.8
 
 
+def test_a_closed_form_field_moves_the_neighbours_alone(noisy: AnnData) -> None:
+    out = sctraj.tl.leave_one_out(noisy, field="closed-form", n_seeds=1, copy=True)
+    protocol = out.uns["leave_one_out_protocol"]
+    assert protocol["reliability"].min() < 0.8
+    assert not protocol["farther"].any()
+    sctraj.tl.fit_flow(noisy, field="closed-form", key_added="closed")
+    times = noisy.obs["time"].unique()
+    assert sctraj.tl.interpolate(noisy, times[3:5].mean(), key="closed", decode=False).n_obs == 80
+
+
 def test_interpolation_is_what_leaving_out_judges(noisy: AnnData) -> None:
-    sctraj.tl.leave_one_out(noisy, field="closed-form", n_seeds=1, key_added="all")
+    same = {"n_steps": 60, "width": 16}
+    sctraj.tl.leave_one_out(noisy, **same, n_seeds=1, key_added="all")
     table = sctraj.get.leave_one_out(noisy, key="all").query("method == 'uot-cfm'").set_index(["time", "metric"])
     times = noisy.obs["time"].unique()
     for k, sources in ((1, [0, 2, 3]), (4, [2, 3, 5, 6])):  # of the first of them there is no second one before
         here = (noisy.obs["time"] == times[k]).to_numpy()
         kept = noisy[~here].copy()
-        sctraj.tl.fit_flow(kept, field="closed-form")
+        sctraj.tl.fit_flow(kept, **same)
         # as many steps of a mean gap of 2/3 as are 100 for a time in the middle of a gap that is twice the others
         there = sctraj.tl.interpolate(kept, times[k], solver="euler", n_steps=117, decode=False)
         moved = kept.obs["time"].to_numpy()[kept.obs_names.get_indexer(there.obs["source_cell"])]

@@ -25,7 +25,7 @@ from ..flow.problem import METHODS, Plans, Problem, make_path, make_problems
 from ..flow.snapshots import Snapshots
 from ..flow.starts import Origin, Start, origins
 from ..flow.vector_field import VectorField
-from ..tl._field import check_field, make_field
+from ..tl._field import check_field, farther_shares, make_field
 from ..tl._leave_one_out import EULER_STEPS
 from ..tl._seeds import member_seeds
 
@@ -266,7 +266,7 @@ def restore_own(
         validation += made[1]
         members += group[: len(some)]
     fitted = make_field(field, problems, validation, training, where, progress=False).vector_field
-    restored = restore_members(fitted, members, start=start, farther=[p.farther for p in problems])
+    restored = restore_members(fitted, members, start=start, farther=farther_shares(field, problems))
     return [restored[m] for m in member]
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 # Seconds on one core of a small machine; the units that a folder holds correct them by one factor.
 FIT = 8e-4  # per member and step, of a batch of 128 pairs and 3 x 64
-MOVE = 3e-4  # per cell moved, in 100 steps
+MOVE = 3e-4  # per cell moved through a gap, in 100 steps
 PLAN = 4.5e-7  # per pair of cells that a plan looks at
 JUDGE, PAIR = 0.03, 8e-7  # all distances of one restoration in one space: at least, and per pair of cells
 LESS = 0.3  # of that is left without the divergence
@@ -120,9 +120,11 @@ def estimate(unit: Unit, adata: AnnData, time_key: str, *, n_dims: int, bootstra
     settings = dict(unit.settings)
     steps = settings.get("n_steps", inspect.signature(tl.leave_one_out).parameters["n_steps"].default)
     n_seeds, seconds, most = len(unit.seeds), 0.2, 0
+    neural = settings.get("field", "neural") == "neural"
+    bent = settings.get("path", "hermite" if unit.method == "uot-cfm" else "straight") == "hermite"
     spaces = 2 if unit.strict else 1
     # what has no seed is judged once
-    n_clouds = 1 if unit.method in BASELINES or settings.get("field") == "closed-form" else n_seeds
+    n_clouds = 1 if unit.method in BASELINES or not neural else n_seeds
     genes = adata.n_vars if adata.X is not None else 0
     for fold in task.folds(times.tolist(), index, unit.seeds[0]):
         sizes, held_out = [len(rows) for rows in fold.kept], [len(rows) for rows in fold.held_out]
@@ -132,14 +134,15 @@ def estimate(unit: Unit, adata: AnnData, time_key: str, *, n_dims: int, bootstra
                 f"{NOISE_REFERENCE}, found {min(held_out)} at time {fold.held_out_times[np.argmin(held_out)]:g}; merge "
                 f"or leave out that time, or say references = false in a grid file"
             )
-        moved = 2 * reach(len(sizes)) if unit.start == "both" else 1  # snapshots, at most
+        a_side = reach(len(sizes)) if bent and neural else 1  # snapshots, at most
+        moved, gaps = (2 * a_side, a_side * (a_side + 1)) if unit.start == "both" else (1, 1)
         restored = moved * max(sizes) if unit.method in OWN else max(sizes)
         # what is larger is met in blocks
         most = max(most, min(restored, LARGEST_EXACT) * min(max(*sizes, *held_out), LARGEST_EXACT))
         if unit.method in OWN:
             plans = PLAN * sum(a * min(b, LARGEST_EXACT) for a, b in pairwise(sizes)) * (n_seeds if task.by_seed else 1)
-            trained = n_seeds * FIT * int(steps) if settings.get("field", "neural") == "neural" else 0.0
-            seconds += plans + trained + n_seeds * MOVE * moved * max(sizes) * len(held_out)
+            trained = n_seeds * FIT * int(steps) if neural else 0.0
+            seconds += plans + trained + n_seeds * MOVE * gaps * max(sizes) * len(held_out)
         seconds += n_clouds * spaces * sum(_judging(restored, n, bootstraps) for n in held_out)
         if unit.strict:
             seconds += adata.n_obs * min(genes, 2000) ** 2 * RECIPE

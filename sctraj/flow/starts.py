@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 Start = Literal["both", "before"]
 ONE_MORE = 8  # snapshots for each one on a side beside the nearest: of fewer, noise and course are too hard to tell
 MOST = 3  # on a side: nothing was measured beyond, and the way grows longer
+FAINT = 0.05  # of the nearest one's share on its side, below which a snapshot is not worth its way
 
 
 class Origin(NamedTuple):
@@ -24,7 +25,8 @@ def origins(times: Sequence[float], time: float, start: Start, *, farther: float
 
     ``"before"``: the snapshot before alone. ``"both"``: at the fraction ``s`` of the gap those before count ``1 - s``
     in all and those after ``s``. On each side that is the nearest, and up to `reach` in all, each with ``farther``
-    times the share of the one nearer. Never a snapshot at the time itself.
+    times the share of the one nearer, as long as that is not below ``FAINT`` of the nearest one's. Never a snapshot at
+    the time itself.
 
     Parameters
     ----------
@@ -54,8 +56,8 @@ def origins(times: Sequence[float], time: float, start: Start, *, farther: float
     found = []
     for nearest, step, whole in ((before, -1, 1 - s), (after, 1, s)):
         side = [k for n in range(reach(len(times))) if 0 <= (k := nearest + step * n) < len(times)]
-        weights = [farther**n for n in range(len(side))]
-        found += [Origin(k, whole * w / sum(weights), n) for n, (k, w) in enumerate(zip(side, weights), 1) if w > 0]
+        weights = [w for n in range(len(side)) if (w := farther**n) >= FAINT]
+        found += [Origin(k, whole * w / sum(weights), n) for n, (k, w) in enumerate(zip(side, weights), 1)]
     return sorted(found, key=lambda origin: origin.gaps)  # a stable order: before, after
 
 

@@ -14,7 +14,7 @@ from ..flow.flow_matching import Training, pick_device
 from ..flow.integrate import CELLS
 from ..flow.problem import Plans, Problem, make_problems
 from ..flow.snapshots import Snapshots, resampled
-from ._field import Field, check_field, make_field
+from ._field import Field, check_field, farther_shares, make_field
 from ._seeds import member_seeds, seed_of
 
 if TYPE_CHECKING:
@@ -126,7 +126,8 @@ def fit_flow(
 
     ``uns[key_added]`` : dict
         ``params`` (with the sigma and seed used, and of curved paths the ``reliability``, the share of the
-        population's turns that the first member takes: to tell it takes four snapshots, with fewer it is 1),
+        population's turns that the first member takes: to tell it takes four snapshots, with fewer it is 1; and
+        ``farther``, how much `sctraj.tl.interpolate` counts a snapshot beside the next nearer one),
         ``weights`` (arrays), ``loss``, ``times``, ``versions``, ``fingerprint``.
     ``obsm[key_added + "_velocity"]`` : float32, n_obs x d
         Velocity at the cell's own time, in units of the representation per unit of time; the members' mean.
@@ -178,6 +179,7 @@ def fit_flow(
     }  # fmt: skip
     tangents = problems[0].tangents
     params |= {} if tangents is None else {"reliability": tangents.reliability}
+    params |= {} if tangents is None else {"farther": farther_shares(field, problems)[0]}
     params |= {} if growth_key is None else {"growth_key": growth_key}
     params |= {} if block is None else {"block": block}
     if field == "neural":

@@ -15,7 +15,7 @@ from ..flow.flow_matching import pick_device
 from ..flow.hold_out import Restoration, mixed, moved
 from ..flow.integrate import Solver
 from ..flow.problem import DATA_SEED
-from ..flow.starts import Start, farther_share, origins
+from ..flow.starts import Start, origins
 from ._field import check_jitter
 from ._steps import check_steps, steps_per_gap
 
@@ -52,8 +52,8 @@ def interpolate(
     time
         Real time, within the snapshots' range.
     start
-        What is moved: ``"both"`` neighbours in time, and of seven snapshots or more whose single samples are noisy the
-        next ones too, as in `sctraj.tl.leave_one_out`; or the snapshot ``"before"`` alone.
+        What is moved: ``"both"`` neighbours in time, and by a neural field, of seven snapshots or more whose single
+        samples are noisy, the next ones too, as in `sctraj.tl.leave_one_out`; or the snapshot ``"before"`` alone.
     jitter
         As in `sctraj.tl.leave_one_out`: noise on what is moved, in bandwidths of a closed-form field.
     solver
@@ -127,8 +127,7 @@ def interpolate(
         used = [snapshots.times.index(time)]
         population = Restoration(snapshots.points[used[0]].cpu(), snapshots.mass[used[0]])
     else:
-        farther = farther_share(len(snapshots), flow.params.get("reliability"))
-        starts = origins(snapshots.times, time, start, farther=farther)
+        starts = origins(snapshots.times, time, start, farther=float(flow.params.get("farther", 0.0)))
         used = [origin.snapshot for origin in starts]
         population = mixed([from_snapshot(k) for k in used], [origin.share for origin in starts])
     restored = population.points.numpy().astype(np.float32)

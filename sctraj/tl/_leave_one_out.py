@@ -16,7 +16,7 @@ from ..flow import hold_out
 from ..flow.flow_matching import Training, pick_device
 from ..flow.problem import METHODS, Plans
 from ..flow.starts import Start
-from ._field import Field, check_field, check_jitter, make_field
+from ._field import Field, check_field, check_jitter, farther_shares, make_field
 from ._fit_flow import Path
 from ._seeds import member_seeds, seed_of
 
@@ -95,10 +95,10 @@ def leave_one_out(
     path, field, growth_key
         As in `sctraj.tl.fit_flow`.
     start
-        What is moved to the held-out time: ``"both"`` neighbours, or the snapshot ``"before"``. Of curved paths through
-        seven kept snapshots or more, ``"both"`` takes the second ones on each side too (of 15 or more the third), where
-        single samples are noisy: what these are off by cancels better among more. The share of each beside the next
-        nearer one is the protocol's ``farther``; unweighted distances count all their cells alike.
+        What is moved to the held-out time: ``"both"`` neighbours, or the snapshot ``"before"``. By a neural field on
+        curved paths through seven kept snapshots or more, ``"both"`` takes the second ones on each side too (of 15 or
+        more the third), where single samples are noisy: what these are off by cancels better among more. The share of
+        each beside the next nearer one is the protocol's ``farther``; unweighted distances count all their cells alike.
     jitter
         Standard deviation of normal noise on what is moved, in bandwidths of a closed-form field. Its flow keeps the
         population's spread from starts as wide as its kernel (1); cells themselves (0) end up a little too close.
@@ -179,8 +179,7 @@ def leave_one_out(
     found: list[_Found] = []
     for method, (held_out, problems, validation) in prepared.items():
         fitted = make_field(field, problems, validation, training, where, progress=progress).vector_field
-        farther = [problem.farther for problem in problems]
-        found += _restored(method, fitted, snapshots, held_out, start, farther, jitter)
+        found += _restored(method, fitted, snapshots, held_out, start, farther_shares(field, problems), jitter)
     references, halves = _references(snapshots, seeds, plans if block is None else Plans())
     found += references
     judged = hold_out.judge_all([(one.restoration, one.observed) for one in found])
@@ -207,7 +206,7 @@ def leave_one_out(
         "start": STARTS[start],
         "jitter": jitter,
         "integration": f"euler, {EULER_STEPS} steps a gap, real time",
-        **_of_folds(snapshots, prepared.values(), start),
+        **_of_folds(snapshots, prepared.values(), field, start),
         "noise_reference_sizes": np.array(halves),
         **({} if block is None else {"block": block}),
         "n_steps": n_steps,
@@ -250,12 +249,15 @@ def _check_sizes(snapshots: Snapshots) -> None:
 
 
 def _of_folds(
-    snapshots: Snapshots, prepared: Iterable[tuple[Sequence[int], Sequence[Problem], object]], start: Start
+    snapshots: Snapshots,
+    prepared: Iterable[tuple[Sequence[int], Sequence[Problem], object]],
+    field: Field,
+    start: Start,
 ) -> dict[str, np.ndarray]:
     """Return the held-out times and, methods x times, what a method's fits to the kept snapshots have in common."""
     each = [list(dict(zip(held_out, problems)).values()) for held_out, problems, _ in prepared]
     curved = [[np.nan if p.tangents is None else p.tangents.reliability for p in problems] for problems in each]
-    farther = [[p.farther if start == "both" else 0.0 for p in problems] for problems in each]
+    farther = [farther_shares(field, problems) if start == "both" else [0.0] * len(problems) for problems in each]
     return {
         "held_out_times": np.array([snapshots.times[k] for k in hold_out.interior(snapshots)]),
         "sigma": np.array([[p.path.sigma for p in problems] for problems in each]),

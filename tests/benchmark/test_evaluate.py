@@ -271,9 +271,9 @@ def test_leave_one_out_agrees_with_the_verb(course):
 
 def test_farther_snapshots_are_moved_as_by_the_verb():
     cells = datasets.simulated_course("branching", 240, times=np.linspace(0, 4, 8), sample_effects=1.5)
-    tl.leave_one_out(cells, field="closed-form", n_seeds=1)
+    tl.leave_one_out(cells, **dict(SHORT), n_seeds=1)
     wanted = cells.uns["leave_one_out"].query("method == 'uot-cfm'").set_index(["time", "metric"])["value"]
-    one = unit("uot-cfm", settings=CLOSED, start="both")
+    one = unit("uot-cfm", settings=SHORT, start="both")
     found = evaluate(one, cells, time_key="time", use_rep="X_pca", n_dims=None)
     values = found.set_index(["held_out", "metric"])["value"].drop("sinkhorn", level="metric")
     np.testing.assert_allclose(values, wanted.loc[values.index], rtol=2e-5, atol=1e-5)

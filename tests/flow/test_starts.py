@@ -40,6 +40,13 @@ def test_of_longer_courses_more_snapshots_are_moved():
     assert [reach(n) for n in (2, 6, 7, 14, 15, 22, 100)] == [1, 1, 2, 2, 3, 3, 3]
 
 
+def test_who_hardly_counts_stays_where_it_is():
+    assert [o.gaps for o in origins(LONG, 7.5, "both", farther=0.3)] == [1, 1, 2, 2, 3, 3]
+    assert [o.gaps for o in origins(LONG, 7.5, "both", farther=0.1)] == [1, 1, 2, 2]  # the third would have a hundredth
+    found = origins(LONG, 7.5, "both", farther=0.04)
+    assert [(o.snapshot, o.share) for o in found] == [(7, 0.5), (8, 0.5)]
+
+
 def test_at_the_ends_of_the_course_the_nearest_has_all_of_its_side():
     found = origins(MANY, 0.25, "both", farther=1.0)
     assert [(o.snapshot, o.share) for o in found] == [(0, 0.75), (1, 0.125), (2, 0.125)]
