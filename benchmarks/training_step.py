@@ -70,7 +70,7 @@ def main() -> None:
     step = (fitted(steps[1]) - fitted(steps[0])) / (steps[1] - steps[0])
 
     d, members, intervals = problems[0].snapshots.dimension, len(problems), len(problems[0].couplings)
-    batch = training.batch_size * intervals
+    batch = flow_matching.pairs_a_step(training.batch_size, intervals)
     sizes = [1 + d, *[training.width] * training.depth, d]
     products = [n * m for n, m in pairwise(sizes)]
     # forwards, for the weights, and for what goes into all layers but the first

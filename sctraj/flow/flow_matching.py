@@ -24,6 +24,7 @@ CHUNK = 2**19  # numbers drawn at once for a member: a few dozen steps' worth in
 CHUNK_ON_GPU = 2**21  # there: a draw's time is that of launching its kernels, however much it draws
 EVALUATE_EVERY = 25  # steps between looks at the validation loss
 VALIDATION_PAIRS = 512  # per interval
+FULL = 5  # intervals; those of a longer course share the pairs of as many: they are alike, and steps take less time
 DIVERGED = 10.0  # times the first loss: a last one above has not converged
 GROWTH_WEIGHT = 0.1  # of the growth's error in the loss: a head beside the velocity's, not instead of it
 
@@ -91,7 +92,7 @@ class Training:
     n_steps
         Steps of the optimiser (AdamW; a one-cycle schedule whose highest rate is ``learning_rate``).
     batch_size
-        Pairs per interval in each step.
+        Pairs per interval in each step; of more than ``FULL`` intervals as many in all as of these.
     ema_decay
         Of the exponential moving average of the weights that is returned; 0 for the last weights.
     patience
@@ -260,6 +261,11 @@ def _steps(n_steps: int, members: int, *, progress: bool) -> Iterable[int]:
     return trange(n_steps, desc=f"flow matching, {members} member(s)", leave=False)
 
 
+def pairs_a_step(batch_size: int, n_intervals: int) -> int:
+    """Return how many pairs a step has of a course of so many intervals, the same number of each."""
+    return n_intervals * math.ceil(batch_size * min(n_intervals, FULL) / n_intervals)
+
+
 def _batches(
     problems: Sequence[Problem],
     streams: Sequence[torch.Generator],
@@ -268,7 +274,7 @@ def _batches(
     n_steps: int,
 ) -> Iterator[_Batch]:
     """Yield every step's data, drawn some dozens of steps at a time: indices and noise in bulk, then only views."""
-    n_pairs = batch_size * max(len(p.couplings) for p in problems)
+    n_pairs = pairs_a_step(batch_size, max(len(p.couplings) for p in problems))
     # whatever the other members are, so that a member's stream is its own
     most = CHUNK if field.scale.device.type == "cpu" else CHUNK_ON_GPU
     at_once = max(1, min(n_steps, most // (n_pairs * (3 * field.dimension + 3))))

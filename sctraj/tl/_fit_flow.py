@@ -103,7 +103,8 @@ def fit_flow(
     width, depth
         Hidden layers of the built-in network. These and the next five are of the neural field.
     n_steps, batch_size
-        Steps of the optimiser, and pairs of cells per interval in each.
+        Steps of the optimiser, and pairs of cells per interval in each; of more than five intervals as many in all as
+        of five.
     learning_rate, weight_decay, ema_decay
         AdamW's highest rate (one-cycle schedule) and weight decay; decay of the weights' moving average.
     patience

@@ -312,8 +312,8 @@ def test_absorbing_potentials_changes_the_way_and_not_the_plan(monkeypatch, abso
     torch.testing.assert_close(plan.matrix(), other.matrix(), rtol=1e-7, atol=1e-14)  # rounding of costs of 1e5
 
 
-@pytest.mark.parametrize("penalty", [1.0, math.inf])
-def test_starting_from_a_sample_changes_the_way_and_not_the_plan(monkeypatch, absorbed, penalty):
+@pytest.mark.parametrize(("penalty", "epsilon"), [(1.0, 0.01), (math.inf, 0.05)])
+def test_starting_from_a_sample_changes_the_way_and_not_the_plan(monkeypatch, absorbed, penalty, epsilon):
     interval = make_interval(400, 300, weighted=True)
     interval = replace(
         interval, mass0=interval.mass0.index_fill(0, torch.arange(200), 0.0) / interval.mass0[200:].sum()
@@ -322,22 +322,57 @@ def test_starting_from_a_sample_changes_the_way_and_not_the_plan(monkeypatch, ab
     def of_all_cells() -> int:
         return sum(len(one.log_mass[0]) == 200 for one in absorbed)  # that have mass
 
-    plan = solved(interval, penalty, 0.05)
+    plan = solved(interval, penalty, epsilon)
     many = of_all_cells()
     monkeypatch.setattr(sinkhorn, "SAMPLE", 40)
-    other = solved(interval, penalty, 0.05)
+    other = solved(interval, penalty, epsilon)
     assert 0 < of_all_cells() - many < many  # whole kernels: none on the way down to the last epsilon
     assert not bool((plan.f == other.f).all())  # it did start elsewhere
     torch.testing.assert_close(plan.matrix(), other.matrix(), rtol=1e-5, atol=1e-12)  # the tolerance, over the least
 
 
+def at_few_places(seed: int) -> Interval:
+    rng = torch.Generator().manual_seed(seed)
+    x0, x1 = (torch.randn(n, 3, generator=rng, dtype=torch.float64).repeat(m, 1) for n, m in ((5, 8), (4, 9)))
+    return Interval(0.0, 1.0, x0, x1, *(torch.full((len(x),), 1 / len(x), dtype=torch.float64) for x in (x0, x1)))
+
+
+def in_two_groups(distance: float) -> Interval:
+    """Two groups whose shares are swapped: mass has to be made and destroyed, or to go all the way."""
+    interval = make_interval(60, 45)
+    sides = [torch.arange(len(x)) < len(x) * share for x, share in ((interval.x0, 0.2), (interval.x1, 0.8))]
+    x0, x1 = (x + distance * side[:, None] for x, side in zip((interval.x0, interval.x1), sides))
+    return replace(interval, x0=x0, x1=x1)
+
+
+@pytest.mark.parametrize("penalty", [0.02, 1.0, 50.0])
+@pytest.mark.parametrize(
+    "interval",
+    [
+        make_interval(60, 45, weighted=True),
+        with_far_cells(make_interval(60, 45, weighted=True)),
+        *map(at_few_places, (3, 4, 7)),
+        *map(in_two_groups, (3.0, 100.0)),
+    ],
+    ids=["weighted", "far", "places 3", "places 4", "places 7", "groups", "groups far"],
+)
+def test_soft_marginals_need_no_way_down_to_a_blunt_epsilon(monkeypatch, interval, penalty):
+    made, soft_minima = [], kernel.Kernel.soft_minima
+    monkeypatch.setattr(kernel.Kernel, "soft_minima", lambda self, *args: (made.append(1), soft_minima(self, *args))[1])
+    scale = sinkhorn.prepare(interval, None).scale
+    how = {"epsilon": 1.01 * scale / sinkhorn.BLUNT, "penalty": penalty * scale, "tolerance": 1e-9}
+    found = unbalanced(interval, **how, max_iterations=200)
+    iterations = len(made)
+    monkeypatch.setattr(sinkhorn, "BLUNT", 0.0)
+    slow = unbalanced(interval, **how)
+    assert iterations < len(made) - iterations
+    torch.testing.assert_close(found.matrix(), slow.matrix(), rtol=1e-5, atol=1e-12)  # the tolerance, over the least
+
+
 @pytest.mark.parametrize("whole", [2**24, 100])
 @pytest.mark.parametrize("seed", [3, 4, 7])
 def test_extrapolation_does_not_lead_astray_where_many_cells_are_at_few_places(monkeypatch, seed, whole):
-    rng = torch.Generator().manual_seed(seed)
-    x0, x1 = (torch.randn(n, 3, generator=rng, dtype=torch.float64).repeat(m, 1) for n, m in ((5, 8), (4, 9)))
-    equal = [torch.full((len(x),), 1 / len(x), dtype=torch.float64) for x in (x0, x1)]
-    interval = Interval(0.0, 1.0, x0, x1, *equal)
+    interval = at_few_places(seed)
     monkeypatch.setattr(kernel, "WHOLE", whole)
     scale = sinkhorn.prepare(interval, None).scale
     for fraction in (1e-2, 3e-3, 1e-3, 1e-4, 1e-5):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sctraj.flow.flow_matching import EVALUATE_EVERY, Fit, Training, fit, pick_device
+from sctraj.flow.flow_matching import EVALUATE_EVERY, Fit, Training, fit, pairs_a_step, pick_device
 from sctraj.flow.hold_out import hold_out_problems
 from sctraj.flow.integrate import push, simulate, transport
 from sctraj.flow.problem import METHODS, make_problems
@@ -207,6 +207,31 @@ def test_whole_numbers_may_be_floats():
     for wrong in (2.5, float("inf"), float("nan"), 0):
         with pytest.raises(ValueError, match="expected n_steps to be a whole number of at least 1"):
             replace(QUICK, n_steps=wrong)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 128])
+@pytest.mark.parametrize("n_intervals", [1, 5, 6, 7, 18, 700])
+def test_a_step_has_as_many_pairs_of_every_interval(batch_size, n_intervals):
+    n = pairs_a_step(batch_size, n_intervals)
+    each, rest = divmod(n, n_intervals)
+    assert rest == 0
+    if n_intervals <= 5:
+        assert each == batch_size
+    else:  # of a longer course as many in all as of five intervals, rounded up to an even share
+        assert 5 * batch_size <= n < 5 * batch_size + n_intervals
+
+
+def test_all_of_a_long_course_is_learnt():
+    # from place to place along a line, each gap at its own speed: what a step has of each gap is enough
+    times = tuple(float(k) for k in range(13))
+    speeds = 1 + 0.5 * torch.sin(torch.arange(12.0))
+    places = torch.cat([torch.zeros(1), speeds.cumsum(0)])
+    rng = torch.Generator().manual_seed(0)
+    points = tuple(place + 0.1 * torch.randn(60, 2, generator=rng) for place in places)
+    training = replace(QUICK, width=48, n_steps=600, batch_size=64, ema_decay=0.99)
+    field = quick(Snapshots(times, points), method="ot-cfm", training=training).vector_field
+    found = [field.velocity(k + 0.5, points[k][None] + speeds[k] / 2)[0].mean() for k in range(12)]
+    torch.testing.assert_close(torch.stack(found).double(), speeds.double(), rtol=0, atol=0.1)
 
 
 # ---- members

@@ -102,7 +102,8 @@ def growing(
     # kin go by where a cell is: those that take no part are shared out among the blocks
     outside = [_without_mass(end, len(x)).tensor_split(len(cut)) for end, x in zip(ends, (interval.x0, interval.x1))]
     tasks = [(part, interval.x0[o0], interval.x1[o1]) for (_, _, part, _), o0, o1 in zip(cut, *outside)]
-    solve = partial(_solved, epsilon=epsilon, penalty=penalty, kin_penalty=kin_penalty)
+    cost = _cost([part for _, _, part, _ in cut], epsilon)
+    solve = partial(_solved, epsilon=epsilon * cost, penalty=penalty * cost, kin_penalty=kin_penalty * cost)
     solved = at_once(solve, tasks, workers)
 
     i, j, mass0, mass1 = [], [], [], []
@@ -119,29 +120,41 @@ def growing(
     )
 
 
+def _cost(parts: Sequence[Interval], epsilon: float) -> float:
+    """Return the unit of entropy and penalties: the exact plan's cost, of which any block has about the interval's.
+
+    Of a snapshot and its copy that is zero: then what rounding allows.
+    """
+    held = [_held(part) for part in parts]
+    least = 2 * SHARPEST / epsilon * max(map(_spread, held))
+    return max(exact(held[0]).cost, least) or 1.0  # all in one place: any will do
+
+
+def _held(part: Interval) -> Interval:
+    """Return a block with the marginals that its plans are held to: where there is a prior of growth, grown by it."""
+    if part.growth0 is None:
+        return part
+    exponent = part.growth0 * part.length
+    grown = part.mass0 * (exponent - exponent.max()).exp()
+    return replace(part, mass0=grown * (part.mass0.sum() / grown.sum()), growth0=None)  # equal rates change no bit
+
+
 def _solved(
     part: Interval, outside0: Tensor, outside1: Tensor, *, epsilon: float, penalty: float, kin_penalty: float
 ) -> tuple[SparsePlan, Tensor, Tensor]:
-    """Couple one block.
+    """Couple one block; epsilon and penalties are in units of cost.
 
     Returns
     -------
     The exact plan between what takes part of each cell; mean descendants of the block's cells at the start and of
     ``outside0`` ``(k0, d)``, ``(m0 + k0, d)``; mean ancestors of those at the end and of ``outside1``.
     """
-    a, b = part.mass0, part.mass1
-    held = part
-    if part.growth0 is not None:
-        exponent = part.growth0 * part.length
-        grown = a * (exponent - exponent.max()).exp()
-        held = replace(part, mass0=grown * (a.sum() / grown.sum()), growth0=None)  # equal rates change no bit
-    # of a snapshot and its copy the cost is zero: what rounding allows
-    cost = max(exact(held).cost, 2 * SHARPEST / epsilon * _spread(held)) or 1.0  # all in one place: any will do
-    plan = unbalanced(held, epsilon=epsilon * cost, penalty=penalty * cost)
+    a, b, held = part.mass0, part.mass1, _held(part)
+    plan = unbalanced(held, epsilon=epsilon, penalty=penalty)
     r, c = held.mass0 * plan.log_ratio0.exp(), held.mass1 * plan.log_ratio1.exp()
     r, c = torch.maximum(r / r.sum(), LEAST * a), torch.maximum(c / c.sum(), LEAST * b)
     best = exact(replace(held, mass0=r / r.sum(), mass1=c / c.sum()))
-    stiff = unbalanced(held, epsilon=epsilon * cost, penalty=kin_penalty * cost)
+    stiff = unbalanced(held, epsilon=epsilon, penalty=kin_penalty)
     x0, x1 = part.x0.double(), part.x1.double()
     there0, there1 = (outside.double() - x0.mean(0) for outside in (outside0, outside1))  # centred as the plan's
     descendants = torch.cat([stiff.descendants(x1), stiff.descendants(x1, there0)])

@@ -16,6 +16,7 @@ from .kernel import Kernel
 logger = logging.getLogger(__name__)
 
 ANNEALING = 10  # iterations at each epsilon on the way down
+BLUNT = 100.0  # epsilons that the cost's scale comes to at most where soft marginals need no way down
 SAMPLE = 1500  # cells a side at most that come first, where there are more than twice as many
 NEAR = 1e-2  # error at which these have served: their potentials are off by the sample's noise anyway
 MEMORY = 3  # last iterations from which the next is extrapolated
@@ -97,7 +98,10 @@ def sinkhorn(
         )  # fmt: skip
         return _extended(found, few, ends, held, epsilon, penalty)
     log_a, log_b = ends.log_a, ends.log_b
-    g, epsilons, iterations, error = torch.zeros_like(log_b), annealing(ends.scale, epsilon), 0, math.inf
+    # soft marginals do not let potentials run far: they are found from nothing, unless epsilon is small
+    blunt = penalty < math.inf and ends.scale <= BLUNT * epsilon
+    g, epsilons = torch.zeros_like(log_b), [epsilon] if blunt else annealing(ends.scale, epsilon)
+    iterations, error = 0, math.inf
     if max(len(log_a), len(log_b)) > 2 * SAMPLE:
         some = _sample(ends)
         near = sinkhorn(
