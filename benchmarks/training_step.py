@@ -89,7 +89,7 @@ def main() -> None:
     n_steps = steps[1]
 
     def draw() -> None:
-        for _ in flow_matching._batches(moved, streams, field, training.batch_size, n_steps):
+        for _ in flow_matching._batches(moved, streams, field, batch, n_steps):
             pass
 
     drawing = seconds(draw, device, least) / n_steps

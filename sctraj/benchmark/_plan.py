@@ -121,7 +121,7 @@ def estimate(unit: Unit, adata: AnnData, time_key: str, *, n_dims: int, bootstra
     steps = settings.get("n_steps", inspect.signature(tl.leave_one_out).parameters["n_steps"].default)
     n_seeds, seconds, most = len(unit.seeds), 0.2, 0
     neural = settings.get("field", "neural") == "neural"
-    bent = settings.get("path", "hermite" if unit.method == "uot-cfm" else "straight") == "hermite"
+    bent = (settings.get("path") or ("hermite" if unit.method == "uot-cfm" else "straight")) == "hermite"
     spaces = 2 if unit.strict else 1
     # what has no seed is judged once
     n_clouds = 1 if unit.method in BASELINES or not neural else n_seeds

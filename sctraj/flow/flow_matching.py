@@ -24,7 +24,7 @@ CHUNK = 2**19  # numbers drawn at once for a member: a few dozen steps' worth in
 CHUNK_ON_GPU = 2**21  # there: a draw's time is that of launching its kernels, however much it draws
 EVALUATE_EVERY = 25  # steps between looks at the validation loss
 VALIDATION_PAIRS = 512  # per interval
-FULL = 5  # intervals; those of a longer course share the pairs of as many: they are alike, and steps take less time
+FULL_INTERVALS = 5  # that have a batch each; those of a longer course, which are alike, share as many
 DIVERGED = 10.0  # times the first loss: a last one above has not converged
 GROWTH_WEIGHT = 0.1  # of the growth's error in the loss: a head beside the velocity's, not instead of it
 
@@ -92,7 +92,7 @@ class Training:
     n_steps
         Steps of the optimiser (AdamW; a one-cycle schedule whose highest rate is ``learning_rate``).
     batch_size
-        Pairs per interval in each step; of more than ``FULL`` intervals as many in all as of these.
+        Pairs per interval in each step; of more than ``FULL_INTERVALS`` as many in all as of these.
     ema_decay
         Of the exponential moving average of the weights that is returned; 0 for the last weights.
     patience
@@ -175,11 +175,13 @@ def fit(
     n_steps = training.n_steps
     problems = [to_device(p, device) for p in problems]
     streams = [torch.Generator(device).manual_seed(p.seed) for p in problems]
-    batches = _batches(problems, streams, field, training.batch_size, n_steps)
+    n_intervals = max(len(p.couplings) for p in problems)
+    batches = _batches(problems, streams, field, pairs_a_step(training.batch_size, n_intervals), n_steps)
     held_back = None
     if validation:
         streams = [torch.Generator(device).manual_seed(p.seed + 1) for p in problems]
-        held_back = next(_batches([to_device(p, device) for p in validation], streams, field, VALIDATION_PAIRS, 1))
+        unseen = [to_device(p, device) for p in validation]
+        held_back = next(_batches(unseen, streams, field, VALIDATION_PAIRS * n_intervals, 1))
     with torch.no_grad():
         shape = network(torch.zeros(members, 2, 1).to(field.scale), torch.zeros(members, 2, d).to(field.scale)).shape
     # a user's module may leave growth out
@@ -263,18 +265,17 @@ def _steps(n_steps: int, members: int, *, progress: bool) -> Iterable[int]:
 
 def pairs_a_step(batch_size: int, n_intervals: int) -> int:
     """Return how many pairs a step has of a course of so many intervals, the same number of each."""
-    return n_intervals * math.ceil(batch_size * min(n_intervals, FULL) / n_intervals)
+    return n_intervals * math.ceil(batch_size * min(n_intervals, FULL_INTERVALS) / n_intervals)
 
 
 def _batches(
     problems: Sequence[Problem],
     streams: Sequence[torch.Generator],
     field: NeuralField,
-    batch_size: int,
+    n_pairs: int,
     n_steps: int,
 ) -> Iterator[_Batch]:
     """Yield every step's data, drawn some dozens of steps at a time: indices and noise in bulk, then only views."""
-    n_pairs = pairs_a_step(batch_size, max(len(p.couplings) for p in problems))
     # whatever the other members are, so that a member's stream is its own
     most = CHUNK if field.scale.device.type == "cpu" else CHUNK_ON_GPU
     at_once = max(1, min(n_steps, most // (n_pairs * (3 * field.dimension + 3))))

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 Start = Literal["both", "before"]
 ONE_MORE = 8  # snapshots for each one on a side beside the nearest: of fewer, noise and course are too hard to tell
 MOST = 3  # on a side: nothing was measured beyond, and the way grows longer
-FAINT = 0.05  # of the nearest one's share on its side, below which a snapshot is not worth its way
+FAINT = 0.05  # of the nearest one's share, below which a snapshot is not worth its way
 
 
 class Origin(NamedTuple):
@@ -72,7 +72,8 @@ def farther_share(n_snapshots: int, reliability: float | None) -> float:
     What a sample is off by (an age, a composition, a batch of its own) travels with its cells, and of several samples
     the more cancels the more evenly they count; over a longer way the field's own errors grow. Where all that snapshots
     tell is noise, they count the same, and where it is the course, the nearest alone: the share is that of the
-    population's accelerations which is noise, ``1 - reliability`` (`tangents.reliability`).
+    population's accelerations which is noise, ``1 - reliability`` (`tangents.reliability`), or 0 where that is below
+    ``FAINT``.
 
     Parameters
     ----------
@@ -81,4 +82,6 @@ def farther_share(n_snapshots: int, reliability: float | None) -> float:
     reliability
         None where it was not asked for, as for straight paths: 0.
     """
-    return 0.0 if reliability is None or reach(n_snapshots) == 1 else 1.0 - reliability
+    if reliability is None or reach(n_snapshots) == 1 or 1.0 - reliability < FAINT:
+        return 0.0
+    return 1.0 - reliability

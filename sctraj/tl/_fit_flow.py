@@ -179,8 +179,8 @@ def fit_flow(
         "device": str(where),
     }  # fmt: skip
     tangents = problems[0].tangents
-    params |= {} if tangents is None else {"reliability": tangents.reliability}
-    params |= {} if tangents is None else {"farther": farther_shares(field, problems)[0]}
+    if tangents is not None:
+        params |= {"reliability": tangents.reliability, "farther": farther_shares(field, problems)[0]}
     params |= {} if growth_key is None else {"growth_key": growth_key}
     params |= {} if block is None else {"block": block}
     if field == "neural":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
@@ -176,10 +176,14 @@ def leave_one_out(
         for method in methods
     }
 
+    farther = {
+        method: farther_shares(field, problems) if start == "both" else [0.0] * len(problems)
+        for method, (_, problems, _) in prepared.items()
+    }
     found: list[_Found] = []
     for method, (held_out, problems, validation) in prepared.items():
         fitted = make_field(field, problems, validation, training, where, progress=progress).vector_field
-        found += _restored(method, fitted, snapshots, held_out, start, farther_shares(field, problems), jitter)
+        found += _restored(method, fitted, snapshots, held_out, start, farther[method], jitter)
     references, halves = _references(snapshots, seeds, plans if block is None else Plans())
     found += references
     judged = hold_out.judge_all([(one.restoration, one.observed) for one in found])
@@ -206,7 +210,7 @@ def leave_one_out(
         "start": STARTS[start],
         "jitter": jitter,
         "integration": f"euler, {EULER_STEPS} steps a gap, real time",
-        **_of_folds(snapshots, prepared.values(), field, start),
+        **_of_folds(snapshots, prepared, farther),
         "noise_reference_sizes": np.array(halves),
         **({} if block is None else {"block": block}),
         "n_steps": n_steps,
@@ -250,19 +254,20 @@ def _check_sizes(snapshots: Snapshots) -> None:
 
 def _of_folds(
     snapshots: Snapshots,
-    prepared: Iterable[tuple[Sequence[int], Sequence[Problem], object]],
-    field: Field,
-    start: Start,
+    prepared: Mapping[str, tuple[Sequence[int], Sequence[Problem], object]],
+    farther: Mapping[str, Sequence[float]],
 ) -> dict[str, np.ndarray]:
     """Return the held-out times and, methods x times, what a method's fits to the kept snapshots have in common."""
-    each = [list(dict(zip(held_out, problems)).values()) for held_out, problems, _ in prepared]
-    curved = [[np.nan if p.tangents is None else p.tangents.reliability for p in problems] for problems in each]
-    farther = [farther_shares(field, problems) if start == "both" else [0.0] * len(problems) for problems in each]
+    each = [
+        list(dict(zip(held_out, zip(problems, farther[method]))).values())
+        for method, (held_out, problems, _) in prepared.items()
+    ]
+    curved = [[np.nan if p.tangents is None else p.tangents.reliability for p, _ in folds] for folds in each]
     return {
         "held_out_times": np.array([snapshots.times[k] for k in hold_out.interior(snapshots)]),
-        "sigma": np.array([[p.path.sigma for p in problems] for problems in each]),
+        "sigma": np.array([[p.path.sigma for p, _ in folds] for folds in each]),
         "reliability": np.array(curved),
-        "farther": np.array(farther),
+        "farther": np.array([[share for _, share in folds] for folds in each]),
     }
 
 

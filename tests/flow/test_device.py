@@ -121,7 +121,7 @@ def trained(method: str, plant: Any = None) -> set[torch.device]:
     if plant is not None:
         plant(field, made)
     with Watched():
-        batches = flow_matching._batches(made, streams, field, TRAINING.batch_size, TRAINING.n_steps)
+        batches = flow_matching._batches(made, streams, field, 8, TRAINING.n_steps)
         losses, _ = flow_matching._train(field, batches, None, training=TRAINING, progress=False)
     assert len(losses) == TRAINING.n_steps
     return {loss.device for loss in losses}
@@ -187,8 +187,8 @@ def test_early_stopping_waits_once_a_look_and_for_no_more(monkeypatch):
     monkeypatch.setattr(flow_matching.EarlyStopping, "done", lambda self: looks.append(self.waited.device) or False)
     field, made = neural(made).to(GPU), there(made)
     with Watched():
-        batches = flow_matching._batches(made, streams, field, 4, 5)
-        held_back = next(flow_matching._batches(made, streams, field, 4, 1))
+        batches = flow_matching._batches(made, streams, field, 8, 5)
+        held_back = next(flow_matching._batches(made, streams, field, 8, 1))
         flow_matching._train(field, batches, held_back, training=TRAINING, progress=False)
     assert looks == [GPU, GPU]
 

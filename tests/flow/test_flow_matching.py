@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sctraj.flow import flow_matching
 from sctraj.flow.flow_matching import EVALUATE_EVERY, Fit, Training, fit, pairs_a_step, pick_device
 from sctraj.flow.hold_out import hold_out_problems
 from sctraj.flow.integrate import push, simulate, transport
@@ -219,6 +220,21 @@ def test_a_step_has_as_many_pairs_of_every_interval(batch_size, n_intervals):
         assert each == batch_size
     else:  # of a longer course as many in all as of five intervals, rounded up to an even share
         assert 5 * batch_size <= n < 5 * batch_size + n_intervals
+
+
+def test_batches_are_shared_by_a_long_course_and_validation_is_not(monkeypatch):
+    sizes, batches = [], flow_matching._batches
+
+    def watched(*args):
+        for batch in batches(*args):
+            sizes.append(batch.t.shape[1])
+            yield batch
+
+    monkeypatch.setattr(flow_matching, "_batches", watched)
+    rng = torch.Generator().manual_seed(0)
+    snapshots = Snapshots(tuple(float(k) for k in range(9)), tuple(torch.randn(30, 2, generator=rng) for _ in range(9)))
+    quick(snapshots, method="ot-cfm", training=replace(QUICK, n_steps=2, batch_size=32, patience=1))
+    assert sizes == [8 * 512, 160, 160]  # eight intervals, the pairs of five
 
 
 def test_all_of_a_long_course_is_learnt():

@@ -181,6 +181,25 @@ def test_snapshots_too_large_to_be_met_whole_are_met_in_small_blocks(monkeypatch
         assert not caplog.records
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_cell_far_away_disturbs_no_block_but_its_own(seed):
+    rng = np.random.default_rng(0)
+    x0, x1 = rng.normal(size=(200, 2)), rng.normal(size=(200, 2))
+    far = x0.copy()
+    far[0] += 1000
+    usual, disturbed = (grown(interval_of(x, x1), seed, block=51) for x in (x0, far))
+    moved = (usual.descendants - disturbed.descendants).norm(dim=1) > 0.5
+    assert moved[0]
+    assert moved.sum() <= 55  # of a block
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_blocks_of_a_cell_each_may_be_copies(seed):
+    x = np.random.default_rng(1).normal(size=(12, 2))
+    plan = grown(interval_of(x, x[::-1].copy()), seed, block=2)
+    torch.testing.assert_close(plan.pairs.mass0.sum(), torch.tensor(1.0, dtype=torch.float64))
+
+
 def test_the_number_of_workers_changes_no_bit():
     interval = cloud(150, 130)
     one, three = (grown(interval, block=30, most_cells=100, workers=n) for n in (1, 3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ EPSILON = 0.05  # entropy of the plans that growth and kin are read from: each c
 PENALTY = 2.0
 KIN_PENALTY = 4.0  # where kin are: a soft plan sends mass only to near cells, and so makes every move look short
 LEAST = 1e-6  # of a cell's mass takes part whatever it costs: the network simplex loses masses at its rounding
+UNIT_BLOCKS = 3  # that the unit is taken from, and of small ones as many as come to a usual one
 SMALL_BLOCK = 1500  # cells a side of larger snapshots: some 2 s a block, four times as long at twice the size
 
 
@@ -82,7 +84,7 @@ def growing(
     rng
         Of the blocks.
     epsilon, penalty
-        Of the unbalanced plan, in units of the exact plan's cost.
+        Of the unbalanced plan, in units of the exact plan's cost (where there are blocks, the median of a few of them).
     kin_penalty
         Penalty of the stiffer plan that mean ancestors and descendants are taken from, in the same units.
     block
@@ -101,9 +103,10 @@ def growing(
     ]
     # kin go by where a cell is: those that take no part are shared out among the blocks
     outside = [_without_mass(end, len(x)).tensor_split(len(cut)) for end, x in zip(ends, (interval.x0, interval.x1))]
-    tasks = [(part, interval.x0[o0], interval.x1[o1]) for (_, _, part, _), o0, o1 in zip(cut, *outside)]
-    cost = _cost([part for _, _, part, _ in cut], epsilon)
-    solve = partial(_solved, epsilon=epsilon * cost, penalty=penalty * cost, kin_penalty=kin_penalty * cost)
+    held = [_held(part) for _, _, part, _ in cut]
+    tasks = [(part, own, interval.x0[o0], interval.x1[o1]) for (_, _, part, _), own, o0, o1 in zip(cut, held, *outside)]
+    unit = _unit(held, epsilon, workers)
+    solve = partial(_solved, epsilon=epsilon * unit, penalty=penalty * unit, kin_penalty=kin_penalty * unit)
     solved = at_once(solve, tasks, workers)
 
     i, j, mass0, mass1 = [], [], [], []
@@ -120,14 +123,17 @@ def growing(
     )
 
 
-def _cost(parts: Sequence[Interval], epsilon: float) -> float:
-    """Return the unit of entropy and penalties: the exact plan's cost, of which any block has about the interval's.
+def _unit(held: Sequence[Interval], epsilon: float, workers: int) -> float:
+    """Return the unit of entropy and penalties: the cost of the exact plan, of blocks the median of a few of them.
 
-    Of a snapshot and its copy that is zero: then what rounding allows.
+    A few do, since blocks are of one law, and by the median a cell far away in one of them changes nothing. Of a
+    snapshot and its copy the cost is zero: then what rounding allows.
     """
-    held = [_held(part) for part in parts]
+    largest = max(len(held[0].x0), len(held[0].x1))
+    few = held[: max(UNIT_BLOCKS, SMALL_BLOCK // largest)]
+    costs = at_once(lambda part: exact(part).cost, [(part,) for part in few], workers)
     least = 2 * SHARPEST / epsilon * max(map(_spread, held))
-    return max(exact(held[0]).cost, least) or 1.0  # all in one place: any will do
+    return max(median(costs), least) or 1.0  # all in one place: any will do
 
 
 def _held(part: Interval) -> Interval:
@@ -140,7 +146,14 @@ def _held(part: Interval) -> Interval:
 
 
 def _solved(
-    part: Interval, outside0: Tensor, outside1: Tensor, *, epsilon: float, penalty: float, kin_penalty: float
+    part: Interval,
+    held: Interval,
+    outside0: Tensor,
+    outside1: Tensor,
+    *,
+    epsilon: float,
+    penalty: float,
+    kin_penalty: float,
 ) -> tuple[SparsePlan, Tensor, Tensor]:
     """Couple one block; epsilon and penalties are in units of cost.
 
@@ -149,7 +162,7 @@ def _solved(
     The exact plan between what takes part of each cell; mean descendants of the block's cells at the start and of
     ``outside0`` ``(k0, d)``, ``(m0 + k0, d)``; mean ancestors of those at the end and of ``outside1``.
     """
-    a, b, held = part.mass0, part.mass1, _held(part)
+    a, b = part.mass0, part.mass1
     plan = unbalanced(held, epsilon=epsilon, penalty=penalty)
     r, c = held.mass0 * plan.log_ratio0.exp(), held.mass1 * plan.log_ratio1.exp()
     r, c = torch.maximum(r / r.sum(), LEAST * a), torch.maximum(c / c.sum(), LEAST * b)

@@ -16,7 +16,8 @@ from .kernel import Kernel
 logger = logging.getLogger(__name__)
 
 ANNEALING = 10  # iterations at each epsilon on the way down
-BLUNT = 100.0  # epsilons that the cost's scale comes to at most where soft marginals need no way down
+BLUNT = 100.0  # epsilons that the cost's scale comes to at most where soft marginals need no way down,
+SOFT = 10.0  # and the cost's scales that their penalty comes to at most
 SAMPLE = 1500  # cells a side at most that come first, where there are more than twice as many
 NEAR = 1e-2  # error at which these have served: their potentials are off by the sample's noise anyway
 MEMORY = 3  # last iterations from which the next is extrapolated
@@ -83,9 +84,10 @@ def sinkhorn(
 ) -> Potentials:
     """Find the potentials of the entropic plan, whose marginals hold at the strength ``penalty`` (infinity: are hard).
 
-    Epsilon is lowered by steps from the cost's own scale; of large snapshots on a sample of the cells, whose potentials
-    then start all others. Iterations at the last one are extrapolated; where that does not serve they begin again, as
-    plain ones and Newton steps. The caller judges whether ``error`` is below ``tolerance``.
+    Epsilon is lowered by steps from the cost's own scale, but for soft marginals and an epsilon not far below it; of
+    large snapshots on a sample of the cells, whose potentials then start all others. Iterations at the last one are
+    extrapolated; where that does not serve they begin again, as plain ones and Newton steps. The caller judges whether
+    ``error`` is below ``tolerance``.
     """
     held = [log_m > -math.inf for log_m in (ends.log_a, ends.log_b)]
     if not all(bool(cells.all()) for cells in held):
@@ -99,7 +101,7 @@ def sinkhorn(
         return _extended(found, few, ends, held, epsilon, penalty)
     log_a, log_b = ends.log_a, ends.log_b
     # soft marginals do not let potentials run far: they are found from nothing, unless epsilon is small
-    blunt = penalty < math.inf and ends.scale <= BLUNT * epsilon
+    blunt = penalty <= SOFT * ends.scale <= SOFT * BLUNT * epsilon
     g, epsilons = torch.zeros_like(log_b), [epsilon] if blunt else annealing(ends.scale, epsilon)
     iterations, error = 0, math.inf
     if max(len(log_a), len(log_b)) > 2 * SAMPLE:

@@ -173,9 +173,9 @@ def unbalanced(
     Minimises ``<C, P> + epsilon KL(P | a x b) + penalty (KL(P 1 | a) + KL(P^T 1 | b))`` over positive measures (Liero,
     Mielke & Savare 2018; Chizat et al. 2018), where ``KL(p | q) = sum p log(p / q) - p + q``. Between two single cells
     the mass ``exp(-C / (epsilon + 2 penalty))`` moves, the rest is destroyed and made; a large penalty gives the
-    entropic coupling. Potentials are float64; epsilon is lowered by steps from the cost's own scale. Where the plan
-    does not fit, cells are met in tiles, so memory grows as ``n0 + n1``; a tile is float32 where its rounding is a
-    twentieth of the error so far at most, or of the tolerance.
+    entropic coupling. Potentials are float64; a small epsilon is come to by steps from the cost's own scale. Where the
+    plan does not fit, cells are met in tiles, so memory grows as ``n0 + n1``; a tile is float32 where its rounding is
+    a twentieth of the error so far at most, or of the tolerance.
 
     Parameters
     ----------
