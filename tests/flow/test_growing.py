@@ -200,6 +200,18 @@ def test_blocks_of_a_cell_each_may_be_copies(seed):
     torch.testing.assert_close(plan.pairs.mass0.sum(), torch.tensor(1.0, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("share", [0.8, 0.95])
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("block", [2, 3, 5])
+def test_most_cells_may_be_at_one_place(block, seed, share):
+    rng = np.random.default_rng(seed)
+    x0, x1 = rng.normal(size=(20, 2)), rng.normal(size=(20, 2))
+    x0[: int(20 * share)] = x1[: int(20 * share)] = 0
+    plan = grown(interval_of(x0, x1), seed, block=block)
+    for index, mass in ((plan.pairs.i, plan.pairs.mass0), (plan.pairs.j, plan.pairs.mass1)):
+        torch.testing.assert_close(sums(index, mass, 20), torch.full((20,), 0.05, dtype=torch.float64))
+
+
 def test_the_number_of_workers_changes_no_bit():
     interval = cloud(150, 130)
     one, three = (grown(interval, block=30, most_cells=100, workers=n) for n in (1, 3))

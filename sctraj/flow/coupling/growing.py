@@ -126,14 +126,14 @@ def growing(
 def _unit(held: Sequence[Interval], epsilon: float, workers: int) -> float:
     """Return the unit of entropy and penalties: the cost of the exact plan, of blocks the median of a few of them.
 
-    A few do, since blocks are of one law, and by the median a cell far away in one of them changes nothing. Of a
-    snapshot and its copy the cost is zero: then what rounding allows.
+    A few do, since blocks are of one law, and by the median a cell far away in one of them changes nothing; where most
+    of them are copies, the largest. Of a snapshot and its copy the cost is zero: then what rounding allows.
     """
     largest = max(len(held[0].x0), len(held[0].x1))
     few = held[: max(UNIT_BLOCKS, SMALL_BLOCK // largest)]
     costs = at_once(lambda part: exact(part).cost, [(part,) for part in few], workers)
     least = 2 * SHARPEST / epsilon * max(map(_spread, held))
-    return max(median(costs), least) or 1.0  # all in one place: any will do
+    return max(median(costs) or max(costs), least) or 1.0  # all in one place: any will do
 
 
 def _held(part: Interval) -> Interval:
@@ -164,8 +164,9 @@ def _solved(
     """
     a, b = part.mass0, part.mass1
     plan = unbalanced(held, epsilon=epsilon, penalty=penalty)
-    r, c = held.mass0 * plan.log_ratio0.exp(), held.mass1 * plan.log_ratio1.exp()
-    r, c = torch.maximum(r / r.sum(), LEAST * a), torch.maximum(c / c.sum(), LEAST * b)
+    # marginals that sum to one, however little of a block that is far from usual takes part
+    r, c = ((m.log() + ratio).softmax(0) for m, ratio in ((held.mass0, plan.log_ratio0), (held.mass1, plan.log_ratio1)))
+    r, c = torch.maximum(r, LEAST * a), torch.maximum(c, LEAST * b)
     best = exact(replace(held, mass0=r / r.sum(), mass1=c / c.sum()))
     stiff = unbalanced(held, epsilon=epsilon, penalty=kin_penalty)
     x0, x1 = part.x0.double(), part.x1.double()
