@@ -19,6 +19,7 @@ exclude_patterns = ["_build"]
 # the tutorials are stored executed, and .ci/run executes them anew
 nb_execution_mode = "off"
 myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
 suppress_warnings = ["myst.xref_missing", "myst.header"]  # links that also work where the files are read as text
 
 autodoc_typehints = "signature"
