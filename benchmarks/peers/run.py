@@ -1,6 +1,8 @@
 """Peers beside sctraj and the baselines, as one grid; a peer that is not installed is left out, with the reason.
 
 python -m benchmarks.peers.run CELLS.h5ad --time-key day --n-dims 5 --seeds 2 --bootstraps 50 -o peers  # from the root
+python -m benchmarks.peers.run branching --only mioflow -o peers  # a simulated family
+python -m benchmarks.peers.run --table peers other_folder  # the finished folders side by side
 
 Every peer has requirements of its own (requirements-*.txt beside this), which need not get along with each other's: run
 it in an environment each, with a folder each. Folds, half-samples and seeds are the same everywhere, so that a peer's
@@ -11,15 +13,18 @@ Without CELLS it draws a small simulated data set, from which nothing follows.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import anndata as ad
 import pandas as pd
 
 from sctraj import pp
-from sctraj.benchmark import TASKS, Data, make_grid, run_grid
-from sctraj.benchmark._methods import find_method
-from sctraj.datasets import simulated_differentiation
+from sctraj.benchmark import TASKS, Data, make_grid, run_grid, summary
+from sctraj.benchmark._grid import FAMILIES, SIMULATED
+from sctraj.benchmark._methods import REFERENCES, find_method
+from sctraj.cli import prepare
+from sctraj.datasets import simulated_course, simulated_differentiation
 
 HERE = "benchmarks.peers"
 OWN = ("ot-cfm", "uot-cfm")
@@ -29,7 +34,11 @@ PEERS = {
     "torchcfm-sb-cfm": f"{HERE}.torchcfm_peer:sb_cfm",
     "wot": f"{HERE}.wot_peer:interpolate",
     "moscot": f"{HERE}.moscot_peer:interpolate",
+    "mioflow": f"{HERE}.mioflow_peer:restore",
+    "cytobridge": f"{HERE}.cytobridge_peer:restore",
 }
+SHOWN = {"energy": "energy", "energy_unweighted": "energy, unweighted", "variance_ratio": "V", "w1": "W1"}
+KEYS = ["data", "task", "method", "strict", "start", "held_out", "seed", "space", "metric", "bootstrap"]
 
 
 def absent(method: str) -> str | None:
@@ -41,11 +50,44 @@ def absent(method: str) -> str | None:
     return None
 
 
+def side_by_side(folders: Sequence[Path]) -> str:
+    """Return finished folders as one markdown table for each data set and space, nearest to the truth first.
+
+    Means over held-out snapshots and seeds, in brackets the standard deviation over seeds. Of what two folders share,
+    sctraj's own methods and the baselines, the first one's rows are shown.
+    """
+    rows = pd.concat([pd.read_csv(folder / "benchmark.csv") for folder in folders], ignore_index=True)
+    found = summary(rows.drop_duplicates(KEYS))
+    found.loc[found["method"].isin(REFERENCES), "start"] = ""  # they know none, and stand in every one
+    found = found.drop_duplicates([key for key in KEYS if key in found])
+    tables = []
+    for (data, task, strict, space), group in found.groupby(["data", "task", "strict", "space"], sort=False):
+        by_metric = {metric: part.set_index(["method", "start"]) for metric, part in group.groupby("metric")}
+        shown = {metric: words for metric, words in SHOWN.items() if metric in by_metric}
+        title = ", ".join([data, task, *(["strict"] if strict else []), space])
+        lines = [[title, *shown.values()], ["---"] * (1 + len(shown))]
+        for method, start in by_metric["energy"]["mean"].sort_values().index:
+            numbers = [by_metric[metric].loc[(method, start)] for metric in shown]
+            lines.append([named(method, start), *(as_text(one["mean"], one["sd"]) for one in numbers)])
+        tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(tables)
+
+
+def named(method: str, start: str) -> str:
+    peer = next((name for name, path in PEERS.items() if method.startswith(path)), None)
+    return peer or ", ".join([method, *([start] if start else [])])
+
+
+def as_text(mean: float, sd: float) -> str:
+    return f"{mean:.3f} ({sd:.3f})" if sd > 1e-9 else f"{mean:.3f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cells", nargs="?", type=Path)
+    parser.add_argument("cells", nargs="?", help="h5ad file, or the name of a simulated family")
     parser.add_argument("--time-key", default="time")
     parser.add_argument("--n-dims", type=int, default=5)
+    parser.add_argument("--pca", type=int, help="first components of X, of all cells, where the file has none")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--bootstraps", type=int, default=20)
     parser.add_argument("--n-steps", type=int, default=3000, help="of torchcfm's training")
@@ -54,20 +96,30 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(PEERS), choices=PEERS, metavar="PEER", help=", ".join(PEERS))
     parser.add_argument("--strict", action="store_true", help="beside the published form")
     parser.add_argument("--jobs", type=int)
+    parser.add_argument("--table", nargs="+", type=Path, metavar="FOLDER", help="print finished folders alone")
     parser.add_argument("-o", "--output", type=Path, default=Path("sctraj_peers"), help="folder")
     args = parser.parse_args()
+    if args.table:
+        print(side_by_side(args.table))
+        return
 
     reasons = {name: reason for name in args.only if (reason := absent(PEERS[name])) is not None}
     for name, reason in reasons.items():
         print(f"left out {name}: {reason}; see {HERE.replace('.', '/')}/requirements-*.txt")
     peers = [PEERS[name] for name in args.only if name not in reasons]
 
-    cells = simulated_differentiation(600, n_genes=60, n_pcs=6) if args.cells is None else ad.read_h5ad(args.cells)
+    name = SIMULATED if args.cells is None else Path(args.cells).stem
+    if args.cells is None:
+        cells = simulated_differentiation(600, n_genes=60, n_pcs=6)
+    elif args.cells in FAMILIES:
+        cells = simulated_course(args.cells)
+    else:
+        cells = ad.read_h5ad(args.cells)
     if not pd.api.types.is_numeric_dtype(cells.obs[args.time_key]):
         pp.parse_time(cells, args.time_key, key_added="real_time")
         args.time_key = "real_time"
-    name = "simulated" if args.cells is None else args.cells.stem
-    use_rep = "recipe" if cells.n_vars else "X_pca"
+    prepare(cells, time_key=args.time_key, column=None, pca=args.pca)
+    use_rep = "recipe" if cells.n_vars and "X_pca" not in cells.obsm else "X_pca"
     data = Data(name, name, time_key=args.time_key, use_rep=use_rep, n_dims=args.n_dims)
     grid = make_grid(
         [data],

@@ -18,6 +18,8 @@ from torchcfm.models.models import MLP
 
 from sctraj.flow.snapshots import Snapshots
 
+from .common import counted, seeded
+
 N_STEPS, BATCH_SIZE, WIDTH, EULER_STEPS = 3000, 128, 64, 100
 
 
@@ -35,20 +37,9 @@ def sb_cfm(snapshots: Snapshots, time: float, rng: np.random.Generator, n_steps:
 
 
 def _restored(matcher, snapshots, time, rng, n_steps):
-    seed = int(rng.integers(2**31))
-    state = np.random.get_state()  # noqa: NPY002 - what torchcfm draws from
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # noqa: TID251
-        np.random.seed(seed)  # noqa: NPY002, TID251
-        try:
-            model = _trained(matcher, snapshots.points, n_steps)
-        finally:
-            np.random.set_state(state)  # noqa: NPY002
-    times = snapshots.times
-    before = max(k for k, t in enumerate(times) if t < time)
-    gap = before if before + 1 < len(times) else before - 1  # beyond the last snapshot by the length of the last gap
-    after = times[gap + 1] if times[gap + 1] > time or gap < before else times[gap + 2]  # the time itself may be kept
-    span = (time - times[before]) / (after - times[gap])
+    with seeded(rng):
+        model = _trained(matcher, snapshots.points, n_steps)
+    before, span = counted(snapshots.times, time)
     x = snapshots.points[before]
     with torch.no_grad():
         for step in range(EULER_STEPS):

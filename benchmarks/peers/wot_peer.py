@@ -13,6 +13,8 @@ import wot
 from sctraj.benchmark._methods import neighbours
 from sctraj.flow.snapshots import Snapshots
 
+from .common import seeded
+
 
 def interpolate(snapshots: Snapshots, time: float, rng: np.random.Generator) -> np.ndarray:
     before, after = neighbours(snapshots, time)
@@ -24,9 +26,5 @@ def interpolate(snapshots: Snapshots, time: float, rng: np.random.Generator) -> 
     cells.obs_names = [str(n) for n in range(len(cells))]
     model = wot.ot.OTModel(cells, epsilon=0.05, lambda1=1, lambda2=50, local_pca=0)
     plan = model.compute_transport_map(t0, t1).X
-    state = np.random.get_state()  # noqa: NPY002 - what wot draws from
-    np.random.seed(int(rng.integers(2**31)))  # noqa: NPY002, TID251
-    try:
+    with seeded(rng):
         return wot.ot.interpolate_with_ot(x0, x1, plan, (time - t0) / (t1 - t0), max(len(x0), len(x1)))
-    finally:
-        np.random.set_state(state)  # noqa: NPY002
