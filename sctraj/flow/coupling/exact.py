@@ -16,7 +16,6 @@ from .independent import draw
 from .pairs import WeightedPairs
 from .shortlist import SMALLEST, near_potentials, shortlisted
 
-SMALLEST_NEAR = 2**19  # pairs in all, from which it pays to begin with potentials that are nearly optimal
 Array = NDArray[np.float64]
 
 
@@ -106,7 +105,7 @@ def _among_few(cost: Array, a: Array, b: Array) -> tuple[NDArray[np.int64], NDAr
 def _among_all(cost: Array, a: Array, b: Array) -> tuple[NDArray[np.int64], NDArray[np.int64], Array]:
     """Return the optimal plan's pairs and masses, sought among all, the most likely first."""
     near = None
-    if cost.size >= SMALLEST_NEAR:
+    if cost.size >= SMALLEST:  # and the short list did not do
         near = tuple(v.numpy() for v in near_potentials(*(torch.from_numpy(v) for v in (cost, a, b))))
     plan, log = ot.emd(a, b, cost, numItermax=10_000_000, log=True, potentials_init=near)
     if log["warning"] is not None:

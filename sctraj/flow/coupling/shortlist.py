@@ -4,6 +4,9 @@ The network simplex spends its time looking for a pair to bring in. An optimal p
 of them where the reduced cost ``C_ij - f_i - g_j`` of good potentials is small; over a few dozen such pairs a cell it
 takes a tenth of the time or less. The potentials of that plan then either show that no pair left out would lower the
 cost, or which would (column generation; Gottschlich & Schuhmacher 2014, Schmitzer 2016 on short lists).
+
+A plan's reduced cost is its cost less ``a @ f + b @ g``, the same for all plans, so the simplex is given reduced costs:
+it then begins where the potentials are, and takes a half to a quarter of the time.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from ..exponential import exp_
 
-SMALLEST = 2**20  # pairs in all, from which a list pays
+SMALLEST = 2**18  # pairs in all, from which a list pays
 PAIRS = 30  # a cell of either side, to begin with, and of those that would lower the cost, to add at most
 TIGHT = 10  # a cell, of those that are next to do so, to add
 SHARPNESS = (1 / 2, 1 / 8, 1 / 32, 1 / 128)  # of the potentials that choose them, in standard deviations of the cost
@@ -45,27 +48,30 @@ def shortlisted(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Ten
     """
     f, _ = near_potentials(cost, a, b)
     reduced = cost - f[:, None]
-    reduced -= reduced.amin(0)
+    g = reduced.amin(0)  # with f the largest potentials that all pairs allow
+    reduced -= g
     listed = reduced <= _threshold(reduced, PAIRS)
     listed[_staircase(a, b)] = True  # so that there is a plan at all
     tolerance = PROVEN * float(cost.max())
     for _ in range(ROUNDS):
         i, j = torch.nonzero(listed, as_tuple=True)
-        arcs = coo_array((cost[i, j].numpy(), (i.numpy(), j.numpy())), shape=tuple(cost.shape))
+        arcs = coo_array((reduced[i, j].numpy(), (i.numpy(), j.numpy())), shape=tuple(cost.shape))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what the solver has to say is in the log too
             plan, log = ot.emd(a.numpy(), b.numpy(), arcs, numItermax=10_000_000, log=True)
         if log["warning"] is not None:
             return None
-        f, g = (torch.from_numpy(np.asarray(log[name], dtype=np.float64)) for name in ("u", "v"))
+        paid = log["cost"] + float(a @ f + b @ g)
+        f, g = (h + torch.from_numpy(np.asarray(log[name], dtype=np.float64)) for h, name in ((f, "u"), (g, "v")))
         torch.sub(cost, f[:, None], out=reduced)
-        best = reduced.amin(0)  # with f the largest potentials that all pairs allow
-        if log["cost"] - float(a @ f + b @ best) <= tolerance:
+        best = reduced.amin(0)
+        if paid - float(a @ f + b @ best) <= tolerance:
             return _pairs(plan)
         reduced -= g
         # of many the worst: the next potentials set most others right
         listed |= reduced < min(0.0, _threshold(reduced, PAIRS))
         reduced += g - best
+        g = best
         listed |= reduced <= _threshold(reduced, TIGHT)  # or a few at a time would take many rounds
     return None
 
@@ -90,9 +96,9 @@ def near_potentials(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]
 
 def _threshold(reduced: Tensor, pairs: int) -> float:
     """Return the reduced cost below which there are about so many pairs a cell, found on an even sample."""
-    some = reduced.flatten()[:: max(1, reduced.numel() // SAMPLE)].sort().values
-    share = pairs * sum(reduced.shape) / reduced.numel()
-    return float(some[min(len(some) - 1, int(share * len(some)))])
+    some = reduced.flatten()[:: max(1, reduced.numel() // SAMPLE)].numpy()
+    rank = min(len(some) - 1, int(pairs * sum(reduced.shape) / reduced.numel() * len(some)))
+    return float(np.partition(some, rank)[rank])
 
 
 def _staircase(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
