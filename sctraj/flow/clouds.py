@@ -12,11 +12,10 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 from torch import Tensor
 
+from .euclidean import distances
 from .exponential import exp_
 
 TILE = 2**20  # entries of a distance matrix held at once: what a CPU's caches hold
-# pairs; of more, squared distances come from products of coordinates, which take a tenth of the time
-LARGEST_BY_DIFFERENCES = 2**22
 
 Kernel = Callable[[Tensor], Tensor]  # of distances, which it leaves alone
 
@@ -117,9 +116,7 @@ def gaussian(bandwidth: float) -> Kernel:
     return lambda distance: exp_(distance.square().div_(-2 * bandwidth * bandwidth))
 
 
-def mean_kernels(
-    us: Sequence[Cloud], vs: Sequence[Cloud], kernels: Sequence[Kernel], *, by_products: bool | None = None
-) -> NDArray[np.float64]:
+def mean_kernels(us: Sequence[Cloud], vs: Sequence[Cloud], kernels: Sequence[Kernel]) -> NDArray[np.float64]:
     """Return weighted means of kernels over all pairs of two clouds, met once for all kernels and weightings.
 
     Parameters
@@ -129,9 +126,6 @@ def mean_kernels(
         pairs are those of one cloud with itself, and each is met once for both of its orders.
     kernels
         Of the distances.
-    by_products
-        Whether squared distances are sums and products of coordinates, for which the clouds should lie about the
-        origin; None: where there are many pairs.
 
     Returns
     -------
@@ -139,15 +133,11 @@ def mean_kernels(
     """
     itself = us is vs
     x, y = us[0].points, vs[0].points
-    if by_products is None and (by_products := len(x) * len(y) > LARGEST_BY_DIFFERENCES):
-        centre = y.mean(0)
-        x, y = x - centre, y - centre  # squares of small numbers: nothing is lost far from the origin
-    mode = "use_mm_for_euclid_dist" if by_products else "donot_use_mm_for_euclid_dist"
     total, start = np.zeros((len(kernels), len(us))), 0
     while start < len(x):
         first = start if itself else 0  # what lies before was met from the other side
         stop = min(len(x), start + max(1, TILE // (len(y) - first)))
-        distance = torch.cdist(x[start:stop], y[first:], compute_mode=mode)
+        distance = distances(x[start:stop], y[first:])
         for k, kernel in enumerate(kernels):
             values = kernel(distance)
             for w, (u, v) in enumerate(zip(us, vs, strict=True)):
@@ -159,11 +149,9 @@ def mean_kernels(
     return total
 
 
-def distinct_means(
-    us: Sequence[Cloud], kernels: Sequence[Kernel], *, by_products: bool | None = None
-) -> NDArray[np.float64]:
+def distinct_means(us: Sequence[Cloud], kernels: Sequence[Kernel]) -> NDArray[np.float64]:
     """Return the same over pairs of distinct points of one cloud: all pairs less each point with itself."""
-    whole = mean_kernels(us, us, kernels, by_products=by_products)
+    whole = mean_kernels(us, us, kernels)
     zero = torch.zeros(1, dtype=torch.float64)
     itself = np.outer([float(kernel(zero)) for kernel in kernels], [float(u.mass.square().sum()) for u in us])
     return (whole - itself) / [distinct(u) for u in us]

@@ -132,7 +132,7 @@ def restoration_plan(
     large = (side := points_a_side(a, b)) > LARGEST_EXACT
     costs = []
     for part0, part1 in _blocks(a, b, round(side / PLAN_BLOCK) if large else 1, stream):
-        plan = optimal_plan(part0.points, part1.points, part0.mass, part1.mass, p=1, by_products=large)
+        plan = optimal_plan(part0.points, part1.points, part0.mass, part1.mass, p=1)
         part = part0.whole * plan.mass  # the block's part in the whole plan
         length = (part0.points[plan.i] - part1.points[plan.j]).norm(dim=1)
         share.index_add_(0, part1.rows[plan.j], part * length)
@@ -195,7 +195,7 @@ def _some_blocks(a: Cloud, b: Cloud, size: int, most: int, rng: np.random.Genera
 
 
 def _cost(a: Cloud, b: Cloud, p: int) -> float:
-    return optimal_plan(a.points, b.points, a.mass, b.mass, p=p, by_products=True).cost
+    return optimal_plan(a.points, b.points, a.mass, b.mass, p=p).cost
 
 
 def _extrapolated(a: Cloud, b: Cloud, size: int, found: Sequence[float], p: int, rng: np.random.Generator) -> Estimate:

@@ -17,6 +17,7 @@ from .coupling import SparsePlan
 from .coupling.blocked import at_once
 from .distance import variance_ratio
 from .distance_estimates import estimated_wasserstein, restoration_plan
+from .euclidean import distances
 from .integrate import Field, Solver, transport
 from .pairwise_estimates import estimated_pairwise, within
 from .problem import DATA_SEED, DISPLACEMENT_CELLS, Plans, Problem, make_problems
@@ -384,7 +385,7 @@ def flattened(restoration: Restoration) -> Restoration:
 def smoothed(restoration: Restoration) -> Restoration:
     """Move every point half-way to the mean of the ``SMOOTHED`` other points of the restoration nearest to it."""
     points = restoration.points.double()
-    distance = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(math.inf)
+    distance = distances(points, points).fill_diagonal_(math.inf)
     nearest = distance.topk(min(SMOOTHED, len(points) - 1), largest=False).indices
     return Restoration((points + points[nearest].mean(1)) / 2, restoration.mass)
 

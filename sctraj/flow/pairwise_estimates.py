@@ -166,8 +166,7 @@ def _partitioned(
 ) -> Iterator[NDArray[np.float64]]:
     """Yield the same ``(kernels, weightings)`` for each of the partitions, from the pairs within its blocks alone."""
     stream = np.random.default_rng(rng)
-    centre = v.points.mean(0)
-    us, vs = [Cloud(u.points - centre, u.mass) for u in us], [Cloud(v.points - centre, v.mass)]
+    vs = [v]
     itself = np.array([float(kernel(torch.zeros(1, dtype=torch.float64))) for kernel in kernels])[:, None]
     for _ in range(PARTITIONS):
         totals, pairs = [np.zeros(1)] * 3, [np.zeros(1)] * 3  # of the pairs x-y, x-x, y-y within blocks
@@ -176,8 +175,8 @@ def _partitioned(
                 [np.array([float(f(part.mass)) for part in parts]) for parts in (part_u, part_v)]
                 for f in (torch.sum, lambda mass: mass.square().sum())
             )
-            cross = mean_kernels(part_u, part_v * len(part_u), kernels, by_products=True)
-            of_u, of_v = (mean_kernels(part, part, kernels, by_products=True) for part in (part_u, part_v))
+            cross = mean_kernels(part_u, part_v * len(part_u), kernels)
+            of_u, of_v = (mean_kernels(part, part, kernels) for part in (part_u, part_v))
             inside = (cross, of_u - itself * squares[0], of_v - itself * squares[1])
             weight = (masses[0] * masses[1], masses[0] ** 2 - squares[0], masses[1] ** 2 - squares[1])
             totals = [total + part for total, part in zip(totals, inside)]

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..euclidean import distances
 from ..snapshots import Interval
 from .independent import draw
 from .pairs import WeightedPairs
@@ -52,9 +53,7 @@ class SparsePlan:
         return WeightedPairs(self.i, self.j, self.mass, self.mass)
 
 
-def optimal_plan(
-    x0: Tensor, x1: Tensor, mass0: Tensor, mass1: Tensor, *, p: int, by_products: bool = False
-) -> SparsePlan:
+def optimal_plan(x0: Tensor, x1: Tensor, mass0: Tensor, mass1: Tensor, *, p: int) -> SparsePlan:
     """Solve the Kantorovich problem for the cost ``|x0 - x1|^p`` exactly (network simplex, in float64 on the CPU).
 
     Large ones over a short list of pairs, the plan being proven optimal among all, where that does not take too long.
@@ -67,21 +66,13 @@ def optimal_plan(
         Weights ``(n0,)`` and ``(n1,)``, each summing to one.
     p
         Power of the Euclidean distance, 1 or 2.
-    by_products
-        Whether squared distances come from products of centred coordinates: in many dimensions several times faster,
-        and for points at one place off by rounding, 1e-8 of the cloud's extent.
 
     Raises
     ------
     RuntimeError
         If the solver reports that the plan is not optimal.
     """
-    x0, x1 = (x.double().cpu() for x in (x0, x1))
-    if by_products:
-        centre = x1.mean(0)
-        x0, x1 = x0 - centre, x1 - centre
-    mode = "use_mm_for_euclid_dist" if by_products else "donot_use_mm_for_euclid_dist"
-    cost = torch.cdist(x0, x1, compute_mode=mode).numpy() ** p  # (n0, n1)
+    cost = distances(x0.double().cpu(), x1.double().cpu()).pow_(p).numpy()  # (n0, n1)
     a, b = (m.double().cpu().numpy() for m in (mass0, mass1))
     a, b = a / a.sum(), b / b.sum()
     found = _among_few(cost, a, b) if cost.size >= SMALLEST else None
