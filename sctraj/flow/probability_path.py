@@ -146,13 +146,14 @@ class Hermite(ProbabilityPath):
 
     def moments(self, pairs: Pairs, s: Tensor) -> Moments:
         """Return mean, standard deviation and their rates at the fraction ``s`` of an interval."""
-        chord = (pairs.x1 - pairs.x0) / pairs.length
-        v0 = chord if pairs.velocity0 is None else pairs.velocity0
-        v1 = chord if pairs.velocity1 is None else pairs.velocity1
-        # relative to the chord, with u = 1 - s: h10 = s u^2, h11 = -s^2 u
-        bend = s * (1 - s) ** 2 * (v0 - chord) - s**2 * (1 - s) * (v1 - chord)
-        bend_rate = (1 - s) * (1 - 3 * s) * (v0 - chord) + s * (3 * s - 2) * (v1 - chord)
-        mean, rate = pairs.x0 + s * (pairs.x1 - pairs.x0) + bend * pairs.length, chord + bend_rate
+        way = pairs.x1 - pairs.x0
+        chord = way / pairs.length
+        # what the velocities at the ends are beside it
+        a, b = (torch.zeros_like(chord) if v is None else v - chord for v in (pairs.velocity0, pairs.velocity1))
+        # with u = 1 - s: h10 = s u^2, h11 = -s^2 u
+        bend = s * (1 - s) ** 2 * a - s**2 * (1 - s) * b
+        bend_rate = (1 - s) * (1 - 3 * s) * a + s * (3 * s - 2) * b
+        mean, rate = pairs.x0 + s * way + bend * pairs.length, chord + bend_rate
         return Moments(mean, rate, torch.full_like(s, self.sigma), torch.zeros_like(s))
 
 
