@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 FEW_DIMENSIONS = 16  # up to which differences take no longer
 NEAR = 1 / 16  # of a point's distance from the centre: pairs nearer to each other are met again by differences
 MANY_NEAR = 16  # where there is one in so many of them, all are
+CENTRAL = 64  # points whose median is the centre
 
 
 def distances(x: Tensor, y: Tensor) -> Tensor:
-    """Return all distances ``(n, m)`` between points ``(n, d)`` and ``(m, d)``.
+    """Return all distances ``(n, m)`` between points ``(n, d)`` and ``(m, d)`` on the CPU.
 
     In many dimensions ``|x|^2 - 2 x y + |y|^2``, about a centre, takes a fifth of the time of differences; it is off by
     rounding of the squares. Where that would be more than some 1e-12 of a distance (in float64) it comes from
@@ -19,14 +21,14 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
     """
     if x.shape[1] <= FEW_DIMENSIONS:
         return _by_differences(x, y)
-    centre = y.median(0).values  # which no point far from all others moves
+    centre = y[:: max(1, len(y) // CENTRAL)].median(0).values  # which no point far from all others moves
     from_centre = x - centre
     found = torch.cdist(from_centre, y - centre, compute_mode="use_mm_for_euclid_dist")
     # a pair of which y alone is far from the centre is not near
-    near = found <= NEAR * from_centre.norm(dim=1, keepdim=True)
-    if int(near.sum()) * MANY_NEAR > near.numel():
+    near = np.flatnonzero((found <= NEAR * from_centre.norm(dim=1, keepdim=True)).numpy())
+    if len(near) * MANY_NEAR > found.numel():
         return _by_differences(x, y)
-    i, j = torch.nonzero(near, as_tuple=True)
+    i, j = (torch.from_numpy(index) for index in np.divmod(near, len(y)))
     found[i, j] = (x[i] - y[j]).norm(dim=1)
     return found
 
