@@ -25,7 +25,7 @@ PENALTY = 2.0
 KIN_PENALTY = 4.0  # where kin are: a soft plan sends mass only to near cells, and so makes every move look short
 LEAST = 1e-6  # of a cell's mass takes part whatever it costs: the network simplex loses masses at its rounding
 UNIT_BLOCKS = 3  # that the unit is taken from, and of small ones as many as come to a usual one
-SMALL_BLOCK = 1500  # cells a side of larger snapshots: some 2 s a block, four times as long at twice the size
+SMALL_BLOCK = 1500  # cells a side of larger snapshots: about a second a block, four times as long at twice the size
 
 
 @dataclass(frozen=True)
