@@ -25,10 +25,10 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
     from_centre = x - centre
     found = torch.cdist(from_centre, y - centre, compute_mode="use_mm_for_euclid_dist")
     # a pair of which y alone is far from the centre is not near
-    near = np.flatnonzero((found <= NEAR * from_centre.norm(dim=1, keepdim=True)).numpy())
-    if len(near) * MANY_NEAR > found.numel():
+    near = (found <= NEAR * from_centre.norm(dim=1, keepdim=True)).numpy()
+    if np.count_nonzero(near) * MANY_NEAR > near.size:
         return _by_differences(x, y)
-    i, j = (torch.from_numpy(index) for index in np.divmod(near, len(y)))
+    i, j = (torch.from_numpy(index) for index in np.divmod(np.flatnonzero(near), len(y)))
     found[i, j] = (x[i] - y[j]).norm(dim=1)
     return found
 

@@ -166,11 +166,10 @@ def _partitioned(
 ) -> Iterator[NDArray[np.float64]]:
     """Yield the same ``(kernels, weightings)`` for each of the partitions, from the pairs within its blocks alone."""
     stream = np.random.default_rng(rng)
-    vs = [v]
     itself = np.array([float(kernel(torch.zeros(1, dtype=torch.float64))) for kernel in kernels])[:, None]
     for _ in range(PARTITIONS):
         totals, pairs = [np.zeros(1)] * 3, [np.zeros(1)] * 3  # of the pairs x-y, x-x, y-y within blocks
-        for part_u, part_v in zip(*(_by_number(clouds, n_blocks, stream) for clouds in (us, vs))):
+        for part_u, part_v in zip(*(_by_number(clouds, n_blocks, stream) for clouds in (us, [v]))):
             masses, squares = (
                 [np.array([float(f(part.mass)) for part in parts]) for parts in (part_u, part_v)]
                 for f in (torch.sum, lambda mass: mass.square().sum())
