@@ -31,7 +31,7 @@ def silent() -> Iterator[None]:
         yield
 
 
-def counted(times: Sequence[float], time: float) -> tuple[int, float]:
+def on_snapshot_clock(times: Sequence[float], time: float) -> tuple[int, float]:
     """Return the kept snapshot before a time, and the way from it as a fraction of the gap that the time lies in.
 
     Where the clock counts kept snapshots every gap is one long, and the sum of both is the time on it. Beyond the last

@@ -1,7 +1,8 @@
 """CytoBridge 1.4 in the benchmark's contract: regularised unbalanced flow matching, velocity, growth and score.
 
 The settings of its authors' `crufm` configuration, which the package lacks: five layers of 256, 3,000 steps of 400
-pairs an interval, cosine rate from .005. Real times in mean gaps; the snapshot before is moved by velocity and growth.
+pairs an interval, cosine rate from .005. Real times in mean gaps from the first; the snapshot before is moved by
+velocity and growth.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def restore(
     snapshots: Snapshots, time: float, rng: np.random.Generator, n_steps: int = N_STEPS
 ) -> tuple[np.ndarray, np.ndarray]:
     gap = (snapshots.times[-1] - snapshots.times[0]) / (len(snapshots.times) - 1)
-    times = [t / gap for t in snapshots.times]
+    times = [(t - snapshots.times[0]) / gap for t in snapshots.times]
     cells = [x.float() for x in snapshots.points]
     stage = STAGE | {"epochs": n_steps, "batch_size": BATCH_SIZE}
     with tempfile.TemporaryDirectory() as folder, seeded(rng), silent():
@@ -45,8 +46,8 @@ def restore(
         model = DynamicalModel(cells[0].shape[1], MODEL)
         model = TrainingPipeline(model, config, BATCH_SIZE, torch.device("cpu"), data=cells).train(cells, times)
     before = max(k for k, t in enumerate(snapshots.times) if t < time)
-    start = cells[before]
-    way = torch.linspace(times[before], time / gap, EULER_STEPS + 1)
-    none = torch.zeros(len(start), 1)
-    points, log_mass, _ = odeint(ODEFunc(model, use_mass=True), (start, none, none), way, method="euler")
+    way = torch.linspace(times[before], (time - snapshots.times[0]) / gap, EULER_STEPS + 1)
+    zeros = torch.zeros(len(cells[before]), 1)
+    state = cells[before], zeros, zeros  # points, log mass, energy
+    points, log_mass, _ = odeint(ODEFunc(model, use_mass=True), state, way, method="euler")  # its score needs gradients
     return points[-1].detach().numpy(), log_mass[-1, :, 0].detach().exp().numpy()

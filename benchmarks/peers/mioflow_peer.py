@@ -17,7 +17,7 @@ from torchdiffeq import odeint
 
 from sctraj.flow.snapshots import Snapshots
 
-from .common import counted, seeded, silent
+from .common import on_snapshot_clock, seeded, silent
 
 N_EPOCHS = 100
 
@@ -27,7 +27,7 @@ def restore(snapshots: Snapshots, time: float, rng: np.random.Generator, n_epoch
     labels = np.repeat(snapshots.times, [len(x) for x in points])
     cells = ad.AnnData(obs=pd.DataFrame({"time": labels}, index=[str(n) for n in range(len(labels))]))
     cells.obsm["X_rep"] = np.concatenate(points)
-    before, span = counted(snapshots.times, time)
+    before, span = on_snapshot_clock(snapshots.times, time)
     with tempfile.TemporaryDirectory() as folder, seeded(rng), silent():
         fitted = MIOFlow(
             cells, gaga_input_key="X_rep", obs_time_key="time", debug_level="warning", use_cuda=False,

@@ -38,7 +38,7 @@ PEERS = {
     "cytobridge": f"{HERE}.cytobridge_peer:restore",
 }
 SHOWN = {"energy": "energy", "energy_unweighted": "energy, unweighted", "variance_ratio": "V", "w1": "W1"}
-KEYS = ["data", "task", "method", "strict", "start", "held_out", "seed", "space", "metric", "bootstrap"]
+KEYS = ["data", "task", "method", "strict", "start", "space", "metric"]
 
 
 def absent(method: str) -> str | None:
@@ -53,32 +53,37 @@ def absent(method: str) -> str | None:
 def side_by_side(folders: Sequence[Path]) -> str:
     """Return finished folders as one markdown table for each data set and space, nearest to the truth first.
 
-    Means over held-out snapshots and seeds, in brackets the standard deviation over seeds. Of what two folders share,
-    sctraj's own methods and the baselines, the first one's rows are shown.
+    Means over held-out snapshots and seeds, in brackets the standard deviation over seeds. Folders are to be of one
+    data set in the same dimensions; of a method that stands in several, sctraj's own and the baselines, the one with
+    most seeds is shown.
     """
-    rows = pd.concat([pd.read_csv(folder / "benchmark.csv") for folder in folders], ignore_index=True)
-    found = summary(rows.drop_duplicates(KEYS))
+    tables = [pd.read_csv(folder / "benchmark.csv") for folder in folders]
+    found = pd.concat([summary(table) for table in tables], ignore_index=True)
     found.loc[found["method"].isin(REFERENCES), "start"] = ""  # they know none, and stand in every one
-    found = found.drop_duplicates([key for key in KEYS if key in found])
-    tables = []
-    for (data, task, strict, space), group in found.groupby(["data", "task", "strict", "space"], sort=False):
-        by_metric = {metric: part.set_index(["method", "start"]) for metric, part in group.groupby("metric")}
-        shown = {metric: words for metric, words in SHOWN.items() if metric in by_metric}
-        title = ", ".join([data, task, *(["strict"] if strict else []), space])
-        lines = [[title, *shown.values()], ["---"] * (1 + len(shown))]
-        for method, start in by_metric["energy"]["mean"].sort_values().index:
-            numbers = [by_metric[metric].loc[(method, start)] for metric in shown]
-            lines.append([named(method, start), *(as_text(one["mean"], one["sd"]) for one in numbers)])
-        tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-    return "\n\n".join(tables)
+    found = found.sort_values("n_seeds", ascending=False, kind="stable").drop_duplicates(KEYS)
+    return "\n\n".join(
+        _markdown(", ".join([data, task, *(["strict"] if strict else []), space]), group)
+        for (data, task, strict, space), group in found.groupby(["data", "task", "strict", "space"], sort=False)
+    )
 
 
-def named(method: str, start: str) -> str:
-    peer = next((name for name, path in PEERS.items() if method.startswith(path)), None)
+def _markdown(title: str, found: pd.DataFrame) -> str:
+    by_metric = {metric: part.set_index(["method", "start"]) for metric, part in found.groupby("metric")}
+    shown = {metric: words for metric, words in SHOWN.items() if metric in by_metric}
+    lines = [[title, *shown.values()], ["---"] * (1 + len(shown))]
+    for method, start in by_metric["energy"]["mean"].sort_values().index:
+        numbers = [by_metric[metric].loc[(method, start)] for metric in shown]
+        lines.append([_named(method, start), *(_text(one["mean"], one["sd"]) for one in numbers)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _named(method: str, start: str) -> str:
+    """Return a peer's short name, with its settings; of sctraj's own methods what was moved stands beside it."""
+    peer = next((name + method[len(path) :] for name, path in PEERS.items() if method.startswith(path)), None)
     return peer or ", ".join([method, *([start] if start else [])])
 
 
-def as_text(mean: float, sd: float) -> str:
+def _text(mean: float, sd: float) -> str:
     return f"{mean:.3f} ({sd:.3f})" if sd > 1e-9 else f"{mean:.3f}"
 
 

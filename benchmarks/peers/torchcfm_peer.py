@@ -18,7 +18,7 @@ from torchcfm.models.models import MLP
 
 from sctraj.flow.snapshots import Snapshots
 
-from .common import counted, seeded
+from .common import on_snapshot_clock, seeded
 
 N_STEPS, BATCH_SIZE, WIDTH, EULER_STEPS = 3000, 128, 64, 100
 
@@ -39,7 +39,7 @@ def sb_cfm(snapshots: Snapshots, time: float, rng: np.random.Generator, n_steps:
 def _restored(matcher, snapshots, time, rng, n_steps):
     with seeded(rng):
         model = _trained(matcher, snapshots.points, n_steps)
-    before, span = counted(snapshots.times, time)
+    before, span = on_snapshot_clock(snapshots.times, time)
     x = snapshots.points[before]
     with torch.no_grad():
         for step in range(EULER_STEPS):

@@ -9,15 +9,16 @@ from torch import Tensor
 FEW_DIMENSIONS = 16  # up to which differences take no longer
 NEAR = 1 / 16  # of a point's distance from the centre: pairs nearer to each other are met again by differences
 MANY_NEAR = 16  # where there is one in so many of them, all are
-CENTRAL = 64  # points whose median is the centre
+CENTRAL = 64  # points, at least, whose median is the centre
+GATHERED = 2**22  # numbers, at most, in differences that are met at once
 
 
 def distances(x: Tensor, y: Tensor) -> Tensor:
-    """Return all distances ``(n, m)`` between points ``(n, d)`` and ``(m, d)`` on the CPU.
+    """Return all distances ``(n, m)`` between points ``(n, d)`` and ``(m, d)``, float64 on the CPU.
 
     In many dimensions ``|x|^2 - 2 x y + |y|^2``, about a centre, takes a fifth of the time of differences; it is off by
-    rounding of the squares. Where that would be more than some 1e-12 of a distance (in float64) it comes from
-    differences all the same; so points at one place are at distance zero.
+    rounding of the squares. Where that would be more than some 1e-12 of a distance, it comes from differences all the
+    same; so points at one place are at distance zero.
     """
     if x.shape[1] <= FEW_DIMENSIONS:
         return _by_differences(x, y)
@@ -28,8 +29,9 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
     near = (found <= NEAR * from_centre.norm(dim=1, keepdim=True)).numpy()
     if np.count_nonzero(near) * MANY_NEAR > near.size:
         return _by_differences(x, y)
-    i, j = (torch.from_numpy(index) for index in np.divmod(np.flatnonzero(near), len(y)))
-    found[i, j] = (x[i] - y[j]).norm(dim=1)
+    for part in torch.from_numpy(np.flatnonzero(near)).split(max(1, GATHERED // x.shape[1])):
+        i, j = part // len(y), part % len(y)
+        found[i, j] = (x[i] - y[j]).norm(dim=1)
     return found
 
 

@@ -384,7 +384,7 @@ def flattened(restoration: Restoration) -> Restoration:
 
 def smoothed(restoration: Restoration) -> Restoration:
     """Move every point half-way to the mean of the ``SMOOTHED`` other points of the restoration nearest to it."""
-    points = restoration.points.double()
+    points = restoration.points.double().cpu()
     distance = distances(points, points).fill_diagonal_(math.inf)
     nearest = distance.topk(min(SMOOTHED, len(points) - 1), largest=False).indices
     return Restoration((points + points[nearest].mean(1)) / 2, restoration.mass)

@@ -70,7 +70,7 @@ def test_a_peer_that_is_absent_is_left_out_with_the_reason_and_the_others_meet_o
     [(1.0, 0, 0.5), (3.5, 1, 0.5), (2.0, 0, 1.0), (5.0, 1, 1.0), (11.0, 2, 2.0)],
 )
 def test_a_clock_that_counts_snapshots_gives_every_gap_one_length(peers, time, before, way):
-    assert peers.common.counted((0.0, 2.0, 5.0), time) == (before, way)
+    assert peers.common.on_snapshot_clock((0.0, 2.0, 5.0), time) == (before, way)
 
 
 def test_a_peer_draws_from_seeded_global_states_and_leaves_them_as_they_were(peers):

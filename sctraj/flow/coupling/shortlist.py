@@ -1,9 +1,9 @@
 """Exact transport over a short list of pairs, to which pairs are added until the plan is proven optimal among all.
 
 The network simplex spends its time looking for a pair to bring in. An optimal plan has at most ``n + m - 1`` pairs, all
-of them where the reduced cost ``C_ij - f_i - g_j`` of good potentials is small; over a few dozen such pairs a cell it
-takes a tenth of the time or less. The potentials of that plan then either show that no pair left out would lower the
-cost, or which would (column generation; Gottschlich & Schuhmacher 2014, Schmitzer 2016 on short lists).
+of them where the reduced cost ``C_ij - f_i - g_j`` of good potentials is small; over a few dozen such pairs a cell the
+simplex alone takes a tenth of the time or less. The potentials of that plan then either show that no pair left out
+would lower the cost, or which would (column generation; Gottschlich & Schuhmacher 2014, Schmitzer 2016 on short lists).
 
 A plan's reduced cost is its cost less ``a @ f + b @ g``, the same for all plans, so the simplex is given reduced costs:
 it then begins where the potentials are, and takes a half to a quarter of the time.
