@@ -37,6 +37,9 @@ def on_snapshot_clock(times: Sequence[float], time: float) -> tuple[int, float]:
     Where the clock counts kept snapshots every gap is one long, and the sum of both is the time on it. Beyond the last
     snapshot it goes on as in the last gap.
     """
-    before = max(k for k, t in enumerate(times) if t < time)
+    earlier = [k for k, t in enumerate(times) if t < time]
+    if not earlier:
+        raise ValueError(f"expected a kept snapshot before time {time:g}, from which cells are moved, found none")
+    before = earlier[-1]
     gap = min(before, len(times) - 2)
     return before, (time - times[before]) / (times[gap + 1] - times[gap])

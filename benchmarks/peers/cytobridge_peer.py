@@ -18,7 +18,7 @@ from torchdiffeq import odeint
 
 from sctraj.flow.snapshots import Snapshots
 
-from .common import seeded, silent
+from .common import on_snapshot_clock, seeded, silent
 
 N_STEPS, BATCH_SIZE, EULER_STEPS = 3000, 400, 100
 DEEP = {"hidden_dim": 256, "n_layers": 5, "residual": False}
@@ -45,7 +45,7 @@ def restore(
         config = {"model": MODEL, "ckpt_dir": folder, "training": {"defaults": {"sigma": 0.05}, "plan": [stage]}}
         model = DynamicalModel(cells[0].shape[1], MODEL)
         model = TrainingPipeline(model, config, BATCH_SIZE, torch.device("cpu"), data=cells).train(cells, times)
-    before = max(k for k, t in enumerate(snapshots.times) if t < time)
+    before, _ = on_snapshot_clock(snapshots.times, time)
     way = torch.linspace(times[before], (time - snapshots.times[0]) / gap, EULER_STEPS + 1)
     zeros = torch.zeros(len(cells[before]), 1)
     state = cells[before], zeros, zeros  # points, log mass, energy

@@ -73,6 +73,11 @@ def test_a_clock_that_counts_snapshots_gives_every_gap_one_length(peers, time, b
     assert peers.common.on_snapshot_clock((0.0, 2.0, 5.0), time) == (before, way)
 
 
+def test_a_clock_needs_a_snapshot_to_begin_at(peers):
+    with pytest.raises(ValueError, match="kept snapshot before time 0"):
+        peers.common.on_snapshot_clock((0.0, 2.0), 0.0)
+
+
 def test_a_peer_draws_from_seeded_global_states_and_leaves_them_as_they_were(peers):
     def drawn(seed):
         with peers.common.seeded(np.random.default_rng(seed)):

@@ -23,7 +23,9 @@ def clouds(d, *, shift=0.0):
 
 @pytest.mark.parametrize("d", [5, 50])
 @pytest.mark.parametrize("shift", [0.0, 1e4])
-def test_distances_are_right_to_the_last_digits_however_near_and_wherever(d, shift):
+@pytest.mark.parametrize("gathered", [1, 2**22])
+def test_distances_are_right_to_the_last_digits_however_near_and_wherever(monkeypatch, d, shift, gathered):
+    monkeypatch.setattr(euclidean, "GATHERED", gathered)
     x, y = clouds(d, shift=shift)
     found = distances(torch.from_numpy(x), torch.from_numpy(y)).numpy()
     np.testing.assert_allclose(found, cdist(x, y), rtol=1e-11)
