@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
+from unittest.mock import patch
 
 import anndata as ad
 import joblib
@@ -35,7 +36,7 @@ from sctraj import pp, tl
 from sctraj._adata import read_snapshots
 from sctraj.datasets import simulated_course, simulated_differentiation
 from sctraj.datasets._courses import _COURSES, Family, carried
-from sctraj.flow import hold_out
+from sctraj.flow import hold_out, problem
 from sctraj.flow.flow_matching import Training
 from sctraj.flow.hold_out import BASELINES, CONTROLS, NOISE_REFERENCE, Observed, Restoration, mixed
 from sctraj.flow.problem import Problem
@@ -56,9 +57,11 @@ EFFECTS_SEED = 1000  # on top of the seed where there are sample effects: the sa
 N_CELLS, QUICK_CELLS, QUICK_STEPS = 2000, 500, 50
 
 DEFAULT, INTERPOLATION, PUBLISHED = "uot-cfm", "ot-interpolation", "ot-cfm neural, before"
-# one ingredient more each, closed-form up to the growth; the last is the default, which moves more than the nearest
+# one ingredient more each, closed-form up to the pairs; the last is the default, which moves more than the nearest
 # snapshots where there are many
-STEPS = ("ot-cfm straight, before", "+ both sides", "+ hermite", "+ reliable turns", "+ growth")
+STEPS = (
+    "ot-cfm straight, before", "+ both sides", "+ hermite", "+ reliable turns", "+ growth", "+ pairs by velocity",
+)  # fmt: skip
 NETWORK, CLOCK, FARTHER = "+ network", "+ slow clock", "+ farther snapshots"
 TRUTH, DIFFUSE = "true dynamics", ("switch", "differentiation")  # of the latter there is no one true place
 COMPARED = (INTERPOLATION, PUBLISHED)
@@ -119,15 +122,18 @@ def restorations(
 
     same = {"sigma": None, "seeds": seeds, "validate": False}
     held_out, plain, _ = hold_out.hold_out_problems(snapshots, method="ot-cfm", path=None, **same)
-    _, grown, _ = hold_out.hold_out_problems(snapshots, method=DEFAULT, path=None, **same)
+    with patch.object(problem, "ROUNDS", 0):
+        _, by_place, _ = hold_out.hold_out_problems(snapshots, method=DEFAULT, path=None, **same)
+    _, by_velocity, _ = hold_out.hold_out_problems(snapshots, method=DEFAULT, path=None, **same)
     _, curved, _ = hold_out.hold_out_problems(snapshots, method="ot-cfm", path="hermite", **same)
     closed = [
         (plain, {STEPS[0]: "before", STEPS[1]: "both"}),
         ([replace(p, tangents=replace(p.tangents, reliability=1.0)) for p in curved], {STEPS[2]: "both"}),
         (curved, {STEPS[3]: "both"}),
-        (grown, {STEPS[4]: "both"}),
+        (by_place, {STEPS[4]: "both"}),
+        (by_velocity, {STEPS[5]: "both"}),
     ]
-    few = not any(problem.farther for problem in grown)
+    few = not any(one.farther for one in by_velocity)
     for path in METRIC_PATHS if few else ():  # of many snapshots they take their time
         bent = hold_out.hold_out_problems(snapshots, method="ot-cfm", path=path, **(same | {"seeds": seeds[:1]}))[1]
         closed.append(([p for p in bent for _ in seeds], {f"ot-cfm {path}, both": "both"}))
@@ -138,8 +144,10 @@ def restorations(
     for method in ("i-cfm", "sb-cfm") if few else ():
         problems = hold_out.hold_out_problems(snapshots, method=method, path=None, **same)[1]
         neural.append((problems, {f"{method} neural, before": "before"}))
-    neural.append(([FullTempo(**{f.name: getattr(p, f.name) for f in fields(p)}) for p in grown], {NETWORK: "both"}))
-    neural.append((grown, {DEFAULT: "both", f"{DEFAULT}, before": "before"} | ({} if few else {CLOCK: "both"})))
+    neural.append(
+        ([FullTempo(**{f.name: getattr(p, f.name) for f in fields(p)}) for p in by_velocity], {NETWORK: "both"})
+    )
+    neural.append((by_velocity, {DEFAULT: "both", f"{DEFAULT}, before": "before"} | ({} if few else {CLOCK: "both"})))
     for problems, starts in neural:
         yield from _restored("neural", starts, held_out, problems, snapshots, len(seeds), training)
 
@@ -153,7 +161,7 @@ def _restored(
     held_out, problems = held_out[::step], problems[::step]
     field = make_field(kind, problems, [], training, torch.device("cpu"), progress=False).vector_field
     for name, start in starts.items():
-        farther = [problem.farther if name == DEFAULT else 0.0 for problem in problems]
+        farther = [one.farther if name == DEFAULT else 0.0 for one in problems]
         found = hold_out.restore(
             field, snapshots, held_out, start=start, solver="euler", n_steps=EULER_STEPS, tolerance=1e-4,
             farther=farther,

@@ -20,7 +20,8 @@ from .distance_estimates import estimated_wasserstein, restoration_plan
 from .euclidean import distances
 from .integrate import Field, Solver, transport
 from .pairwise_estimates import estimated_pairwise, within
-from .problem import DATA_SEED, DISPLACEMENT_CELLS, Plans, Problem, make_problems
+from .plans import Plans
+from .problem import DATA_SEED, DISPLACEMENT_CELLS, Problem, make_problems
 from .snapshots import Interval, Snapshots
 from .starts import Origin, Start, origins
 

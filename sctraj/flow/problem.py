@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from .coupling import Coupling, GrowingPlan, SparsePlan, WeightedPairs, blocked, entropic, growing, independent
-from .coupling.blocked import BLOCK, at_once
+from .coupling import Coupling, GrowingPlan, SparsePlan, WeightedPairs, blocked, growing
+from .coupling.blocked import at_once
 from .metric_path import BATCH_SIZE, LEARNING_RATE, N_STEPS, WIDTH, Metric, metric_path
+from .plans import Plans
 from .probability_path import BrownianBridge, Hermite, Pairs, PathSample, ProbabilityPath, Straight, Trigonometric
-from .snapshots import Interval, Snapshots, hold_back, to_device
+from .snapshots import Snapshots, hold_back
 from .starts import farther_share
-from .tangents import Tangents, tangents
+from .tangents import Tangents, reliability, tangents, velocities
 
 METHODS = ("uot-cfm", "ot-cfm", "i-cfm", "sb-cfm", "vp-cfm")
 PATHS = ("hermite", "straight", "land", "rbf")
@@ -26,6 +28,7 @@ BRIDGE_FRACTION = 0.3
 HELD_BACK = 0.1  # of each snapshot's cells, where early stopping is asked for
 DISPLACEMENT_CELLS = 1000  # cells a side at most from which the displacement is estimated
 SLOW = 1 / 16  # tempo of a network's clock on a growing plan: the faster, the more of one snapshot's own it learns
+ROUNDS = 2  # of finding velocities and pairing by them: further ones changed little
 DATA_SEED = 0  # of blocks and of cells held back: what belongs to the data, whoever is trained on it
 DRAWN_PAIRS = 4  # per cell, where a coupling has too many pairs to list
 
@@ -152,79 +155,6 @@ class Sample:
     growth: Tensor | None
 
 
-class Plans:
-    """Couplings solved so far, for snapshots that share intervals, as those of the folds do, and how to solve them.
-
-    A coupling is found again where the interval, what is asked of it and the state of the random numbers are the same:
-    so the draws of blocks are those of couplings made one by one. It lives as long as its owner puts problems together.
-
-    Parameters
-    ----------
-    block
-        Cells a side of the blocks that larger snapshots are coupled in; None: as `couple` has it.
-    device
-        Where the plans of ``"sb-cfm"`` are solved; None: where the cells are. (mps, which has no float64, leaves them
-        there too.) Those of growing populations are of blocks, solved by the processors at once.
-
-    Raises
-    ------
-    ValueError
-        If block is not a whole number of at least 2.
-    """
-
-    def __init__(self, block: int | None = None, device: torch.device | None = None) -> None:
-        if block is not None and not (block >= 2 and block % 1 == 0):
-            raise ValueError(f"expected block to be a whole number of cells of at least 2, found {block}")
-        self.block = None if block is None else int(block)
-        self.device = None if device is None or device.type == "mps" else device
-        self._known: list[_Solved] = []
-
-    def couple(self, interval: Interval, path: ProbabilityPath | None, method: str, rng: torch.Generator) -> Coupling:
-        """Return what `couple` does, from those known if it is among them."""
-        what = method, path.sigma if path is not None and method == "sb-cfm" else None
-        before = rng.get_state()
-        for known in self._known:
-            if known.what == what and _same(known.interval, interval) and torch.equal(known.before, before):
-                rng.set_state(known.after)
-                return known.coupling
-        coupling = couple(interval, path, method, rng, self.block, self.device)
-        self._known.append(_Solved(interval, what, before, rng.get_state(), coupling))
-        return coupling
-
-    def prepare(self, intervals: Sequence[Interval], method: str, seed: int, n_threads: int) -> None:
-        """Solve couplings of small snapshots, to which random numbers do not matter, on several threads at once."""
-        distinct: list[Interval] = []
-        for interval in intervals:
-            small = max(len(interval.x0), len(interval.x1)) <= (self.block or BLOCK)
-            if small and not any(_same(interval, other) for other in distinct):
-                distinct.append(interval)
-
-        def solve(interval: Interval) -> None:
-            self.couple(interval, None, method, torch.Generator().manual_seed(seed))
-
-        at_once(solve, [(interval,) for interval in distinct], n_threads)
-
-
-@dataclass(frozen=True)
-class _Solved:
-    """A coupling, what was asked for, and the states of the random numbers before and after."""
-
-    interval: Interval
-    what: tuple[str, float | None]
-    before: Tensor
-    after: Tensor
-    coupling: Coupling
-
-
-def _same(one: Interval, other: Interval) -> bool:
-    """Whether two intervals are between the same cells with the same masses; cells are compared by identity."""
-    if (one.t0, one.t1) != (other.t0, other.t1) or one.x0 is not other.x0 or one.x1 is not other.x1:
-        return False
-    return all(torch.equal(a, b) for a, b in ((one.mass0, other.mass0), (one.mass1, other.mass1))) and (
-        one.growth0 is other.growth0
-    )
-
-
 def displacement(snapshots: Snapshots, plans: Plans) -> float:
     """Root mean square displacement per coordinate under the exact coupling, over the kept intervals.
 
@@ -272,31 +202,6 @@ def make_path(snapshots: Snapshots, method: str, path: str | None, sigma: float)
     return Straight(sigma)
 
 
-def couple(
-    interval: Interval,
-    path: ProbabilityPath | None,
-    method: str,
-    rng: torch.Generator,
-    block: int | None = None,
-    device: torch.device | None = None,
-) -> Coupling:
-    """Return a method's coupling of one interval; ``rng`` serves only where the whole plan does not fit.
-
-    The path serves only for ``"sb-cfm"``, whose coupling depends on its sigma. Snapshots of more than ``block`` cells
-    (by default 3,000) are met in blocks, except for ``"sb-cfm"``, whose potentials fit whatever the snapshots are.
-    These are found on the ``device``, by default the cells' own, where all that is returned is.
-    """
-    if method == "uot-cfm":
-        return growing(interval, rng, block=block)
-    if method == "ot-cfm":
-        return blocked(interval, rng, block=block or BLOCK)
-    if method == "sb-cfm":
-        assert path is not None
-        plan = entropic(interval, epsilon=2 * path.sigma**2 * interval.length, device=device)
-        return to_device(plan, interval.x0.device)
-    return independent(interval)
-
-
 def make_problems(
     snapshots: Snapshots,
     *,
@@ -318,8 +223,9 @@ def make_problems(
         exact coupling (in blocks where snapshots are large). ``"sb-cfm"``: entropic coupling, Brownian bridge.
         ``"vp-cfm"``: independent coupling, trigonometric path. The last four after Tong et al. 2023, table 1.
     path
-        Of the first three methods: ``"straight"``, ``"hermite"`` (curved through neighbouring snapshots), or learned
-        to keep to the cells under the metric ``"land"`` or ``"rbf"``; None: hermite for ``"uot-cfm"``, else straight.
+        Of the first three methods: ``"straight"``, ``"hermite"`` (curved through neighbouring snapshots; pairs of
+        ``"uot-cfm"`` are then found by the cells' velocities too, `paired_by_velocity`), or learned to keep to the
+        cells under the metric ``"land"`` or ``"rbf"``; None: hermite for ``"uot-cfm"``, else straight.
     sigma
         Spread of the path in the user's units (a length; for ``"sb-cfm"`` a length per root of time); None for
         ``default_sigma``.
@@ -352,9 +258,13 @@ def make_problems(
             law = _learned(cells, couplings, "land" if path == "land" else "rbf", law.sigma)
         bends = None
         if isinstance(law, Hermite):
-            bends = tangents(cells, _kin(cells, couplings, rng, plans.block), couplings)
-            share = bends.reliability if share is None else share  # as the cells to train on have it
-            bends = replace(bends, reliability=share)
+            kin: Sequence[GrowingPlan] = _kin(cells, couplings, rng, plans.block)
+            # as the cells to train on have it, and by places alone: who is paired by velocity seems to turn reliably
+            share = reliability(cells, kin) if share is None else share
+            if method == "uot-cfm":
+                couplings = kin = _by_velocity(cells, kin, plans)
+            bends = tangents(cells, kin, couplings, share)
+        couplings = tuple(c.pairs_alone if isinstance(c, GrowingPlan) else c for c in couplings)
         part.extend(Problem(cells, couplings, law, seed, bends) for seed in seeds)
     return problems[0], problems[1]
 
@@ -372,6 +282,19 @@ def _learned(snapshots: Snapshots, couplings: Sequence[Coupling], metric: Metric
         learning_rate=LEARNING_RATE,
         rng=torch.Generator(snapshots.points[0].device).manual_seed(0),
     )
+
+
+def _by_velocity(snapshots: Snapshots, kin: Sequence[GrowingPlan], plans: Plans) -> tuple[GrowingPlan, ...]:
+    """Return plans by where cells go as well as by where they are, which their kin tell, and so on, a few times.
+
+    Cells of the first and the last snapshot have no velocity.
+    """
+    small = all(len(plan.meetings) == 1 for plan in kin)  # else each interval's blocks are solved at once
+    for _ in range(ROUNDS if len(snapshots) > 2 else 0):
+        ends = pairwise(velocities(snapshots, kin))
+        tasks = [(plan, interval, *both) for plan, interval, both in zip(kin, snapshots.intervals(), ends)]
+        kin = at_once(plans.by_velocity, tasks, torch.get_num_threads() if small else 1)
+    return tuple(kin)
 
 
 def _kin(

@@ -47,7 +47,9 @@ class Tangents:
         return start, end
 
 
-def tangents(snapshots: Snapshots, plans: Sequence[GrowingPlan], couplings: Sequence[Coupling]) -> Tangents:
+def tangents(
+    snapshots: Snapshots, plans: Sequence[GrowingPlan], couplings: Sequence[Coupling], reliability: float
+) -> Tangents:
     """Return what curved paths through the kept snapshots go by.
 
     Parameters
@@ -58,6 +60,8 @@ def tangents(snapshots: Snapshots, plans: Sequence[GrowingPlan], couplings: Sequ
         Who is whose kin, one per interval.
     couplings
         By which the paths' pairs are drawn, one per interval; the plans themselves where those are.
+    reliability
+        The share of the population's turns that is taken.
     """
     found = velocities(snapshots, plans)
     turns = []
@@ -69,7 +73,7 @@ def tangents(snapshots: Snapshots, plans: Sequence[GrowingPlan], couplings: Sequ
         means = (chord if v is None else mass @ v.double() for v, mass in ((first, start), (last, end)))
         at_start, at_end = ((mean - chord).to(interval.x0.dtype) for mean in means)
         turns.append((at_start, at_end))
-    return Tangents(found, tuple(turns), reliability(snapshots, plans))
+    return Tangents(found, tuple(turns), reliability)
 
 
 def velocities(snapshots: Snapshots, plans: Sequence[GrowingPlan]) -> tuple[Tensor | None, ...]:

@@ -12,7 +12,8 @@ from .. import _adata
 from .._log import logger
 from ..flow.flow_matching import Training, pick_device
 from ..flow.integrate import CELLS
-from ..flow.problem import Plans, Problem, make_problems
+from ..flow.plans import Plans
+from ..flow.problem import Problem, make_problems
 from ..flow.snapshots import Snapshots, resampled
 from ._field import Field, check_field, farther_shares, make_field
 from ._seeds import member_seeds, seed_of
@@ -76,7 +77,8 @@ def fit_flow(
     path
         Of the first three methods: ``"hermite"``, cubic paths through a cell at a velocity measured from its kin
         before and after; turns that the whole population takes are taken less where they come and go with single
-        snapshots, as samples that are off make them. ``"straight"``. ``"land"`` or ``"rbf"``: learned to keep
+        snapshots, as samples that are off make them; ``"uot-cfm"`` then pairs cells by where they go as well as by
+        where they are. ``"straight"``. ``"land"`` or ``"rbf"``: learned to keep
         to the cells under that metric (Kapusniak et al. 2024), for courses known to bend round a hole: they narrow
         populations elsewhere.
         None: hermite for ``"uot-cfm"``, straight for the others.

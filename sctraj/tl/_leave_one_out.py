@@ -14,7 +14,8 @@ from .. import _adata
 from .._log import logger
 from ..flow import hold_out
 from ..flow.flow_matching import Training, pick_device
-from ..flow.problem import METHODS, Plans
+from ..flow.plans import Plans
+from ..flow.problem import METHODS
 from ..flow.starts import Start
 from ._field import Field, check_field, check_jitter, farther_shares, make_field
 from ._fit_flow import Path

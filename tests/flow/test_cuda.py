@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from sctraj.flow import flow_matching, problem
+from sctraj.flow import flow_matching, plans
 from sctraj.flow.closed_form import closed_form
 from sctraj.flow.coupling import entropic, kernel, unbalanced
 from sctraj.flow.flow_matching import Fit, Training, fit
 from sctraj.flow.integrate import simulate, transport
-from sctraj.flow.problem import METHODS, Plans, Problem, make_problems
+from sctraj.flow.plans import Plans
+from sctraj.flow.problem import METHODS, Problem, make_problems
 from sctraj.flow.snapshots import Snapshots
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -174,7 +175,7 @@ def test_entropic_pairs_are_drawn_on_the_device(monkeypatch, whole):
 
 def test_entropic_plans_are_solved_on_the_device_and_come_back(monkeypatch):
     asked = []
-    monkeypatch.setattr(problem, "entropic", lambda *args, **how: asked.append(how["device"]) or entropic(*args, **how))
+    monkeypatch.setattr(plans, "entropic", lambda *args, **how: asked.append(how["device"]) or entropic(*args, **how))
     there, here = problems("sb-cfm", device=GPU)[0][0], problems("sb-cfm")[0][0]
     assert asked == [GPU, GPU, None, None]
     for one, other in zip(there.couplings, here.couplings):

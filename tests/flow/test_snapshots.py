@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sctraj.flow import problem
+from sctraj.flow import plans as plans_module
 from sctraj.flow.coupling import blocked, entropic, exact, growing
 from sctraj.flow.coupling.blocked import blocks
-from sctraj.flow.problem import Plans, make_problems
+from sctraj.flow.plans import Plans
+from sctraj.flow.problem import make_problems
 from sctraj.flow.snapshots import Snapshots, hold_back, resampled, to_device
 
 TIMES = (0.0, 1.5, 2.0, 7.0)
@@ -224,7 +225,9 @@ def test_every_coupling_takes_resampled_snapshots(couple):
 
 def test_the_plans_of_bridges_are_solved_where_asked_and_come_back_to_the_cells(monkeypatch):
     asked, there = [], torch.device("cpu")
-    monkeypatch.setattr(problem, "entropic", lambda *args, **how: asked.append(how["device"]) or entropic(*args, **how))
+    monkeypatch.setattr(
+        plans_module, "entropic", lambda *args, **how: asked.append(how["device"]) or entropic(*args, **how)
+    )
     for device in (there, None, torch.device("mps")):  # which has no float64
         plans = Plans(device=device)
         made, _ = make_problems(

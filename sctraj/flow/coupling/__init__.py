@@ -12,7 +12,7 @@ from torch import Tensor
 from .blocked import blocked
 from .entropic import EntropicPlan, entropic
 from .exact import SparsePlan, exact, optimal_plan
-from .growing import GrowingPlan, growing
+from .growing import GrowingPlan, growing, paired_by_velocity
 from .independent import IndependentPlan, independent
 from .pairs import WeightedPairs
 from .unbalanced import UnbalancedPlan, unbalanced
@@ -31,6 +31,7 @@ __all__ = [
     "growing",
     "independent",
     "optimal_plan",
+    "paired_by_velocity",
     "unbalanced",
 ]
 

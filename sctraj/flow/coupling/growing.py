@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from statistics import median
 
 import torch
@@ -15,6 +15,7 @@ from .blocked import BLOCK, MOST_CELLS, at_once, blocks
 from .exact import SparsePlan, exact
 from .independent import draw
 from .pairs import WeightedPairs, rescaled
+from .phase_space import in_phase_space
 from .sinkhorn import SHARPEST
 from .unbalanced import unbalanced
 
@@ -26,6 +27,30 @@ KIN_PENALTY = 4.0  # where kin are: a soft plan sends mass only to near cells, a
 LEAST = 1e-6  # of a cell's mass takes part whatever it costs: the network simplex loses masses at its rounding
 UNIT_BLOCKS = 3  # that the unit is taken from, and of small ones as many as come to a usual one
 SMALL_BLOCK = 1500  # cells a side of larger snapshots: about a second a block, four times as long at twice the size
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Cells of both snapshots that are coupled with each other alone, and how much of each takes part.
+
+    Attributes
+    ----------
+    i, j
+        Indices of the cells at the start ``(m0,)`` and at the end ``(m1,)``.
+    part
+        The cells, with masses that sum to one.
+    share
+        Of all mass.
+    taking0, taking1
+        What takes part of them, each summing to one: the marginals of the pairs' exact plan.
+    """
+
+    i: Tensor
+    j: Tensor
+    part: Interval
+    share: float
+    taking0: Tensor
+    taking1: Tensor
 
 
 @dataclass(frozen=True)
@@ -41,11 +66,14 @@ class GrowingPlan:
         cell's in its place would go to.
     ancestors
         Mean of the cells that a target cell's mass comes from, ``(n1, d)`` float64, likewise.
+    meetings
+        Who was coupled with whom, one of all cells where the snapshots are not in blocks.
     """
 
     pairs: WeightedPairs
     descendants: Tensor
     ancestors: Tensor
+    meetings: tuple[Meeting, ...] = ()
 
     def choose(self, n: int, rng: torch.Generator) -> Tensor:
         """Draw ``n`` pairs by their mass at mid-interval, as indices ``(n,)`` into ``pairs``."""
@@ -55,6 +83,11 @@ class GrowingPlan:
         """Draw ``n`` pairs by their mass at mid-interval: indices at the start and at the end, each ``(n,)``."""
         chosen = self.choose(n, rng)
         return self.pairs.i[chosen], self.pairs.j[chosen]
+
+    @cached_property
+    def pairs_alone(self) -> GrowingPlan:
+        """The plan without kin and meetings, which of large snapshots are most of it."""
+        return GrowingPlan(self.pairs, self.descendants[:0], self.ancestors[:0])
 
 
 def growing(
@@ -97,29 +130,76 @@ def growing(
     if block is None:
         block = BLOCK if max(len(interval.x0), len(interval.x1)) <= BLOCK else SMALL_BLOCK
     cut = list(blocks(interval, rng, block=block, most_cells=most_cells))
+    held = [_held(part) for _, _, part, _ in cut]
+    unit = _unit(held, epsilon, workers)
+    solve = partial(_taking_part, epsilon=epsilon * unit, penalty=penalty * unit)
+    taking = at_once(solve, [(own, part) for own, (_, _, part, _) in zip(held, cut)], workers)
+    meetings = tuple(Meeting(*one, *both) for one, both in zip(cut, taking))
+    return _coupled(interval, meetings, epsilon * unit, kin_penalty * unit, workers)
+
+
+def paired_by_velocity(
+    plan: GrowingPlan,
+    interval: Interval,
+    velocity0: Tensor | None,
+    velocity1: Tensor | None,
+    *,
+    epsilon: float = EPSILON,
+    kin_penalty: float = KIN_PENALTY,
+    workers: int = -1,
+) -> GrowingPlan:
+    """Couple the same cells anew by where they go as well as by where they are: the cost is `in_phase_space`.
+
+    What takes part of each cell stays, so that growth is read from places alone, and so does who is met.
+
+    Parameters
+    ----------
+    plan
+        Of the interval, from `growing`.
+    interval
+        The two snapshots.
+    velocity0, velocity1
+        The cells', ``(n0, d)`` and ``(n1, d)`` per unit of time; None where they are not known.
+    epsilon, kin_penalty
+        Of the plan that mean ancestors and descendants are taken from, in units of this cost's exact plan.
+    workers
+        Blocks solved at once; -1: as many as there are processors.
+    """
+    space = in_phase_space(interval, velocity0, velocity1)
+    unit = _unit([_within(space, meeting) for meeting in plan.meetings], epsilon, workers)
+    return _coupled(space, plan.meetings, epsilon * unit, kin_penalty * unit, workers)
+
+
+def _coupled(
+    space: Interval, meetings: tuple[Meeting, ...], epsilon: float, kin_penalty: float, workers: int
+) -> GrowingPlan:
+    """Pair what takes part of each meeting's cells, and find all cells' kin, by squared distances in a space.
+
+    Its first coordinates are the cells' own; epsilon and penalty are in units of its cost.
+    """
     ends = [
-        [(rows, part.mass0) for rows, _, part, _ in cut],
-        [(columns, part.mass1) for _, columns, part, _ in cut],
+        [(meeting.i, meeting.part.mass0) for meeting in meetings],
+        [(meeting.j, meeting.part.mass1) for meeting in meetings],
     ]
     # kin go by where a cell is: those that take no part are shared out among the blocks
-    outside = [_without_mass(end, len(x)).tensor_split(len(cut)) for end, x in zip(ends, (interval.x0, interval.x1))]
-    held = [_held(part) for _, _, part, _ in cut]
-    tasks = [(part, own, interval.x0[o0], interval.x1[o1]) for (_, _, part, _), own, o0, o1 in zip(cut, held, *outside)]
-    unit = _unit(held, epsilon, workers)
-    solve = partial(_solved, epsilon=epsilon * unit, penalty=penalty * unit, kin_penalty=kin_penalty * unit)
-    solved = at_once(solve, tasks, workers)
+    outside = [_without_mass(end, len(x)).tensor_split(len(meetings)) for end, x in zip(ends, (space.x0, space.x1))]
+    tasks = [
+        (meeting, _within(space, meeting), space.x0[o0], space.x1[o1]) for meeting, o0, o1 in zip(meetings, *outside)
+    ]
+    solved = at_once(partial(_solved, epsilon=epsilon, kin_penalty=kin_penalty), tasks, workers)
 
     i, j, mass0, mass1 = [], [], [], []
-    for (rows, columns, part, share), (best, _, _) in zip(cut, solved):
-        i.append(rows[best.i])
-        j.append(columns[best.j])
-        mass0.append(rescaled(best.mass, best.i, part.mass0) * share)
-        mass1.append(rescaled(best.mass, best.j, part.mass1) * share)
+    for meeting, (best, _, _) in zip(meetings, solved):
+        i.append(meeting.i[best.i])
+        j.append(meeting.j[best.j])
+        mass0.append(rescaled(best.mass, best.i, meeting.part.mass0) * meeting.share)
+        mass1.append(rescaled(best.mass, best.j, meeting.part.mass1) * meeting.share)
     pairs = WeightedPairs(torch.cat(i), torch.cat(j), torch.cat(mass0), torch.cat(mass1))
     return GrowingPlan(
         pairs,
-        descendants=_averaged(ends[0], outside[0], [descendants for _, descendants, _ in solved], len(interval.x0)),
-        ancestors=_averaged(ends[1], outside[1], [ancestors for _, _, ancestors in solved], len(interval.x1)),
+        descendants=_averaged(ends[0], outside[0], [descendants for _, descendants, _ in solved], len(space.x0)),
+        ancestors=_averaged(ends[1], outside[1], [ancestors for _, _, ancestors in solved], len(space.x1)),
+        meetings=meetings,
     )
 
 
@@ -145,32 +225,35 @@ def _held(part: Interval) -> Interval:
     return replace(part, mass0=grown * (part.mass0.sum() / grown.sum()), growth0=None)  # equal rates change no bit
 
 
-def _solved(
-    part: Interval,
-    held: Interval,
-    outside0: Tensor,
-    outside1: Tensor,
-    *,
-    epsilon: float,
-    penalty: float,
-    kin_penalty: float,
-) -> tuple[SparsePlan, Tensor, Tensor]:
-    """Couple one block; epsilon and penalties are in units of cost.
-
-    Returns
-    -------
-    The exact plan between what takes part of each cell; mean descendants of the block's cells at the start and of
-    ``outside0`` ``(k0, d)``, ``(m0 + k0, d)``; mean ancestors of those at the end and of ``outside1``.
-    """
-    a, b = part.mass0, part.mass1
+def _taking_part(held: Interval, part: Interval, *, epsilon: float, penalty: float) -> tuple[Tensor, Tensor]:
+    """Return how much of each cell of a block takes part, ``(m0,)`` and ``(m1,)``, each summing to one."""
     plan = unbalanced(held, epsilon=epsilon, penalty=penalty)
     # marginals that sum to one, however little of a block that is far from usual takes part
     r, c = ((m.log() + ratio).softmax(0) for m, ratio in ((held.mass0, plan.log_ratio0), (held.mass1, plan.log_ratio1)))
-    r, c = torch.maximum(r, LEAST * a), torch.maximum(c, LEAST * b)
-    best = exact(replace(held, mass0=r / r.sum(), mass1=c / c.sum()))
+    r, c = torch.maximum(r, LEAST * part.mass0), torch.maximum(c, LEAST * part.mass1)
+    return r / r.sum(), c / c.sum()
+
+
+def _within(space: Interval, meeting: Meeting) -> Interval:
+    """Return a meeting's cells where they are in a space, with the marginals that its plans are held to."""
+    return _held(replace(meeting.part, x0=space.x0[meeting.i], x1=space.x1[meeting.j]))
+
+
+def _solved(
+    meeting: Meeting, held: Interval, outside0: Tensor, outside1: Tensor, *, epsilon: float, kin_penalty: float
+) -> tuple[SparsePlan, Tensor, Tensor]:
+    """Couple one meeting's cells where they are in a space, as ``held``; epsilon and penalty are in units of its cost.
+
+    Returns
+    -------
+    The exact plan between what takes part of each cell; mean descendants of the meeting's cells at the start and of
+    those outside, of which the place in this space is given, ``(m0 + k0, d)``; mean ancestors of those at the end.
+    """
+    best = exact(replace(held, mass0=meeting.taking0, mass1=meeting.taking1))
     stiff = unbalanced(held, epsilon=epsilon, penalty=kin_penalty)
-    x0, x1 = part.x0.double(), part.x1.double()
-    there0, there1 = (outside.double() - x0.mean(0) for outside in (outside0, outside1))  # centred as the plan's
+    x0, x1 = meeting.part.x0.double(), meeting.part.x1.double()
+    centre = held.x0.double().mean(0)  # the plan's
+    there0, there1 = (outside.double() - centre for outside in (outside0, outside1))
     descendants = torch.cat([stiff.descendants(x1), stiff.descendants(x1, there0)])
     return best, descendants, torch.cat([stiff.ancestors(x0), stiff.ancestors(x0, there1)])
 

@@ -1,0 +1,154 @@
+"""Laws of distances by place and velocity: they are the work of two ways, and pair cells whose ways go on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sctraj._adata import read_snapshots
+from sctraj.datasets import simulated_course
+from sctraj.flow import problem
+from sctraj.flow.coupling import growing, paired_by_velocity
+from sctraj.flow.coupling.phase_space import in_phase_space
+from sctraj.flow.probability_path import Hermite, Pairs
+from sctraj.flow.problem import make_problems
+from sctraj.flow.snapshots import Interval
+
+T0, T1 = 1.5, 4.0
+LENGTH = T1 - T0
+
+
+def cells(n: int, seed: int, d=3) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def interval_of(x0: Tensor, x1: Tensor) -> Interval:
+    return Interval(T0, T1, x0, x1, *(torch.full((len(x),), 1 / len(x), dtype=torch.float64) for x in (x0, x1)))
+
+
+def cloud(n0=12, n1=9, d=3) -> tuple[Interval, Tensor, Tensor]:
+    return interval_of(cells(n0, 0, d), cells(n1, 1, d) + 1), cells(n0, 2, d), cells(n1, 3, d)
+
+
+def bending(pairs: Pairs) -> Tensor:
+    """``length^3`` times the integral of the squared acceleration along each pair's path, by finite differences."""
+    s = torch.linspace(0, 1, 4001, dtype=torch.float64)
+    speed = torch.stack([Hermite(0.0).moments(pairs, at.reshape(1, 1)).mean_rate for at in s])  # (4001, n, d)
+    acceleration = speed.diff(dim=0) / (s[1] * pairs.length)
+    return pairs.length**3 * acceleration.square().sum(2).sum(0) * s[1] * pairs.length
+
+
+def test_squared_distances_are_the_work_of_straight_ways_and_bent_ones():
+    interval, v0, v1 = cloud()
+    space = in_phase_space(interval, v0, v1)
+    found = torch.cdist(space.x0[:9], space.x1).diagonal().square()
+    x0, x1 = interval.x0[:9], interval.x1
+    moved = (x1 - x0).square().sum(1)  # length x integral of the squared chord velocity
+    pairs = Pairs(x0, x1, T0, T1, v0[:9], v1)
+    torch.testing.assert_close(found, moved + bending(pairs), rtol=1e-6, atol=0)  # 4,000 steps of a parabola
+
+
+@pytest.mark.parametrize("free", [0, 1])
+def test_where_a_velocity_is_not_known_it_is_the_one_that_bends_least(free):
+    interval, v0, v1 = cloud(9, 9)
+    known = (None, v1) if free == 0 else (v0, None)
+    found = torch.cdist(*(getattr(in_phase_space(interval, *known), x) for x in ("x0", "x1"))).diagonal()
+    # of the cost 12 |d/h - (v0 + v1)/2|^2 + |v1 - v0|^2, zero slope in v0: v0 = (3 d/h - v1) / 2
+    least = (3 * (interval.x1 - interval.x0) / LENGTH - known[1 - free]) / 2
+    for change, sign in ((0.0, 0), (0.1, 1), (-0.1, 1)):
+        both = (least + change, v1) if free == 0 else (v0, least + change)
+        other = torch.cdist(*(getattr(in_phase_space(interval, *both), x) for x in ("x0", "x1"))).diagonal()
+        if sign == 0:
+            torch.testing.assert_close(found, other, rtol=1e-9, atol=0)
+        else:
+            assert bool((other > found + 1e-4).all())
+
+
+def test_the_first_coordinates_are_the_cells_own_and_all_where_no_velocity_is_known():
+    interval, v0, v1 = cloud()
+    for known in ((v0, v1), (v0, None), (None, v1), (None, None)):
+        space = in_phase_space(interval, *known)
+        assert torch.equal(space.x0[:, :3], interval.x0)
+        assert torch.equal(space.x1[:, :3], interval.x1)
+        assert space.x0.shape[1] == space.x1.shape[1] == 3 * (1 + sum(v is not None for v in known))
+
+
+def sums(index: Tensor, mass: Tensor, n: int) -> Tensor:
+    return torch.zeros(n, dtype=torch.float64).index_add_(0, index, mass)
+
+
+@pytest.mark.parametrize("block", [20, 3000])
+def test_cells_on_their_way_through_each_other_are_paired_with_themselves(block):
+    # two groups swap sides; where they are alone, every cell is paired with the other group
+    start = torch.cat([cells(30, 0), cells(30, 1) + torch.tensor([4.0, 0, 0])])
+    velocity = torch.tensor([[4.0, 0, 0], [-4.0, 0, 0]]).double().repeat_interleave(30, 0) / LENGTH
+    interval = interval_of(start, start + LENGTH * velocity)
+    plan = growing(interval, torch.Generator().manual_seed(0), block=block)
+    again = paired_by_velocity(plan, interval, velocity, velocity)
+    side = torch.arange(60) < 30
+    kept = [float(p.pairs.middle[side[p.pairs.i] == side[p.pairs.j]].sum()) for p in (plan, again)]
+    # blocks of random cells have not as many of a group on both sides: of 10 some 2 are too many or too few
+    assert kept[0] < 0.1
+    assert kept[1] > (0.75 if block == 20 else 0.95)
+    if block == 3000:
+        # with itself, but for what takes part of a cell at one end and not at the other, as read from places
+        assert float(again.pairs.middle[again.pairs.i == again.pairs.j].sum()) > 0.8
+        torch.testing.assert_close(again.descendants, interval.x1, rtol=0, atol=0.7)  # entropy: a few alike
+        torch.testing.assert_close(again.ancestors, interval.x0, rtol=0, atol=0.7)
+    for mass, index in ((again.pairs.mass0, again.pairs.i), (again.pairs.mass1, again.pairs.j)):
+        torch.testing.assert_close(sums(index, mass, 60), interval.mass0, rtol=0, atol=1e-14)
+    assert again.meetings is plan.meetings  # what takes part of each cell is read from places alone
+
+
+def test_without_velocities_the_plan_stays():
+    interval, _, _ = cloud(40, 50)
+    plan = growing(interval, torch.Generator())
+    again = paired_by_velocity(plan, interval, None, None)
+    for one, other in ((plan.pairs.mass0, again.pairs.mass0), (plan.descendants, again.descendants)):
+        assert torch.equal(one, other)
+
+
+def test_units_of_cells_and_of_time_change_nothing():
+    interval, v0, v1 = cloud(40, 50)
+    plan = growing(interval, torch.Generator())
+    one = paired_by_velocity(plan, interval, v0, v1)
+    other_units = Interval(10 * T0, 10 * T1, 7 * interval.x0 + 3, 7 * interval.x1 + 3, interval.mass0, interval.mass1)
+    other_plan = growing(other_units, torch.Generator())
+    other = paired_by_velocity(other_plan, other_units, 0.7 * v0, 0.7 * v1)
+    assert torch.equal(one.pairs.i, other.pairs.i)
+    assert torch.equal(one.pairs.j, other.pairs.j)
+    torch.testing.assert_close(other.pairs.mass0, one.pairs.mass0, rtol=0, atol=1e-6)  # the soft plan's tolerance
+    torch.testing.assert_close(other.descendants, 7 * one.descendants + 3, rtol=0, atol=1e-3)
+
+
+def test_lineages_that_cross_are_told_apart_by_their_velocities(monkeypatch):
+    adata = simulated_course("crossing", 1000, rng=7)
+    snapshots = read_snapshots(adata, "time", "X_pca", least=3).snapshots.without(2)  # where they meet
+    marker = adata.obsm["X_latent"][:, 2] > 0  # which lineage; in X_pca it is one of five coordinates, and noisy
+    lineage = [marker[adata.obs["time"] == time] for time in snapshots.times]
+    same = {"method": "uot-cfm", "path": None, "sigma": None, "seeds": (0,), "validate": False}
+
+    def kept() -> float:
+        (one,), _ = make_problems(snapshots, **same)
+        shares = []
+        for k in range(len(snapshots) - 1):
+            pairs = one.listed(k)
+            own = lineage[k][pairs.i.numpy()] == lineage[k + 1][pairs.j.numpy()]
+            shares.append(float(pairs.middle[torch.from_numpy(own)].sum()))
+        return float(np.mean(shares))
+
+    by_velocity = kept()
+    monkeypatch.setattr(problem, "ROUNDS", 0)
+    by_place = kept()
+    assert 1 - by_velocity < (1 - by_place) / 2
+
+
+def test_two_snapshots_alone_have_no_velocities_to_go_by():
+    snapshots = read_snapshots(simulated_course("cycle", 300, rng=1), "time", "X_pca", least=3).snapshots
+    two = snapshots.without(4).without(3).without(2).without(1)
+    (one,), _ = make_problems(two, method="uot-cfm", path=None, sigma=None, seeds=(0,), validate=False)
+    plan = growing(two.intervals()[0], torch.Generator())
+    assert torch.equal(one.listed(0).i, plan.pairs.i)
+    assert torch.equal(one.listed(0).mass1, plan.pairs.mass1)
