@@ -80,15 +80,22 @@ class Plans:
         return coupling
 
     def by_velocity(
-        self, plan: GrowingPlan, interval: Interval, velocity0: Tensor | None, velocity1: Tensor | None
+        self,
+        plan: GrowingPlan,
+        interval: Interval,
+        velocity0: Tensor | None,
+        velocity1: Tensor | None,
+        *,
+        kin_alone: bool,
     ) -> GrowingPlan:
         """Return what `paired_by_velocity` does, from those known if it is among them."""
         for known in self._anew:
-            if known.before is plan and all(map(_equal, known.velocities, (velocity0, velocity1))):
+            same = known.before is plan and known.kin_alone == kin_alone
+            if same and all(map(_equal, known.velocities, (velocity0, velocity1))):
                 return known.plan
-        found = paired_by_velocity(plan, interval, velocity0, velocity1)
+        found = paired_by_velocity(plan, interval, velocity0, velocity1, kin_alone=kin_alone)
         if len(plan.meetings) == 1:  # of large snapshots, whose blocks are hardly ever the same, it would fill memory
-            self._anew.append(_PairedAnew(plan, (velocity0, velocity1), found))
+            self._anew.append(_PairedAnew(plan, (velocity0, velocity1), kin_alone, found))
         return found
 
     def prepare(self, intervals: Sequence[Interval], method: str, seed: int, n_threads: int) -> None:
@@ -118,10 +125,11 @@ class _Solved:
 
 @dataclass(frozen=True)
 class _PairedAnew:
-    """A plan, the velocities at both ends by which it was made anew, and the new one."""
+    """A plan, the velocities at both ends by which it was made anew, whether its kin alone, and the new one."""
 
     before: GrowingPlan
     velocities: tuple[Tensor | None, Tensor | None]
+    kin_alone: bool
     plan: GrowingPlan
 
 

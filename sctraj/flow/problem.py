@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -290,10 +291,11 @@ def _by_velocity(snapshots: Snapshots, kin: Sequence[GrowingPlan], plans: Plans)
     Cells of the first and the last snapshot have no velocity.
     """
     small = all(len(plan.meetings) == 1 for plan in kin)  # else each interval's blocks are solved at once
-    for _ in range(ROUNDS if len(snapshots) > 2 else 0):
+    for left in reversed(range(ROUNDS if len(snapshots) > 2 else 0)):
         ends = pairwise(velocities(snapshots, kin))
         tasks = [(plan, interval, *both) for plan, interval, both in zip(kin, snapshots.intervals(), ends)]
-        kin = at_once(plans.by_velocity, tasks, torch.get_num_threads() if small else 1)
+        solve = partial(plans.by_velocity, kin_alone=left > 0)
+        kin = at_once(solve, tasks, torch.get_num_threads() if small else 1)
     return tuple(kin)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..snapshots import Interval
 from .blocked import BLOCK, MOST_CELLS, at_once, blocks
-from .exact import SparsePlan, exact
+from .exact import exact
 from .independent import draw
 from .pairs import WeightedPairs, rescaled
 from .phase_space import in_phase_space
@@ -144,6 +144,7 @@ def paired_by_velocity(
     velocity0: Tensor | None,
     velocity1: Tensor | None,
     *,
+    kin_alone: bool = False,
     epsilon: float = EPSILON,
     kin_penalty: float = KIN_PENALTY,
     workers: int = -1,
@@ -160,6 +161,8 @@ def paired_by_velocity(
         The two snapshots.
     velocity0, velocity1
         The cells', ``(n0, d)`` and ``(n1, d)`` per unit of time; None where they are not known.
+    kin_alone
+        Whether mean ancestors and descendants are all that is asked for; pairs are then as they were.
     epsilon, kin_penalty
         Of the plan that mean ancestors and descendants are taken from, in units of this cost's exact plan.
     workers
@@ -167,13 +170,19 @@ def paired_by_velocity(
     """
     space = in_phase_space(interval, velocity0, velocity1)
     unit = _unit([_within(space, meeting) for meeting in plan.meetings], epsilon, workers)
-    return _coupled(space, plan.meetings, epsilon * unit, kin_penalty * unit, workers)
+    pairs = plan.pairs if kin_alone else None
+    return _coupled(space, plan.meetings, epsilon * unit, kin_penalty * unit, workers, pairs)
 
 
 def _coupled(
-    space: Interval, meetings: tuple[Meeting, ...], epsilon: float, kin_penalty: float, workers: int
+    space: Interval,
+    meetings: tuple[Meeting, ...],
+    epsilon: float,
+    kin_penalty: float,
+    workers: int,
+    pairs: WeightedPairs | None = None,
 ) -> GrowingPlan:
-    """Pair what takes part of each meeting's cells, and find all cells' kin, by squared distances in a space.
+    """Find all cells' kin by squared distances in a space, and pair what takes part of them, where pairs are not given.
 
     Its first coordinates are the cells' own; epsilon and penalty are in units of its cost.
     """
@@ -186,19 +195,15 @@ def _coupled(
     tasks = [
         (meeting, _within(space, meeting), space.x0[o0], space.x1[o1]) for meeting, o0, o1 in zip(meetings, *outside)
     ]
-    solved = at_once(partial(_solved, epsilon=epsilon, kin_penalty=kin_penalty), tasks, workers)
-
-    i, j, mass0, mass1 = [], [], [], []
-    for meeting, (best, _, _) in zip(meetings, solved):
-        i.append(meeting.i[best.i])
-        j.append(meeting.j[best.j])
-        mass0.append(rescaled(best.mass, best.i, meeting.part.mass0) * meeting.share)
-        mass1.append(rescaled(best.mass, best.j, meeting.part.mass1) * meeting.share)
-    pairs = WeightedPairs(torch.cat(i), torch.cat(j), torch.cat(mass0), torch.cat(mass1))
+    solve = partial(_solved, epsilon=epsilon, kin_penalty=kin_penalty, pairs=pairs is None)
+    found, descendants, ancestors = zip(*at_once(solve, tasks, workers))
+    if pairs is None:
+        columns = zip(*((p.i, p.j, p.mass0 * m.share, p.mass1 * m.share) for p, m in zip(found, meetings)))
+        pairs = WeightedPairs(*map(torch.cat, columns))
     return GrowingPlan(
         pairs,
-        descendants=_averaged(ends[0], outside[0], [descendants for _, descendants, _ in solved], len(space.x0)),
-        ancestors=_averaged(ends[1], outside[1], [ancestors for _, _, ancestors in solved], len(space.x1)),
+        descendants=_averaged(ends[0], outside[0], descendants, len(space.x0)),
+        ancestors=_averaged(ends[1], outside[1], ancestors, len(space.x1)),
         meetings=meetings,
     )
 
@@ -240,22 +245,34 @@ def _within(space: Interval, meeting: Meeting) -> Interval:
 
 
 def _solved(
-    meeting: Meeting, held: Interval, outside0: Tensor, outside1: Tensor, *, epsilon: float, kin_penalty: float
-) -> tuple[SparsePlan, Tensor, Tensor]:
+    meeting: Meeting,
+    held: Interval,
+    outside0: Tensor,
+    outside1: Tensor,
+    *,
+    epsilon: float,
+    kin_penalty: float,
+    pairs: bool,
+) -> tuple[WeightedPairs | None, Tensor, Tensor]:
     """Couple one meeting's cells where they are in a space, as ``held``; epsilon and penalty are in units of its cost.
 
     Returns
     -------
-    The exact plan between what takes part of each cell; mean descendants of the meeting's cells at the start and of
-    those outside, of which the place in this space is given, ``(m0 + k0, d)``; mean ancestors of those at the end.
+    Pairs by the exact plan between what takes part of each cell, as indices of all cells, if asked for; mean
+    descendants of the meeting's cells at the start and of those outside, of which the place in this space is given,
+    ``(m0 + k0, d)``; mean ancestors of those at the end.
     """
-    best = exact(replace(held, mass0=meeting.taking0, mass1=meeting.taking1))
+    found = None
+    if pairs:
+        best = exact(replace(held, mass0=meeting.taking0, mass1=meeting.taking1))
+        mass0, mass1 = rescaled(best.mass, best.i, meeting.part.mass0), rescaled(best.mass, best.j, meeting.part.mass1)
+        found = WeightedPairs(meeting.i[best.i], meeting.j[best.j], mass0, mass1)
     stiff = unbalanced(held, epsilon=epsilon, penalty=kin_penalty)
     x0, x1 = meeting.part.x0.double(), meeting.part.x1.double()
     centre = held.x0.double().mean(0)  # the plan's
     there0, there1 = (outside.double() - centre for outside in (outside0, outside1))
     descendants = torch.cat([stiff.descendants(x1), stiff.descendants(x1, there0)])
-    return best, descendants, torch.cat([stiff.ancestors(x0), stiff.ancestors(x0, there1)])
+    return found, descendants, torch.cat([stiff.ancestors(x0), stiff.ancestors(x0, there1)])
 
 
 def _without_mass(end: Sequence[tuple[Tensor, Tensor]], n: int) -> Tensor:
