@@ -1,4 +1,4 @@
-"""Which coupling a method has, and couplings solved once for all the folds that share them."""
+"""Which coupling a method has; and couplings, solved once for all the folds that share them."""
 
 from __future__ import annotations
 
@@ -8,35 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .coupling import Coupling, GrowingPlan, blocked, entropic, growing, independent, paired_by_velocity
+from .coupling import (
+    Coupling,
+    GrowingPlan,
+    SparsePlan,
+    blocked,
+    entropic,
+    growing,
+    independent,
+    paired_by_velocity,
+)
 from .coupling.blocked import BLOCK, at_once
 from .probability_path import ProbabilityPath
 from .snapshots import Interval, to_device
-
-
-def couple(
-    interval: Interval,
-    path: ProbabilityPath | None,
-    method: str,
-    rng: torch.Generator,
-    block: int | None = None,
-    device: torch.device | None = None,
-) -> Coupling:
-    """Return a method's coupling of one interval; ``rng`` serves only where the whole plan does not fit.
-
-    The path serves only for ``"sb-cfm"``, whose coupling depends on its sigma. Snapshots of more than ``block`` cells
-    (by default 3,000) are met in blocks, except for ``"sb-cfm"``, whose potentials fit whatever the snapshots are.
-    These are found on the ``device``, by default the cells' own, where all that is returned is.
-    """
-    if method == "uot-cfm":
-        return growing(interval, rng, block=block)
-    if method == "ot-cfm":
-        return blocked(interval, rng, block=block or BLOCK)
-    if method == "sb-cfm":
-        assert path is not None
-        plan = entropic(interval, epsilon=2 * path.sigma**2 * interval.length, device=device)
-        return to_device(plan, interval.x0.device)
-    return independent(interval)
 
 
 class Plans:
@@ -48,7 +32,7 @@ class Plans:
     Parameters
     ----------
     block
-        Cells a side of the blocks that larger snapshots are coupled in; None: as `couple` has it.
+        Cells a side of the blocks that larger snapshots are coupled in; by default those of more than 3,000 are.
     device
         Where the plans of ``"sb-cfm"`` are solved; None: where the cells are. (mps, which has no float64, leaves them
         there too.) Those of growing populations are of blocks, solved by the processors at once.
@@ -68,16 +52,38 @@ class Plans:
         self._anew: list[_PairedAnew] = []
 
     def couple(self, interval: Interval, path: ProbabilityPath | None, method: str, rng: torch.Generator) -> Coupling:
-        """Return what `couple` does, from those known if it is among them."""
+        """Return a method's coupling of one interval, from those known if it is among them.
+
+        The path serves only for ``"sb-cfm"``, whose coupling depends on its sigma; ``rng`` only where snapshots of more
+        than ``block`` cells are met in blocks. Those of ``"sb-cfm"``, whose potentials fit, are never.
+        """
         what = method, path.sigma if path is not None and method == "sb-cfm" else None
         before = rng.get_state()
         for known in self._known:
             if known.what == what and _same(known.interval, interval) and torch.equal(known.before, before):
                 rng.set_state(known.after)
                 return known.coupling
-        coupling = couple(interval, path, method, rng, self.block, self.device)
+        coupling = self._solve(interval, path, method, rng)
         self._known.append(_Solved(interval, what, before, rng.get_state(), coupling))
         return coupling
+
+    def _solve(self, interval: Interval, path: ProbabilityPath | None, method: str, rng: torch.Generator) -> Coupling:
+        if method == "uot-cfm":
+            return growing(interval, rng, block=self.block, exact_cost=self._exact_cost(interval))
+        if method == "ot-cfm":
+            return blocked(interval, rng, block=self.block or BLOCK)
+        if method == "sb-cfm":
+            assert path is not None
+            plan = entropic(interval, epsilon=2 * path.sigma**2 * interval.length, device=self.device)
+            return to_device(plan, interval.x0.device)
+        return independent(interval)
+
+    def _exact_cost(self, interval: Interval) -> float | None:
+        """Return the cost of the interval's exact plan, if it is known: as where a path's sigma is by default."""
+        for known in self._known:
+            if isinstance(known.coupling, SparsePlan) and _same(known.interval, interval):
+                return known.coupling.cost
+        return None
 
     def by_velocity(
         self,

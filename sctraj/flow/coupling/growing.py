@@ -100,6 +100,7 @@ def growing(
     block: int | None = None,
     most_cells: int = MOST_CELLS,
     workers: int = -1,
+    exact_cost: float | None = None,
 ) -> GrowingPlan:
     """Couple an interval's ends where parts of the population grow or shrink relative to each other.
 
@@ -126,12 +127,14 @@ def growing(
         Cells of a snapshot that take part, where it is met in blocks.
     workers
         Blocks solved at once; -1: as many as there are processors.
+    exact_cost
+        Of the exact plan, where it is known; it serves where snapshots are met whole and without a prior of growth.
     """
     if block is None:
         block = BLOCK if max(len(interval.x0), len(interval.x1)) <= BLOCK else SMALL_BLOCK
     cut = list(blocks(interval, rng, block=block, most_cells=most_cells))
     held = [_held(part) for _, _, part, _ in cut]
-    unit = _unit(held, epsilon, workers)
+    unit = _unit(held, epsilon, workers, exact_cost if held[0] is interval else None)
     solve = partial(_taking_part, epsilon=epsilon * unit, penalty=penalty * unit)
     taking = at_once(solve, [(own, part) for own, (_, _, part, _) in zip(held, cut)], workers)
     meetings = tuple(Meeting(*one, *both) for one, both in zip(cut, taking))
@@ -208,7 +211,7 @@ def _coupled(
     )
 
 
-def _unit(held: Sequence[Interval], epsilon: float, workers: int) -> float:
+def _unit(held: Sequence[Interval], epsilon: float, workers: int, exact_cost: float | None = None) -> float:
     """Return the unit of entropy and penalties: the cost of the exact plan, of blocks the median of a few of them.
 
     A few do, since blocks are of one law, and by the median a cell far away in one of them changes nothing; where most
@@ -216,9 +219,13 @@ def _unit(held: Sequence[Interval], epsilon: float, workers: int) -> float:
     """
     largest = max(len(held[0].x0), len(held[0].x1))
     few = held[: max(UNIT_BLOCKS, SMALL_BLOCK // largest)]
-    costs = at_once(lambda part: exact(part).cost, [(part,) for part in few], workers)
+    costs = [exact_cost] if exact_cost is not None else at_once(_cost, [(part,) for part in few], workers)
     least = 2 * SHARPEST / epsilon * max(map(_spread, held))
     return max(median(costs) or max(costs), least) or 1.0  # all in one place: any will do
+
+
+def _cost(part: Interval) -> float:
+    return exact(part).cost
 
 
 def _held(part: Interval) -> Interval:
