@@ -290,12 +290,15 @@ def _by_velocity(snapshots: Snapshots, kin: Sequence[GrowingPlan], plans: Plans)
 
     Cells of the first and the last snapshot have no velocity.
     """
-    small = all(len(plan.meetings) == 1 for plan in kin)  # else each interval's blocks are solved at once
+    kin, intervals = list(kin), snapshots.intervals()
     for left in reversed(range(ROUNDS if len(snapshots) > 2 else 0)):
-        ends = pairwise(velocities(snapshots, kin))
-        tasks = [(plan, interval, *both) for plan, interval, both in zip(kin, snapshots.intervals(), ends)]
+        ends = tuple(pairwise(velocities(snapshots, kin)))
         solve = partial(plans.by_velocity, kin_alone=left > 0)
-        kin = at_once(solve, tasks, torch.get_num_threads() if small else 1)
+        if all(len(plan.meetings) == 1 for plan in kin):
+            kin = at_once(solve, list(zip(kin, intervals, *zip(*ends))), torch.get_num_threads())
+        else:  # blocks of an interval are solved at once; kin of large snapshots take memory: one replaces the other
+            for k, interval in enumerate(intervals):
+                kin[k] = solve(kin[k], interval, *ends[k])
     return tuple(kin)
 
 

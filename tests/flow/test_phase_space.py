@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from sctraj._adata import read_snapshots
 from sctraj.datasets import simulated_course
 from sctraj.flow import problem
-from sctraj.flow.coupling import growing, paired_by_velocity
+from sctraj.flow.coupling import exact, growing, paired_by_velocity
 from sctraj.flow.coupling.phase_space import in_phase_space
 from sctraj.flow.probability_path import Hermite, Pairs
 from sctraj.flow.problem import make_problems
@@ -108,6 +110,36 @@ def test_without_velocities_the_plan_stays():
     again = paired_by_velocity(plan, interval, None, None)
     for one, other in ((plan.pairs.mass0, again.pairs.mass0), (plan.descendants, again.descendants)):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("block", [20, 3000])
+def test_kin_alone_are_those_of_the_whole_and_what_is_not_met_stays(block):
+    interval, v0, v1 = cloud(90, 100)
+    plan = growing(interval, torch.Generator().manual_seed(0), block=block, most_cells=40)
+    whole, alone = (paired_by_velocity(plan, interval, v0, v1, kin_alone=only) for only in (False, True))
+    assert alone.pairs is plan.pairs
+    assert alone.meetings is plan.meetings
+    met0, met1 = (torch.cat([getattr(m, end) for m in plan.meetings]).unique() for end in ("i", "j"))
+    assert (len(met0), len(met1)) == ((90, 100) if block == 3000 else (40, 40))
+    for kin, met in (("descendants", met0), ("ancestors", met1)):
+        before, found, asked = (getattr(p, kin) for p in (plan, whole, alone))
+        assert torch.equal(asked[met], found[met])
+        assert float((found - before)[met].abs().max()) > 0.1
+        rest = torch.ones(len(before), dtype=torch.bool).index_fill(0, met, False)
+        assert torch.equal(asked[rest], before[rest])
+        assert bool((found[rest] != before[rest]).any(1).all())
+
+
+def test_an_exact_cost_that_is_known_is_the_one_that_would_be_found():
+    interval, _, _ = cloud(40, 50)
+    found = growing(interval, torch.Generator())
+    known = growing(interval, torch.Generator(), exact_cost=exact(interval).cost)
+    assert torch.equal(found.descendants, known.descendants)
+    other = growing(interval, torch.Generator(), exact_cost=2 * exact(interval).cost)
+    assert not torch.equal(found.descendants, other.descendants)
+    grown = replace(interval, growth0=torch.linspace(-1, 1, 40, dtype=torch.float64))  # its plans have other marginals
+    one, two = (growing(grown, torch.Generator(), exact_cost=cost) for cost in (None, 1.0))
+    assert torch.equal(one.descendants, two.descendants)
 
 
 def test_units_of_cells_and_of_time_change_nothing():

@@ -62,10 +62,10 @@ class GrowingPlan:
     pairs
         Of the plan; at most ``n0 + n1 - 1`` a block.
     descendants
-        Mean of the cells that a source cell's mass goes to, ``(n0, d)`` float64; of one that takes no part, that a
-        cell's in its place would go to.
+        Mean of the cells that a source cell's mass goes to, ``(n0, d)`` float64, or where there are several blocks as
+        the cells are; of one that takes no part, that a cell's in its place would go to.
     ancestors
-        Mean of the cells that a target cell's mass comes from, ``(n1, d)`` float64, likewise.
+        Mean of the cells that a target cell's mass comes from, ``(n1, d)``, likewise.
     meetings
         Who was coupled with whom, one of all cells where the snapshots are not in blocks.
     """
@@ -165,7 +165,8 @@ def paired_by_velocity(
     velocity0, velocity1
         The cells', ``(n0, d)`` and ``(n1, d)`` per unit of time; None where they are not known.
     kin_alone
-        Whether mean ancestors and descendants are all that is asked for; pairs are then as they were.
+        Whether mean ancestors and descendants of the cells that are met are all that is asked for; all else is then as
+        it was.
     epsilon, kin_penalty
         Of the plan that mean ancestors and descendants are taken from, in units of this cost's exact plan.
     workers
@@ -173,8 +174,8 @@ def paired_by_velocity(
     """
     space = in_phase_space(interval, velocity0, velocity1)
     unit = _unit([_within(space, meeting) for meeting in plan.meetings], epsilon, workers)
-    pairs = plan.pairs if kin_alone else None
-    return _coupled(space, plan.meetings, epsilon * unit, kin_penalty * unit, workers, pairs)
+    before = plan if kin_alone else None
+    return _coupled(space, plan.meetings, epsilon * unit, kin_penalty * unit, workers, before)
 
 
 def _coupled(
@@ -183,32 +184,37 @@ def _coupled(
     epsilon: float,
     kin_penalty: float,
     workers: int,
-    pairs: WeightedPairs | None = None,
+    before: GrowingPlan | None = None,
 ) -> GrowingPlan:
-    """Find all cells' kin by squared distances in a space, and pair what takes part of them, where pairs are not given.
+    """Find all cells' kin by squared distances in a space, and pair what takes part of them.
 
-    Its first coordinates are the cells' own; epsilon and penalty are in units of its cost.
+    Its first coordinates are the cells' own; epsilon and penalty are in units of its cost. With a plan from ``before``
+    only the kin of cells that are met are found, and the rest is from there.
     """
     ends = [
         [(meeting.i, meeting.part.mass0) for meeting in meetings],
         [(meeting.j, meeting.part.mass1) for meeting in meetings],
     ]
     # kin go by where a cell is: those that take no part are shared out among the blocks
-    outside = [_without_mass(end, len(x)).tensor_split(len(meetings)) for end, x in zip(ends, (space.x0, space.x1))]
+    places = space.x0, space.x1
+    others = [_without_mass(end, len(x)) if before is None else torch.arange(0) for end, x in zip(ends, places)]
+    outside = [cells.tensor_split(len(meetings)) for cells in others]
     tasks = [
         (meeting, _within(space, meeting), space.x0[o0], space.x1[o1]) for meeting, o0, o1 in zip(meetings, *outside)
     ]
-    solve = partial(_solved, epsilon=epsilon, kin_penalty=kin_penalty, pairs=pairs is None)
-    found, descendants, ancestors = zip(*at_once(solve, tasks, workers))
-    if pairs is None:
-        columns = zip(*((p.i, p.j, p.mass0 * m.share, p.mass1 * m.share) for p, m in zip(found, meetings)))
-        pairs = WeightedPairs(*map(torch.cat, columns))
-    return GrowingPlan(
-        pairs,
-        descendants=_averaged(ends[0], outside[0], descendants, len(space.x0)),
-        ancestors=_averaged(ends[1], outside[1], ancestors, len(space.x1)),
-        meetings=meetings,
+    solve = partial(_solved, epsilon=epsilon, kin_penalty=kin_penalty, pairs=before is None)
+    found, *kin = zip(*at_once(solve, tasks, workers))
+    own = (None, None) if before is None else (before.descendants, before.ancestors)
+    descendants, ancestors = (
+        _averaged(end, rest, some, otherwise, len(x))
+        for end, rest, some, otherwise, x in zip(ends, outside, kin, own, places)
     )
+    if len(meetings) > 1:  # of large snapshots, where they are most of the plan
+        descendants, ancestors = (mean.to(space.x0.dtype) for mean in (descendants, ancestors))
+    if before is not None:
+        return replace(before, descendants=descendants, ancestors=ancestors)
+    columns = zip(*((p.i, p.j, p.mass0 * m.share, p.mass1 * m.share) for p, m in zip(found, meetings)))
+    return GrowingPlan(WeightedPairs(*map(torch.cat, columns)), descendants, ancestors, meetings)
 
 
 def _unit(held: Sequence[Interval], epsilon: float, workers: int, exact_cost: float | None = None) -> float:
@@ -291,16 +297,24 @@ def _without_mass(end: Sequence[tuple[Tensor, Tensor]], n: int) -> Tensor:
 
 
 def _averaged(
-    end: Sequence[tuple[Tensor, Tensor]], outside: Sequence[Tensor], means: Sequence[Tensor], n: int
+    end: Sequence[tuple[Tensor, Tensor]],
+    outside: Sequence[Tensor],
+    means: Sequence[Tensor],
+    otherwise: Tensor | None,
+    n: int,
 ) -> Tensor:
-    """Return the mean kin of ``n`` cells ``(n, d)`` from those of each block's own cells and of others asked for."""
+    """Return the mean kin of ``n`` cells ``(n, d)`` from those of each block's own cells and of others asked for.
+
+    Of cells in none of these, they are as ``otherwise``.
+    """
     total, weight = torch.zeros(n, means[0].shape[1], dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
     for (cells, mass), others, mean in zip(end, outside, means):
         # a cell that two blocks share has kin in both
         index, m = torch.cat([cells, others]), torch.cat([mass, torch.ones(len(others), dtype=torch.float64)])
         total.index_add_(0, index, m[:, None] * mean)
         weight.index_add_(0, index, m)
-    return total / weight[:, None]
+    found = total.div_(weight[:, None])
+    return found if otherwise is None else torch.where(weight[:, None] > 0, found, otherwise.double())
 
 
 def _spread(interval: Interval) -> float:
