@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 FIT = 8e-4  # per member and step, of a batch of 128 pairs and 3 x 64
 MOVE = 3e-4  # per cell moved through a gap, in 100 steps
 PLAN = 4.5e-7  # per pair of cells that a plan looks at
+PAIRED_ANEW = 3  # times as long where pairs are found by velocity too
 JUDGE, PAIR = 0.03, 8e-7  # all distances of one restoration in one space: at least, and per pair of cells
 LESS = 0.3  # of that is left without the divergence
 RECIPE = 4e-9  # per cell and squared gene that components are refitted on
@@ -141,6 +142,8 @@ def estimate(unit: Unit, adata: AnnData, time_key: str, *, n_dims: int, bootstra
         most = max(most, min(restored, LARGEST_EXACT) * min(max(*sizes, *held_out), LARGEST_EXACT))
         if unit.method in OWN:
             plans = PLAN * sum(a * min(b, LARGEST_EXACT) for a, b in pairwise(sizes)) * (n_seeds if task.by_seed else 1)
+            if bent and unit.method == "uot-cfm":
+                plans *= PAIRED_ANEW
             trained = n_seeds * FIT * int(steps) if neural else 0.0
             seconds += plans + trained + n_seeds * MOVE * gaps * max(sizes) * len(held_out)
         seconds += n_clouds * spaces * sum(_judging(restored, n, bootstraps) for n in held_out)

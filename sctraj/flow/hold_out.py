@@ -87,6 +87,7 @@ def hold_out_problems(
         held_out += [k] * len(members)
         problems += members
         validation += held_back
+    plans.forget_velocities()  # folds alone share them
     return held_out, problems, validation
 
 

@@ -91,18 +91,23 @@ class Plans:
         interval: Interval,
         velocity0: Tensor | None,
         velocity1: Tensor | None,
+        time: float,
         *,
         kin_alone: bool,
     ) -> GrowingPlan:
         """Return what `paired_by_velocity` does, from those known if it is among them."""
         for known in self._anew:
-            same = known.before is plan and known.kin_alone == kin_alone
+            same = known.before is plan and (known.time, known.kin_alone) == (time, kin_alone)
             if same and all(map(_equal, known.velocities, (velocity0, velocity1))):
                 return known.plan
-        found = paired_by_velocity(plan, interval, velocity0, velocity1, kin_alone=kin_alone)
+        found = paired_by_velocity(plan, interval, velocity0, velocity1, time=time, kin_alone=kin_alone)
         if len(plan.meetings) == 1:  # of large snapshots, whose blocks are hardly ever the same, it would fill memory
-            self._anew.append(_PairedAnew(plan, (velocity0, velocity1), kin_alone, found))
+            self._anew.append(_PairedAnew(plan, (velocity0, velocity1), time, kin_alone, found))
         return found
+
+    def forget_velocities(self) -> None:
+        """Let go of what `by_velocity` found: kin, which problems that are put together have no more use for."""
+        self._anew.clear()
 
     def prepare(self, intervals: Sequence[Interval], method: str, seed: int, n_threads: int) -> None:
         """Solve couplings of small snapshots, to which random numbers do not matter, on several threads at once."""
@@ -131,10 +136,11 @@ class _Solved:
 
 @dataclass(frozen=True)
 class _PairedAnew:
-    """A plan, the velocities at both ends by which it was made anew, whether its kin alone, and the new one."""
+    """A plan, the velocities and the time by which it was made anew, whether its kin alone, and the new one."""
 
     before: GrowingPlan
     velocities: tuple[Tensor | None, Tensor | None]
+    time: float
     kin_alone: bool
     plan: GrowingPlan
 

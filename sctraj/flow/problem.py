@@ -30,6 +30,9 @@ HELD_BACK = 0.1  # of each snapshot's cells, where early stopping is asked for
 DISPLACEMENT_CELLS = 1000  # cells a side at most from which the displacement is estimated
 SLOW = 1 / 16  # tempo of a network's clock on a growing plan: the faster, the more of one snapshot's own it learns
 ROUNDS = 2  # of finding velocities and pairing by them: further ones changed little
+LONG = (
+    8.0  # times the shorter gap beside it: an interval from which on velocities count less; up to 6 they do not mislead
+)
 DATA_SEED = 0  # of blocks and of cells held back: what belongs to the data, whoever is trained on it
 DRAWN_PAIRS = 4  # per cell, where a coupling has too many pairs to list
 
@@ -288,17 +291,23 @@ def _learned(snapshots: Snapshots, couplings: Sequence[Coupling], metric: Metric
 def _by_velocity(snapshots: Snapshots, kin: Sequence[GrowingPlan], plans: Plans) -> tuple[GrowingPlan, ...]:
     """Return plans by where cells go as well as by where they are, which their kin tell, and so on, a few times.
 
-    Cells of the first and the last snapshot have no velocity.
+    Cells of the first and the last snapshot have no velocity. Over a long interval beside a very short one velocities
+    are noise: it is in proportion to ``1 / g`` where the gap is ``g``, and adds to squared distances as ``(h / g)^2``
+    where the interval's length is ``h``. So where that is more than ``LONG`` times ``g``, speeding up costs as over
+    ``(LONG g)^2 / h`` instead of ``h``, by which what is added falls as ``(g / h)^2``.
     """
     kin, intervals = list(kin), snapshots.intervals()
+    lengths = [interval.length for interval in intervals]
+    beside = [min(lengths[:k][-1:] + lengths[k + 1 : k + 2], default=length) for k, length in enumerate(lengths)]
+    times = [length * min(1.0, LONG * gap / length) ** 2 for length, gap in zip(lengths, beside)]
     for left in reversed(range(ROUNDS if len(snapshots) > 2 else 0)):
         ends = tuple(pairwise(velocities(snapshots, kin)))
         solve = partial(plans.by_velocity, kin_alone=left > 0)
         if all(len(plan.meetings) == 1 for plan in kin):
-            kin = at_once(solve, list(zip(kin, intervals, *zip(*ends))), torch.get_num_threads())
+            kin = at_once(solve, list(zip(kin, intervals, *zip(*ends), times)), torch.get_num_threads())
         else:  # blocks of an interval are solved at once; kin of large snapshots take memory: one replaces the other
             for k, interval in enumerate(intervals):
-                kin[k] = solve(kin[k], interval, *ends[k])
+                kin[k] = solve(kin[k], interval, *ends[k], times[k])
     return tuple(kin)
 
 

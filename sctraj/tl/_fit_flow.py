@@ -78,9 +78,8 @@ def fit_flow(
         Of the first three methods: ``"hermite"``, cubic paths through a cell at a velocity measured from its kin
         before and after; turns that the whole population takes are taken less where they come and go with single
         snapshots, as samples that are off make them; ``"uot-cfm"`` then pairs cells by where they go as well as by
-        where they are. ``"straight"``. ``"land"`` or ``"rbf"``: learned to keep
-        to the cells under that metric (Kapusniak et al. 2024), for courses known to bend round a hole: they narrow
-        populations elsewhere.
+        where they are. ``"straight"``. ``"land"`` or ``"rbf"``: learned to keep to the cells under that metric
+        (Kapusniak et al. 2024), for courses known to bend round a hole: they narrow populations elsewhere.
         None: hermite for ``"uot-cfm"``, straight for the others.
     field
         ``"neural"``: a network trained by flow matching; its cost at a cell does not grow with the number of pairs.

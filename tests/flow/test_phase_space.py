@@ -14,9 +14,10 @@ from sctraj.datasets import simulated_course
 from sctraj.flow import problem
 from sctraj.flow.coupling import exact, growing, paired_by_velocity
 from sctraj.flow.coupling.phase_space import in_phase_space
+from sctraj.flow.plans import Plans
 from sctraj.flow.probability_path import Hermite, Pairs
 from sctraj.flow.problem import make_problems
-from sctraj.flow.snapshots import Interval
+from sctraj.flow.snapshots import Interval, Snapshots
 
 T0, T1 = 1.5, 4.0
 LENGTH = T1 - T0
@@ -50,6 +51,36 @@ def test_squared_distances_are_the_work_of_straight_ways_and_bent_ones():
     moved = (x1 - x0).square().sum(1)  # length x integral of the squared chord velocity
     pairs = Pairs(x0, x1, T0, T1, v0[:9], v1)
     torch.testing.assert_close(found, moved + bending(pairs), rtol=1e-6, atol=0)  # 4,000 steps of a parabola
+
+
+def test_speeding_up_costs_as_over_a_time():
+    interval, v0, v1 = cloud()
+    for known in ((v0, v1), (v0, None), (None, v1)):
+        own = torch.cdist(interval.x0, interval.x1).square()
+        whole, half = (
+            torch.cdist(space.x0, space.x1).square() - own
+            for space in (in_phase_space(interval, *known, time=time) for time in (None, LENGTH / 2))
+        )
+        torch.testing.assert_close(half, whole / 4, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("times", [(0, 1, 1.01, 5), (0, 0.1, 4, 4.1), (0, 1, 2, 3)])
+def test_velocities_from_a_very_short_gap_do_not_lead_pairs_astray(times):
+    drift = torch.tensor([1.0, 0.0], dtype=torch.float64)  # of a cloud whose cells are drawn anew each time
+    snapshots = Snapshots(times, tuple(cells(150, k, 2) + t * drift for k, t in enumerate(times)))
+    found = []
+    for rounds in (0, problem.ROUNDS):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(problem, "ROUNDS", rounds)
+            (one,), _ = make_problems(
+                snapshots, method="uot-cfm", path=None, sigma=0.1, seeds=(0,), validate=False
+            )  # fmt: skip
+        k = max(range(3), key=lambda k: times[k + 1] - times[k])
+        pairs, interval = one.listed(k), snapshots.intervals()[k]
+        beside = interval.x1[pairs.j] - interval.x0[pairs.i] - interval.length * drift
+        found.append(float(pairs.middle @ beside.norm(dim=1)))
+    by_place, by_velocity = found
+    assert by_velocity < 1.1 * by_place  # at random they would be 1.77 apart, by place they are .4 to .8
 
 
 @pytest.mark.parametrize("free", [0, 1])
@@ -108,8 +139,55 @@ def test_without_velocities_the_plan_stays():
     interval, _, _ = cloud(40, 50)
     plan = growing(interval, torch.Generator())
     again = paired_by_velocity(plan, interval, None, None)
-    for one, other in ((plan.pairs.mass0, again.pairs.mass0), (plan.descendants, again.descendants)):
-        assert torch.equal(one, other)
+    for name in ("i", "j", "mass0", "mass1"):
+        assert torch.equal(getattr(plan.pairs, name), getattr(again.pairs, name))
+    assert torch.equal(plan.descendants, again.descendants)
+    assert torch.equal(plan.ancestors, again.ancestors)
+
+
+@pytest.mark.parametrize("block", [20, 3000])
+def test_cells_without_mass_change_nothing_and_marginals_are_the_snapshots_with_a_prior_too(block):
+    interval, v0, v1 = cloud(60, 50)
+    mass0, mass1 = interval.mass0.clone(), interval.mass1.clone()
+    mass0[::5] = mass1[::7] = 0.0
+    growth = torch.linspace(-1, 1, 60, dtype=torch.float64)
+    sparse = replace(interval, mass0=mass0 / mass0.sum(), mass1=mass1 / mass1.sum(), growth0=growth)
+    plan = growing(sparse, torch.Generator().manual_seed(0), block=block)
+    again = paired_by_velocity(plan, sparse, v0, v1)
+    for mass, index, expected in (
+        (again.pairs.mass0, again.pairs.i, sparse.mass0),
+        (again.pairs.mass1, again.pairs.j, sparse.mass1),
+    ):
+        torch.testing.assert_close(sums(index, mass, len(expected)), expected, rtol=0, atol=1e-14)
+    assert bool(again.descendants.isfinite().all() and again.ancestors.isfinite().all())
+    if block == 20:  # elsewhere cut
+        return
+    some0, some1 = mass0 > 0, mass1 > 0
+    fewer = replace(
+        sparse, x0=sparse.x0[some0], x1=sparse.x1[some1], mass0=sparse.mass0[some0], mass1=sparse.mass1[some1],
+        growth0=growth[some0],
+    )  # fmt: skip
+    without = paired_by_velocity(growing(fewer, torch.Generator()), fewer, v0[some0], v1[some1])
+    torch.testing.assert_close(again.descendants[some0], without.descendants, rtol=0, atol=1e-3)  # plans' tolerance
+    torch.testing.assert_close(again.ancestors[some1], without.ancestors, rtol=0, atol=1e-3)
+
+
+def test_plans_known_are_those_of_the_same_velocities_time_and_question():
+    interval, v0, v1 = cloud(40, 50)
+    plan, plans = growing(interval, torch.Generator()), Plans()
+    asked = [
+        (v0, v1, 1.0, False),
+        (v0, 2 * v1, 1.0, False),
+        (v0, v1, 0.5, False),
+        (v0, v1, 1.0, True),
+        (None, v1, 1.0, False),
+    ]
+    first = [plans.by_velocity(plan, interval, *known, time, kin_alone=only) for *known, time, only in asked]
+    again = [plans.by_velocity(plan, interval, *known, time, kin_alone=only) for *known, time, only in asked]
+    assert all(one is other for one, other in zip(first, again))
+    assert len({id(p) for p in first}) == len(asked)
+    plans.forget_velocities()
+    assert plans.by_velocity(plan, interval, v0, v1, 1.0, kin_alone=False) is not first[0]
 
 
 @pytest.mark.parametrize("block", [20, 3000])

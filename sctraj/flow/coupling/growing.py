@@ -147,6 +147,7 @@ def paired_by_velocity(
     velocity0: Tensor | None,
     velocity1: Tensor | None,
     *,
+    time: float | None = None,
     kin_alone: bool = False,
     epsilon: float = EPSILON,
     kin_penalty: float = KIN_PENALTY,
@@ -164,6 +165,8 @@ def paired_by_velocity(
         The two snapshots.
     velocity0, velocity1
         The cells', ``(n0, d)`` and ``(n1, d)`` per unit of time; None where they are not known.
+    time
+        Over which speeding up costs what moving does; the interval's length by default.
     kin_alone
         Whether mean ancestors and descendants of the cells that are met are all that is asked for; all else is then as
         it was.
@@ -172,7 +175,7 @@ def paired_by_velocity(
     workers
         Blocks solved at once; -1: as many as there are processors.
     """
-    space = in_phase_space(interval, velocity0, velocity1)
+    space = in_phase_space(interval, velocity0, velocity1, time=time)
     unit = _unit([_within(space, meeting) for meeting in plan.meetings], epsilon, workers)
     before = plan if kin_alone else None
     return _coupled(space, plan.meetings, epsilon * unit, kin_penalty * unit, workers, before)
