@@ -30,9 +30,7 @@ HELD_BACK = 0.1  # of each snapshot's cells, where early stopping is asked for
 DISPLACEMENT_CELLS = 1000  # cells a side at most from which the displacement is estimated
 SLOW = 1 / 16  # tempo of a network's clock on a growing plan: the faster, the more of one snapshot's own it learns
 ROUNDS = 2  # of finding velocities and pairing by them: further ones changed little
-LONG = (
-    8.0  # times the shorter gap beside it: an interval from which on velocities count less; up to 6 they do not mislead
-)
+LONG = 8.0  # times the shorter gap beside it, an interval's length from which on velocities fade: at 6 they still tell
 DATA_SEED = 0  # of blocks and of cells held back: what belongs to the data, whoever is trained on it
 DRAWN_PAIRS = 4  # per cell, where a coupling has too many pairs to list
 

@@ -138,7 +138,7 @@ def growing(
     solve = partial(_taking_part, epsilon=epsilon * unit, penalty=penalty * unit)
     taking = at_once(solve, [(own, part) for own, (_, _, part, _) in zip(held, cut)], workers)
     meetings = tuple(Meeting(*one, *both) for one, both in zip(cut, taking))
-    return _coupled(interval, meetings, epsilon * unit, kin_penalty * unit, workers)
+    return _coupled(interval, meetings, held, epsilon * unit, kin_penalty * unit, workers)
 
 
 def paired_by_velocity(
@@ -174,16 +174,25 @@ def paired_by_velocity(
         Of the plan that mean ancestors and descendants are taken from, in units of this cost's exact plan.
     workers
         Blocks solved at once; -1: as many as there are processors.
+
+    Raises
+    ------
+    ValueError
+        If the plan is one of pairs alone.
     """
+    if not plan.meetings:
+        raise ValueError("expected a plan as `growing` makes it, found one of pairs alone; couple the interval first")
     space = in_phase_space(interval, velocity0, velocity1, time=time)
-    unit = _unit([_within(space, meeting) for meeting in plan.meetings], epsilon, workers)
+    held = [_within(space, meeting) for meeting in plan.meetings]
+    unit = _unit(held, epsilon, workers)
     before = plan if kin_alone else None
-    return _coupled(space, plan.meetings, epsilon * unit, kin_penalty * unit, workers, before)
+    return _coupled(space, plan.meetings, held, epsilon * unit, kin_penalty * unit, workers, before)
 
 
 def _coupled(
     space: Interval,
     meetings: tuple[Meeting, ...],
+    held: Sequence[Interval],
     epsilon: float,
     kin_penalty: float,
     workers: int,
@@ -191,7 +200,8 @@ def _coupled(
 ) -> GrowingPlan:
     """Find all cells' kin by squared distances in a space, and pair what takes part of them.
 
-    Its first coordinates are the cells' own; epsilon and penalty are in units of its cost. With a plan from ``before``
+    Its first coordinates are the cells' own; ``held`` are the meetings' cells there, with the marginals that plans are
+    held to; epsilon and penalty are in units of its cost. With a plan from ``before``
     only the kin of cells that are met are found, and the rest is from there.
     """
     ends = [
@@ -202,15 +212,13 @@ def _coupled(
     places = space.x0, space.x1
     others = [_without_mass(end, len(x)) if before is None else torch.arange(0) for end, x in zip(ends, places)]
     outside = [cells.tensor_split(len(meetings)) for cells in others]
-    tasks = [
-        (meeting, _within(space, meeting), space.x0[o0], space.x1[o1]) for meeting, o0, o1 in zip(meetings, *outside)
-    ]
+    tasks = [(meeting, own, space.x0[o0], space.x1[o1]) for meeting, own, o0, o1 in zip(meetings, held, *outside)]
     solve = partial(_solved, epsilon=epsilon, kin_penalty=kin_penalty, pairs=before is None)
     found, *kin = zip(*at_once(solve, tasks, workers))
-    own = (None, None) if before is None else (before.descendants, before.ancestors)
+    known = (None, None) if before is None else (before.descendants, before.ancestors)
     descendants, ancestors = (
         _averaged(end, rest, some, otherwise, len(x))
-        for end, rest, some, otherwise, x in zip(ends, outside, kin, own, places)
+        for end, rest, some, otherwise, x in zip(ends, outside, kin, known, places)
     )
     if len(meetings) > 1:  # of large snapshots, where they are most of the plan
         descendants, ancestors = (mean.to(space.x0.dtype) for mean in (descendants, ancestors))
