@@ -21,7 +21,7 @@ from .euclidean import distances
 from .integrate import Field, Solver, transport
 from .pairwise_estimates import estimated_pairwise, within
 from .plans import Plans
-from .problem import DATA_SEED, DISPLACEMENT_CELLS, Problem, make_problems
+from .problem import DATA_SEED, DISPLACEMENT_CELLS, Problem, make_problems, taking_part
 from .snapshots import Interval, Snapshots
 from .starts import Origin, Start, origins
 
@@ -72,8 +72,9 @@ def hold_out_problems(
     The snapshot that each member has not seen, the problems, and those of held-back cells (see ``make_problems``).
     """
     held_out, problems, validation = [], [], []
-    folds = {k: snapshots.without(k) for k in interior(snapshots)}
     plans = plans or Plans()
+    few = taking_part(snapshots, method, path, plans)  # of all folds, which share couplings of the same cells
+    folds = {k: few.without(k) for k in interior(few)}
     intervals = [interval for kept in folds.values() for interval in kept.intervals()]
     if sigma is None:
         measured = [i for i in intervals if max(len(i.x0), len(i.x1)) <= DISPLACEMENT_CELLS]

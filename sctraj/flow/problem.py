@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,13 +13,15 @@ import torch
 from torch import Tensor
 
 from .coupling import Coupling, GrowingPlan, SparsePlan, WeightedPairs, blocked, growing
-from .coupling.blocked import at_once
+from .coupling.blocked import BLOCK, at_once
 from .metric_path import BATCH_SIZE, LEARNING_RATE, N_STEPS, WIDTH, Metric, metric_path
 from .plans import Plans
 from .probability_path import BrownianBridge, Hermite, Pairs, PathSample, ProbabilityPath, Straight, Trigonometric
-from .snapshots import Snapshots, hold_back
+from .snapshots import Snapshots, hold_back, thinned
 from .starts import farther_share
 from .tangents import Tangents, reliability, tangents, velocities
+
+logger = logging.getLogger(__name__)
 
 METHODS = ("uot-cfm", "ot-cfm", "i-cfm", "sb-cfm", "vp-cfm")
 PATHS = ("hermite", "straight", "land", "rbf")
@@ -32,6 +35,7 @@ SLOW = 1 / 16  # tempo of a network's clock on a growing plan: the faster, the m
 ROUNDS = 2  # of finding velocities and pairing by them: further ones changed little
 LONG = 8.0  # times the shorter gap beside it, an interval's length from which on velocities fade: at 6 they still tell
 DATA_SEED = 0  # of blocks and of cells held back: what belongs to the data, whoever is trained on it
+MOST_CELLS = 12_000  # of a snapshot that are coupled in blocks: pairs enough for the draws that a fit makes of it
 DRAWN_PAIRS = 4  # per cell, where a coupling has too many pairs to list
 
 
@@ -42,7 +46,7 @@ class Problem:
     Attributes
     ----------
     snapshots
-        The kept snapshots.
+        The kept snapshots; of large ones the cells that take part in couplings (see `taking_part`).
     couplings
         One per interval.
     path
@@ -157,6 +161,21 @@ class Sample:
     growth: Tensor | None
 
 
+def taking_part(snapshots: Snapshots, method: str, path: str | None, plans: Plans) -> Snapshots:
+    """Return the snapshots with the cells that problems are made of: at most 12,000 of each that is met in blocks.
+
+    That is of those with more cells than a block has, where pairs or kin are found by blocks: for ``"uot-cfm"``,
+    ``"ot-cfm"`` and curved paths. They are chosen at random, by a snapshot's own weights alone.
+    """
+    if method not in ("uot-cfm", "ot-cfm") and path != "hermite":
+        return snapshots
+    few = thinned(snapshots, MOST_CELLS, above=plans.block or BLOCK)
+    if few is not snapshots:
+        sizes = ", ".join(f"{len(some):,} of {len(x):,}" for some, x in zip(few.points, snapshots.points))
+        logger.info("cells of the snapshots that take part in couplings: %s", sizes)
+    return few
+
+
 def displacement(snapshots: Snapshots, plans: Plans) -> float:
     """Root mean square displacement per coordinate under the exact coupling, over the kept intervals.
 
@@ -249,6 +268,7 @@ def make_problems(
     if snapshots.growth and method != "uot-cfm":
         raise ValueError(f"expected no prior of growth for {method}, which conserves mass; take method='uot-cfm'")
     plans = plans or Plans()
+    snapshots = taking_part(snapshots, method, path, plans)
     law = make_path(snapshots, method, path, default_sigma(snapshots, method, plans) if sigma is None else sigma)
     rng = torch.Generator().manual_seed(DATA_SEED)
     parts = hold_back(snapshots, fraction=HELD_BACK, rng=rng) if validate else (snapshots,)
@@ -303,9 +323,8 @@ def _by_velocity(snapshots: Snapshots, kin: Sequence[GrowingPlan], plans: Plans)
         solve = partial(plans.by_velocity, kin_alone=left > 0)
         if all(len(plan.meetings) == 1 for plan in kin):
             kin = at_once(solve, list(zip(kin, intervals, *zip(*ends), times)), torch.get_num_threads())
-        else:  # blocks of an interval are solved at once; kin of large snapshots take memory: one replaces the other
-            for k, interval in enumerate(intervals):
-                kin[k] = solve(kin[k], interval, *ends[k], times[k])
+        else:  # blocks of an interval are solved at once
+            kin = [solve(*asked) for asked in zip(kin, intervals, *zip(*ends), times)]
     return tuple(kin)
 
 

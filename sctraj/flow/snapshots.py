@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
@@ -134,16 +135,7 @@ def hold_back(snapshots: Snapshots, *, fraction: float, rng: torch.Generator) ->
         order = torch.randperm(len(x), generator=rng).to(x.device)
         validation.append(order[:n].sort().values)
         train.append(order[n:].sort().values)
-    first, second = (
-        Snapshots(
-            snapshots.times,
-            tuple(x[rows] for x, rows in zip(snapshots.points, part)),
-            tuple(m[rows] for m, rows in zip(snapshots.mass, part)),
-            tuple(g[rows] for g, rows in zip(snapshots.growth, part)),
-        )
-        for part in (train, validation)
-    )
-    return first, second
+    return _cells(snapshots, train), _cells(snapshots, validation)
 
 
 def resampled(snapshots: Snapshots, seed: int) -> Snapshots:
@@ -154,6 +146,34 @@ def resampled(snapshots: Snapshots, seed: int) -> Snapshots:
         drawn = torch.multinomial(m.cpu(), len(m), replacement=True, generator=rng)
         mass.append(torch.bincount(drawn, minlength=len(m)).to(m))
     return dataclasses.replace(snapshots, mass=tuple(mass))
+
+
+def sampled(mass: Tensor, most: int) -> Tensor:
+    """Choose ``most`` cells with mass at random, or all that have mass where they are no more; sorted indices.
+
+    The choice is the weights' ``(n,)`` alone, and more of them include fewer.
+    """
+    order = torch.randperm(len(mass), generator=torch.Generator().manual_seed(len(mass))).to(mass.device)
+    return order[mass[order] > 0][:most].sort().values
+
+
+def thinned(snapshots: Snapshots, most: int, *, above: int) -> Snapshots:
+    """Return the snapshots with at most ``most`` cells with mass (`sampled`) of each that has more than ``above``.
+
+    Those that lose no cell stay the same tensors, by which couplings are known again.
+    """
+    chosen = [torch.arange(len(m)) if len(m) <= above else sampled(m, most) for m in snapshots.mass]
+    fewer = [None if len(rows) == len(m) else rows for rows, m in zip(chosen, snapshots.mass)]
+    return snapshots if fewer == [None] * len(fewer) else _cells(snapshots, fewer)
+
+
+def _cells(snapshots: Snapshots, chosen: Sequence[Tensor | None]) -> Snapshots:
+    """Return the snapshots with the chosen cells of each alone, indices ``(m_k,)``; None: with all, as they are."""
+    columns = (
+        tuple(values if rows is None else values[rows] for values, rows in zip(column, chosen))
+        for column in (snapshots.points, snapshots.mass, snapshots.growth)
+    )
+    return Snapshots(snapshots.times, *columns)
 
 
 def to_device(record: _Record, device: torch.device) -> _Record:

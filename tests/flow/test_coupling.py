@@ -16,7 +16,6 @@ from scipy.spatial.distance import cdist
 from scipy.stats import chisquare
 
 from sctraj.flow.coupling import blocked, entropic, exact, independent, kernel, sinkhorn, unbalanced
-from sctraj.flow.coupling.blocked import sampled
 from sctraj.flow.coupling.independent import draw_each
 from sctraj.flow.snapshots import Interval
 
@@ -100,49 +99,13 @@ def test_small_snapshots_get_the_exact_plan_from_blocked():
     assert torch.equal(plan.mass, whole.mass)
 
 
-def test_sampled_cells_have_mass_and_are_the_snapshots_alone():
-    mass = make_interval(200, 3, weighted=True).mass0
-    mass[::3] = 0.0
-    few, many = sampled(mass, 20), sampled(mass, 90)
-    assert (len(few), len(many)) == (20, 90)
-    assert len(few.unique()) == 20
-    assert bool((mass[few] > 0).all())
-    assert bool(torch.isin(few, many).all())  # so that a coarser coupling's cells take part in a finer one
-    assert torch.equal(sampled(mass.clone(), 20), few)
-    assert torch.equal(sampled(mass, 200), torch.arange(200))
-    assert torch.equal(sampled(mass, 199), mass.nonzero().squeeze(1))  # no more than there are
-    drawn = torch.stack([torch.isin(torch.arange(n), sampled(torch.ones(n), n // 4))[:1000] for n in range(2000, 2030)])
-    assert 0.2 < drawn.double().mean() < 0.3  # of the first cells as of all: four standard errors are 0.01
-
-
-def test_a_snapshots_cells_in_pairs_are_the_same_on_both_sides():
-    first, second = make_interval(150, 120, weighted=True), make_interval(120, 170, weighted=True, seed=1)
-    second.mass0[:] = first.mass1
-    plans = [blocked(x, torch.Generator().manual_seed(3), block=20, most_cells=60) for x in (first, second)]
-    assert torch.equal(plans[0].j.unique(), plans[1].i.unique())
-    assert len(plans[0].j.unique()) == 60
-    for plan, interval in zip(plans, (first, second)):
-        matrix = dense(plan, interval)
-        for found, mass in ((matrix.sum(1), interval.mass0), (matrix.sum(0), interval.mass1)):
-            due = np.where(found > 0, mass, 0)  # the marginal of the cells that take part
-            np.testing.assert_allclose(found, due / due.sum(), rtol=0, atol=1e-12)  # rounding at block borders
-
-
-@pytest.mark.parametrize(
-    ("block", "most_cells", "found"),
-    [
-        (50, 40, ""),
-        (20, 60, "3 blocks of 50 and 40 cells, of 50 and 40"),
-        (20, 30, "2 blocks of 30 and 30 cells, of 50 and 40"),
-    ],
-)
-def test_what_takes_part_is_chosen_by_numbers_of_cells_and_said(caplog, block, most_cells, found):
+def test_blocks_are_drawn_of_large_snapshots_alone_and_said(caplog):
     interval = make_interval(50, 40)
     with caplog.at_level(logging.INFO, logger="sctraj"):
-        plan = blocked(interval, torch.Generator(), block=block, most_cells=most_cells)
-    assert found in caplog.text
-    assert bool(caplog.text) == bool(found)  # a snapshot met whole is nothing to tell
-    assert len(plan.i.unique()) == (min(50, most_cells) if found else 50)
+        assert len(blocked(interval, torch.Generator(), block=50).i.unique()) == 50
+        assert not caplog.text  # a snapshot met whole is nothing to tell
+        assert len(blocked(interval, torch.Generator(), block=20).i.unique()) == 50
+    assert "3 blocks of 50 and 40 cells" in caplog.text
 
 
 def test_the_number_of_workers_changes_no_bit_and_torch_keeps_its_threads():

@@ -478,7 +478,7 @@ def test_folds_share_pairs_by_velocity_where_all_that_tells_it_is_theirs():
 
 
 def test_blocks_are_drawn_as_if_folds_were_alone(monkeypatch):
-    small = {"block": 9, "most_cells": 100, "workers": 1}
+    small = {"block": 9, "workers": 1}
     monkeypatch.setattr(plans_module, "blocked", partial(blocked, **small))
     monkeypatch.setattr(plans_module, "BLOCK", 9)
     snapshots = make(times=(0.0, 1.0, 4.0, 6.0, 9.0), sizes=(20, 15, 25, 30, 10))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 
 from sctraj.flow import plans as plans_module
+from sctraj.flow import problem as problem_module
 from sctraj.flow.coupling import blocked, entropic, exact, growing
 from sctraj.flow.coupling.blocked import blocks
+from sctraj.flow.hold_out import hold_out_problems
 from sctraj.flow.plans import Plans
 from sctraj.flow.problem import make_problems
-from sctraj.flow.snapshots import Snapshots, hold_back, resampled, to_device
+from sctraj.flow.snapshots import Snapshots, hold_back, resampled, sampled, thinned, to_device
 
 TIMES = (0.0, 1.5, 2.0, 7.0)
 
@@ -204,6 +207,71 @@ def test_resampled_leaves_all_but_the_weights():
     before = torch.get_rng_state()
     resampled(snapshots, 1)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- large snapshots
+
+
+def test_sampled_cells_have_mass_and_are_the_weights_alone():
+    mass = torch.rand(200, generator=torch.Generator().manual_seed(3))
+    mass[::3] = 0.0
+    few, many = sampled(mass, 20), sampled(mass, 90)
+    assert (len(few), len(many)) == (20, 90)
+    assert len(few.unique()) == 20
+    assert bool((mass[few] > 0).all())
+    assert bool(torch.isin(few, many).all())  # so that a coarser coupling's cells take part in a finer one
+    assert torch.equal(sampled(mass.clone(), 20), few)
+    assert torch.equal(sampled(mass, 199), mass.nonzero().squeeze(1))  # no more than there are
+    assert torch.equal(sampled(torch.ones(20), 20), torch.arange(20))
+    drawn = torch.stack([torch.isin(torch.arange(n), sampled(torch.ones(n), n // 4))[:1000] for n in range(2000, 2030)])
+    assert 0.2 < drawn.double().mean() < 0.3  # of the first cells as of all: four standard errors are 0.01
+
+
+def test_thinned_snapshots_keep_cells_weights_and_growth_together_and_small_ones_as_they_are():
+    mass = tuple(torch.arange(n, dtype=torch.float64) for n in (30, 50, 60, 70))
+    snapshots = replace(with_growth((0.0, 1.0, 2.0, 3.0), (30, 50, 60, 70)), mass=mass)
+    few = thinned(snapshots, 55, above=40)
+    assert [len(x) for x in few.points] == [30, 49, 55, 55]  # the first cell of each has no mass
+    assert_rates_go_with_their_cells(few)
+    assert few.points[0] is snapshots.points[0]
+    for k in (1, 2, 3):
+        rows = sampled(snapshots.mass[k], 55)
+        assert torch.equal(few.points[k], snapshots.points[k][rows])
+        torch.testing.assert_close(few.mass[k], snapshots.mass[k][rows] / snapshots.mass[k][rows].sum())
+    assert thinned(snapshots, 10, above=70) is snapshots
+    again = thinned(few, 55, above=40)
+    assert all(x is y for x, y in zip(again.points, few.points))
+    uniform = make((0.0, 1.0), (50, 60))
+    assert thinned(uniform, 60, above=40) is uniform  # larger than a block, but all of their cells take part
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "taking"),
+    [("uot-cfm", None, 25), ("uot-cfm", "straight", 25), ("ot-cfm", None, 25), ("i-cfm", "hermite", 25),
+     ("i-cfm", None, 60), ("sb-cfm", None, 60)],
+)  # fmt: skip
+def test_problems_of_large_snapshots_have_the_cells_that_pairs_are_of(monkeypatch, caplog, method, path, taking):
+    monkeypatch.setattr(problem_module, "MOST_CELLS", 25)
+    snapshots = make((0.0, 1.0, 2.0), (60, 20, 60))
+    with caplog.at_level(logging.INFO, logger="sctraj"):
+        (one,), _ = make_problems(
+            snapshots, method=method, path=path, sigma=0.5, seeds=(0,), validate=False, plans=Plans(block=22)
+        )  # fmt: skip
+    assert [len(x) for x in one.snapshots.points] == [taking, 20, taking]
+    assert ("25 of 60, 20 of 20, 25 of 60" in caplog.text) == (taking == 25)
+    for k, ends in enumerate(one.snapshots.intervals()):
+        pairs = one.listed(k)
+        assert len(pairs.i.unique()) > 0.9 * len(ends.x0)  # all of those listed, most of those drawn
+        assert len(pairs.j.unique()) > 0.9 * len(ends.x1)
+
+
+def test_folds_share_couplings_of_large_snapshots_cells(monkeypatch):
+    monkeypatch.setattr(problem_module, "MOST_CELLS", 25)
+    _, problems, _ = hold_out_problems(
+        make((0.0, 1.0, 2.0, 3.0, 4.0), (60,) * 5), method="uot-cfm", path="straight", sigma=0.5, seeds=[0],
+        validate=False, plans=Plans(block=22),
+    )  # fmt: skip
+    assert problems[1].snapshots.points[0] is problems[2].snapshots.points[0]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Random cells of two snapshots, in random blocks, for those whose whole plan does not fit; exact transport within."""
+"""Two snapshots in random blocks, for those whose whole plan does not fit; exact transport within."""
 
 from __future__ import annotations
 
@@ -19,22 +19,18 @@ from .exact import SparsePlan, exact
 logger = logging.getLogger(__name__)
 
 BLOCK = 3000  # cells: above this the network simplex over the whole snapshot takes longer than a fit
-MOST_CELLS = 12_000  # of a snapshot that take part: pairs enough for the draws that a fit makes of an interval
 
 Plans = TypeVar("Plans")
 
 
-def blocked(
-    interval: Interval, rng: torch.Generator, *, block: int = BLOCK, most_cells: int = MOST_CELLS, workers: int = -1
-) -> SparsePlan:
+def blocked(interval: Interval, rng: torch.Generator, *, block: int = BLOCK, workers: int = -1) -> SparsePlan:
     """Couple exactly within random blocks of about ``block`` cells a side (more where weights are uneven).
 
-    Both marginals are kept exactly, whatever the weights: the snapshots', or of snapshots with more than ``most_cells``
-    cells those of the `sampled`. The cost is at least the optimal one (Fatras et al. 2021 on mini-batch optimal
-    transport). Snapshots of at most ``block`` cells get the exact plan. ``workers`` blocks are solved at once, -1: as
-    many as there are processors.
+    Both marginals are kept exactly, whatever the weights. The cost is at least the optimal one (Fatras et al. 2021 on
+    mini-batch optimal transport). Snapshots of at most ``block`` cells get the exact plan. ``workers`` blocks are
+    solved at once, -1: as many as there are processors.
     """
-    parts = list(blocks(interval, rng, block=block, most_cells=most_cells))
+    parts = list(blocks(interval, rng, block=block))
     plans = at_once(exact, [(part,) for _, _, part, _ in parts], workers)
     i, j, mass, cost = [], [], [], 0.0
     for (rows, columns, _, share), plan in zip(parts, plans):
@@ -63,25 +59,13 @@ def at_once(solve: Callable[..., Plans], parts: Sequence[tuple], workers: int) -
         torch.set_num_threads(n_threads)
 
 
-def sampled(mass: Tensor, most: int) -> Tensor:
-    """Choose ``most`` cells with mass at random, all of a snapshot where it has no more cells; sorted indices.
-
-    The choice is the weights' ``(n,)`` alone: a snapshot has the same cells as the end of one interval and as the start
-    of the next, and more of them include fewer.
-    """
-    if len(mass) <= most:
-        return torch.arange(len(mass))
-    order = torch.randperm(len(mass), generator=torch.Generator().manual_seed(len(mass)))
-    return order[mass.cpu()[order] > 0][:most].sort().values
-
-
 def blocks(
-    interval: Interval, rng: torch.Generator, *, block: int = BLOCK, most_cells: int = MOST_CELLS
+    interval: Interval, rng: torch.Generator, *, block: int = BLOCK
 ) -> Iterator[tuple[Tensor, Tensor, Interval, float]]:
     """Yield parts of an interval, each a small one of its own; all of it where it has at most ``block`` cells a side.
 
-    Of larger snapshots at most ``most_cells`` cells each take part (see `sampled`). Both are put in random order and
-    cut at the same fractions of their mass, a cell at a cut being shared between its two blocks.
+    The cells of larger snapshots are put in random order and cut at the same fractions of their mass, a cell at a cut
+    being shared between its two blocks; those without mass are in none.
 
     Yields
     ------
@@ -93,13 +77,11 @@ def blocks(
     if largest <= block:
         yield torch.arange(len(interval.x0)), torch.arange(len(interval.x1)), interval, 1.0
         return
-    chosen = [sampled(m, most_cells) for m in ends]
-    n_blocks = math.ceil(max(len(cells) for cells in chosen) / (block - 1))  # a block may hold one shared cell more
+    n_blocks = math.ceil(largest / (block - 1))  # a block may hold one shared cell more
     logger.info(
-        "coupling from %g to %g: %d blocks of %d and %d cells, of %d and %d",
-        *(interval.t0, interval.t1, n_blocks, *(len(cells) for cells in chosen), *(len(m) for m in ends)),
+        "coupling from %g to %g: %d blocks of %d and %d cells", interval.t0, interval.t1, n_blocks, *map(len, ends)
     )
-    order0, order1 = (cells[torch.randperm(len(cells), generator=rng)] for cells in chosen)
+    order0, order1 = (torch.randperm(len(m), generator=rng) for m in ends)
     parts = zip(_cut(interval.mass0[order0], n_blocks), _cut(interval.mass1[order1], n_blocks), strict=True)
     for (k0, m0), (k1, m1) in parts:
         rows, columns = order0[k0], order1[k1]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..snapshots import Interval
-from .blocked import BLOCK, MOST_CELLS, at_once, blocks
+from .blocked import BLOCK, at_once, blocks
 from .exact import exact
 from .independent import draw
 from .pairs import WeightedPairs, rescaled
@@ -62,18 +62,21 @@ class GrowingPlan:
     pairs
         Of the plan; at most ``n0 + n1 - 1`` a block.
     descendants
-        Mean of the cells that a source cell's mass goes to, ``(n0, d)`` float64, or where there are several blocks as
-        the cells are; of one that takes no part, that a cell's in its place would go to.
+        Mean of the cells that a source cell's mass goes to, ``(n0, d)`` float64; of one that no block has, as it has no
+        mass, the cell itself.
     ancestors
         Mean of the cells that a target cell's mass comes from, ``(n1, d)``, likewise.
     meetings
         Who was coupled with whom, one of all cells where the snapshots are not in blocks.
+    unit
+        Of entropy and penalties where cells are paired by velocity, once they are.
     """
 
     pairs: WeightedPairs
     descendants: Tensor
     ancestors: Tensor
     meetings: tuple[Meeting, ...] = ()
+    unit: float | None = None
 
     def choose(self, n: int, rng: torch.Generator) -> Tensor:
         """Draw ``n`` pairs by their mass at mid-interval, as indices ``(n,)`` into ``pairs``."""
@@ -98,7 +101,6 @@ def growing(
     penalty: float = PENALTY,
     kin_penalty: float = KIN_PENALTY,
     block: int | None = None,
-    most_cells: int = MOST_CELLS,
     workers: int = -1,
     exact_cost: float | None = None,
 ) -> GrowingPlan:
@@ -108,8 +110,7 @@ def growing(
     plan ``P`` between these pairs the cells, and both ends are weighted back: a pair has the mass
     ``P_ij a_i / r_i`` at the start and ``P_ij b_j / c_j`` at the end, so that the population starts and ends as the
     snapshots are. A prior of growth (``interval.growth0``) makes ``a exp(growth length)`` the marginal that the plan
-    is held to, as in Schiebinger et al. 2019. Snapshots of more than ``block`` cells are met in random blocks; of those
-    with more than ``most_cells``, that many are in pairs (see `sampled`), and marginals are theirs.
+    is held to, as in Schiebinger et al. 2019. Snapshots of more than ``block`` cells are met in random blocks.
 
     Parameters
     ----------
@@ -123,8 +124,6 @@ def growing(
         Penalty of the stiffer plan that mean ancestors and descendants are taken from, in the same units.
     block
         Cells a side; by default snapshots of up to 3,000 cells are met whole, larger ones in blocks of 1,500.
-    most_cells
-        Cells of a snapshot that take part, where it is met in blocks.
     workers
         Blocks solved at once; -1: as many as there are processors.
     exact_cost
@@ -132,13 +131,14 @@ def growing(
     """
     if block is None:
         block = BLOCK if max(len(interval.x0), len(interval.x1)) <= BLOCK else SMALL_BLOCK
-    cut = list(blocks(interval, rng, block=block, most_cells=most_cells))
+    cut = list(blocks(interval, rng, block=block))
     held = [_held(part) for _, _, part, _ in cut]
     unit = _unit(held, epsilon, workers, exact_cost if held[0] is interval else None)
     solve = partial(_taking_part, epsilon=epsilon * unit, penalty=penalty * unit)
     taking = at_once(solve, [(own, part) for own, (_, _, part, _) in zip(held, cut)], workers)
     meetings = tuple(Meeting(*one, *both) for one, both in zip(cut, taking))
-    return _coupled(interval, meetings, held, epsilon * unit, kin_penalty * unit, workers)
+    kin = _kin(interval, meetings, held, epsilon * unit, kin_penalty * unit, workers)
+    return GrowingPlan(_pairs(meetings, held, workers), *kin, meetings)
 
 
 def paired_by_velocity(
@@ -155,12 +155,13 @@ def paired_by_velocity(
 ) -> GrowingPlan:
     """Couple the same cells anew by where they go as well as by where they are: the cost is `in_phase_space`.
 
-    What takes part of each cell stays, so that growth is read from places alone, and so does who is met.
+    What takes part of each cell stays, so that growth is read from places alone, and so does who is met. Of a plan that
+    was paired by other velocities the unit of cost stays too.
 
     Parameters
     ----------
     plan
-        Of the interval, from `growing`.
+        Of the interval, from `growing` or this.
     interval
         The two snapshots.
     velocity0, velocity1
@@ -184,51 +185,13 @@ def paired_by_velocity(
         raise ValueError("expected a plan as `growing` makes it, found one of pairs alone; couple the interval first")
     space = in_phase_space(interval, velocity0, velocity1, time=time)
     held = [_within(space, meeting) for meeting in plan.meetings]
-    unit = _unit(held, epsilon, workers)
-    before = plan if kin_alone else None
-    return _coupled(space, plan.meetings, held, epsilon * unit, kin_penalty * unit, workers, before)
+    unit = _unit(held, epsilon, workers, plan.unit)
+    kin = _kin(interval, plan.meetings, held, epsilon * unit, kin_penalty * unit, workers)
+    pairs = plan.pairs if kin_alone else _pairs(plan.meetings, held, workers)
+    return GrowingPlan(pairs, *kin, plan.meetings, unit)
 
 
-def _coupled(
-    space: Interval,
-    meetings: tuple[Meeting, ...],
-    held: Sequence[Interval],
-    epsilon: float,
-    kin_penalty: float,
-    workers: int,
-    before: GrowingPlan | None = None,
-) -> GrowingPlan:
-    """Find all cells' kin by squared distances in a space, and pair what takes part of them.
-
-    Its first coordinates are the cells' own; ``held`` are the meetings' cells there, with the marginals that plans are
-    held to; epsilon and penalty are in units of its cost. With a plan from ``before``
-    only the kin of cells that are met are found, and the rest is from there.
-    """
-    ends = [
-        [(meeting.i, meeting.part.mass0) for meeting in meetings],
-        [(meeting.j, meeting.part.mass1) for meeting in meetings],
-    ]
-    # kin go by where a cell is: those that take no part are shared out among the blocks
-    places = space.x0, space.x1
-    others = [_without_mass(end, len(x)) if before is None else torch.arange(0) for end, x in zip(ends, places)]
-    outside = [cells.tensor_split(len(meetings)) for cells in others]
-    tasks = [(meeting, own, space.x0[o0], space.x1[o1]) for meeting, own, o0, o1 in zip(meetings, held, *outside)]
-    solve = partial(_solved, epsilon=epsilon, kin_penalty=kin_penalty, pairs=before is None)
-    found, *kin = zip(*at_once(solve, tasks, workers))
-    known = (None, None) if before is None else (before.descendants, before.ancestors)
-    descendants, ancestors = (
-        _averaged(end, rest, some, otherwise, len(x))
-        for end, rest, some, otherwise, x in zip(ends, outside, kin, known, places)
-    )
-    if len(meetings) > 1:  # of large snapshots, where they are most of the plan
-        descendants, ancestors = (mean.to(space.x0.dtype) for mean in (descendants, ancestors))
-    if before is not None:
-        return replace(before, descendants=descendants, ancestors=ancestors)
-    columns = zip(*((p.i, p.j, p.mass0 * m.share, p.mass1 * m.share) for p, m in zip(found, meetings)))
-    return GrowingPlan(WeightedPairs(*map(torch.cat, columns)), descendants, ancestors, meetings)
-
-
-def _unit(held: Sequence[Interval], epsilon: float, workers: int, exact_cost: float | None = None) -> float:
+def _unit(held: Sequence[Interval], epsilon: float, workers: int, known: float | None) -> float:
     """Return the unit of entropy and penalties: the cost of the exact plan, of blocks the median of a few of them.
 
     A few do, since blocks are of one law, and by the median a cell far away in one of them changes nothing; where most
@@ -236,7 +199,7 @@ def _unit(held: Sequence[Interval], epsilon: float, workers: int, exact_cost: fl
     """
     largest = max(len(held[0].x0), len(held[0].x1))
     few = held[: max(UNIT_BLOCKS, SMALL_BLOCK // largest)]
-    costs = [exact_cost] if exact_cost is not None else at_once(_cost, [(part,) for part in few], workers)
+    costs = [known] if known is not None else at_once(_cost, [(part,) for part in few], workers)
     least = 2 * SHARPEST / epsilon * max(map(_spread, held))
     return max(median(costs) or max(costs), least) or 1.0  # all in one place: any will do
 
@@ -268,64 +231,57 @@ def _within(space: Interval, meeting: Meeting) -> Interval:
     return _held(replace(meeting.part, x0=space.x0[meeting.i], x1=space.x1[meeting.j]))
 
 
-def _solved(
-    meeting: Meeting,
-    held: Interval,
-    outside0: Tensor,
-    outside1: Tensor,
-    *,
+def _pairs(meetings: Sequence[Meeting], held: Sequence[Interval], workers: int) -> WeightedPairs:
+    """Pair what takes part of each cell by the exact plan within every meeting, as indices of all cells.
+
+    ``held`` are the meetings' cells where squared distances are the cost.
+    """
+    found = at_once(_paired, list(zip(meetings, held)), workers)
+    columns = zip(*((p.i, p.j, p.mass0 * m.share, p.mass1 * m.share) for p, m in zip(found, meetings)))
+    return WeightedPairs(*map(torch.cat, columns))
+
+
+def _paired(meeting: Meeting, held: Interval) -> WeightedPairs:
+    best = exact(replace(held, mass0=meeting.taking0, mass1=meeting.taking1))
+    mass0, mass1 = rescaled(best.mass, best.i, meeting.part.mass0), rescaled(best.mass, best.j, meeting.part.mass1)
+    return WeightedPairs(meeting.i[best.i], meeting.j[best.j], mass0, mass1)
+
+
+def _kin(
+    interval: Interval,
+    meetings: Sequence[Meeting],
+    held: Sequence[Interval],
     epsilon: float,
-    kin_penalty: float,
-    pairs: bool,
-) -> tuple[WeightedPairs | None, Tensor, Tensor]:
-    """Couple one meeting's cells where they are in a space, as ``held``; epsilon and penalty are in units of its cost.
+    penalty: float,
+    workers: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the mean descendants ``(n0, d)`` and ancestors ``(n1, d)`` of an interval's cells by an unbalanced plan.
 
-    Returns
-    -------
-    Pairs by the exact plan between what takes part of each cell, as indices of all cells, if asked for; mean
-    descendants of the meeting's cells at the start and of those outside, of which the place in this space is given,
-    ``(m0 + k0, d)``; mean ancestors of those at the end.
+    ``held`` are the meetings' cells where squared distances are the cost, with the marginals that plans are held to;
+    epsilon and penalty are in units of it.
     """
-    found = None
-    if pairs:
-        best = exact(replace(held, mass0=meeting.taking0, mass1=meeting.taking1))
-        mass0, mass1 = rescaled(best.mass, best.i, meeting.part.mass0), rescaled(best.mass, best.j, meeting.part.mass1)
-        found = WeightedPairs(meeting.i[best.i], meeting.j[best.j], mass0, mass1)
-    stiff = unbalanced(held, epsilon=epsilon, penalty=kin_penalty)
-    x0, x1 = meeting.part.x0.double(), meeting.part.x1.double()
-    centre = held.x0.double().mean(0)  # the plan's
-    there0, there1 = (outside.double() - centre for outside in (outside0, outside1))
-    descendants = torch.cat([stiff.descendants(x1), stiff.descendants(x1, there0)])
-    return found, descendants, torch.cat([stiff.ancestors(x0), stiff.ancestors(x0, there1)])
+    found = at_once(partial(_related, epsilon=epsilon, penalty=penalty), list(zip(meetings, held)), workers)
+    descendants, ancestors = zip(*found)
+    return (
+        _averaged([(m.i, m.part.mass0) for m in meetings], descendants, interval.x0),
+        _averaged([(m.j, m.part.mass1) for m in meetings], ancestors, interval.x1),
+    )
 
 
-def _without_mass(end: Sequence[tuple[Tensor, Tensor]], n: int) -> Tensor:
-    """Return which of ``n`` cells have no mass in any block; of each block its cells and their masses are given."""
-    mass = torch.zeros(n, dtype=torch.float64)
-    for cells, m in end:
-        mass.index_add_(0, cells, m)
-    return torch.nonzero(mass == 0).squeeze(1)
+def _related(meeting: Meeting, held: Interval, *, epsilon: float, penalty: float) -> tuple[Tensor, Tensor]:
+    plan = unbalanced(held, epsilon=epsilon, penalty=penalty)
+    return plan.descendants(meeting.part.x1.double()), plan.ancestors(meeting.part.x0.double())
 
 
-def _averaged(
-    end: Sequence[tuple[Tensor, Tensor]],
-    outside: Sequence[Tensor],
-    means: Sequence[Tensor],
-    otherwise: Tensor | None,
-    n: int,
-) -> Tensor:
-    """Return the mean kin of ``n`` cells ``(n, d)`` from those of each block's own cells and of others asked for.
-
-    Of cells in none of these, they are as ``otherwise``.
-    """
-    total, weight = torch.zeros(n, means[0].shape[1], dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-    for (cells, mass), others, mean in zip(end, outside, means):
-        # a cell that two blocks share has kin in both
-        index, m = torch.cat([cells, others]), torch.cat([mass, torch.ones(len(others), dtype=torch.float64)])
-        total.index_add_(0, index, m[:, None] * mean)
-        weight.index_add_(0, index, m)
-    found = total.div_(weight[:, None])
-    return found if otherwise is None else torch.where(weight[:, None] > 0, found, otherwise.double())
+def _averaged(end: Sequence[tuple[Tensor, Tensor]], means: Sequence[Tensor], cells: Tensor) -> Tensor:
+    """Return the mean kin of all cells ``(n, d)`` from those of each meeting's own, of which masses are given too."""
+    if len(end) == 1:
+        return means[0]
+    total, weight = torch.zeros_like(cells, dtype=torch.float64), torch.zeros(len(cells), 1, dtype=torch.float64)
+    for (index, mass), mean in zip(end, means):
+        total.index_add_(0, index, mass[:, None] * mean)  # a cell that two blocks share has kin in both
+        weight.index_add_(0, index, mass[:, None])
+    return torch.where(weight > 0, total / weight, cells)
 
 
 def _spread(interval: Interval) -> float:

@@ -24,7 +24,8 @@ def in_phase_space(
         ``(time / h)^2 (12 |(x1 - h v1 / 2) - (x0 + h v0 / 2)|^2 + h^2 |v1 - v0|^2)``,
 
     and ``(time / h)^2 3 |(x1 - h v1) - x0|^2`` where the first velocity is left free, as natural splines do. Whoever
-    solves for squared Euclidean distances solves for these; the first ``d`` coordinates are the cells' own.
+    solves for squared Euclidean distances solves for these; the first ``d`` coordinates are the cells' own, centred
+    where there are more.
 
     Parameters
     ----------
@@ -39,7 +40,9 @@ def in_phase_space(
     -------
     The same with cells ``(n0, D)`` and ``(n1, D)``, ``D`` being ``3 d``, ``2 d`` with one velocity and ``d`` with none.
     """
-    h, x0, x1, scale = interval.length, interval.x0, interval.x1, 1.0 if time is None else time / interval.length
+    h, scale = interval.length, 1.0 if time is None else time / interval.length
+    centre = interval.x0.mean(0)  # of numbers far from zero sums and multiples are rounded as they are large
+    x0, x1 = interval.x0 - centre, interval.x1 - centre
     if velocity0 is not None and velocity1 is not None:
         step0, step1, weight = h * velocity0, h * velocity1, math.sqrt(12) * scale
         x0 = torch.cat([x0, weight * (x0 + step0 / 2), scale * step0], 1)
@@ -50,4 +53,6 @@ def in_phase_space(
     elif velocity1 is not None:
         weight = math.sqrt(3) * scale
         x0, x1 = torch.cat([x0, weight * x0], 1), torch.cat([x1, weight * (x1 - h * velocity1)], 1)
+    else:
+        return interval
     return replace(interval, x0=x0, x1=x1)
