@@ -78,9 +78,9 @@ def hold_out_problems(
     intervals = [interval for kept in folds.values() for interval in kept.intervals()]
     if sigma is None:
         measured = [i for i in intervals if max(len(i.x0), len(i.x1)) <= DISPLACEMENT_CELLS]
-        plans.prepare(measured, "ot-cfm", DATA_SEED, torch.get_num_threads())
+        plans.prepare(measured, "ot-cfm", torch.get_num_threads())
     if not validate and method in ("ot-cfm", "uot-cfm"):
-        plans.prepare(intervals, method, DATA_SEED, torch.get_num_threads())
+        plans.prepare(intervals, method, torch.get_num_threads())
     for k, kept in folds.items():
         members, held_back = make_problems(
             kept, method=method, path=path, sigma=sigma, seeds=seeds, validate=validate, plans=plans
@@ -266,7 +266,7 @@ def interpolated(interval: Interval, time: float, plans: Plans | None = None) ->
 
     The plan's masses are the weights. At a time outside the interval chords are drawn out.
     """
-    plan = (plans or Plans()).couple(interval, None, "ot-cfm", torch.Generator().manual_seed(DATA_SEED))
+    plan = (plans or Plans()).couple(interval, None, "ot-cfm")
     assert isinstance(plan, SparsePlan)
     s = (time - interval.t0) / interval.length
     return Restoration((1 - s) * interval.x0[plan.i] + s * interval.x1[plan.j], plan.mass)

@@ -22,12 +22,15 @@ from .coupling.blocked import BLOCK, at_once
 from .probability_path import ProbabilityPath
 from .snapshots import Interval, to_device
 
+BLOCKS_SEED = 0  # they belong to the data, whoever is trained on it
+
 
 class Plans:
     """Couplings solved so far, for snapshots that share intervals, as those of the folds do, and how to solve them.
 
-    A coupling is found again where the interval, what is asked of it and the state of the random numbers are the same:
-    so the draws of blocks are those of couplings made one by one. It lives as long as its owner puts problems together.
+    A coupling is found again where the interval and what is asked of it are the same; the blocks of large snapshots are
+    drawn anew from one seed for each interval, so they are the same too. It lives as long as its owner puts problems
+    together.
 
     Parameters
     ----------
@@ -51,23 +54,27 @@ class Plans:
         self._known: list[_Solved] = []
         self._anew: list[_PairedAnew] = []
 
-    def couple(self, interval: Interval, path: ProbabilityPath | None, method: str, rng: torch.Generator) -> Coupling:
+    def couple(self, interval: Interval, path: ProbabilityPath | None, method: str) -> Coupling:
         """Return a method's coupling of one interval, from those known if it is among them.
 
-        The path serves only for ``"sb-cfm"``, whose coupling depends on its sigma; ``rng`` only where snapshots of more
-        than ``block`` cells are met in blocks. Those of ``"sb-cfm"``, whose potentials fit, are never.
+        The path serves only for ``"sb-cfm"``, whose coupling depends on its sigma.
         """
         what = method, path.sigma if path is not None and method == "sb-cfm" else None
-        before = rng.get_state()
         for known in self._known:
-            if known.what == what and _same(known.interval, interval) and torch.equal(known.before, before):
-                rng.set_state(known.after)
+            if known.what == what and _same(known.interval, interval):
                 return known.coupling
-        coupling = self._solve(interval, path, method, rng)
-        self._known.append(_Solved(interval, what, before, rng.get_state(), coupling))
+        coupling = self._solve(interval, path, method)
+        self._known.append(_Solved(interval, what, coupling))
         return coupling
 
-    def _solve(self, interval: Interval, path: ProbabilityPath | None, method: str, rng: torch.Generator) -> Coupling:
+    def growing(self, interval: Interval) -> GrowingPlan:
+        """Return the coupling of a growing population, which tells whose kin a cell is, as `couple` does."""
+        plan = self.couple(interval, None, "uot-cfm")
+        assert isinstance(plan, GrowingPlan)
+        return plan
+
+    def _solve(self, interval: Interval, path: ProbabilityPath | None, method: str) -> Coupling:
+        rng = torch.Generator().manual_seed(BLOCKS_SEED)
         if method == "uot-cfm":
             return growing(interval, rng, block=self.block, exact_cost=self._exact_cost(interval))
         if method == "ot-cfm":
@@ -109,28 +116,22 @@ class Plans:
         """Let go of what `by_velocity` found: kin, which problems that are put together have no more use for."""
         self._anew.clear()
 
-    def prepare(self, intervals: Sequence[Interval], method: str, seed: int, n_threads: int) -> None:
-        """Solve couplings of small snapshots, to which random numbers do not matter, on several threads at once."""
+    def prepare(self, intervals: Sequence[Interval], method: str, n_threads: int) -> None:
+        """Solve couplings of small snapshots on several threads at once; those of large ones are of blocks that are."""
         distinct: list[Interval] = []
         for interval in intervals:
             small = max(len(interval.x0), len(interval.x1)) <= (self.block or BLOCK)
             if small and not any(_same(interval, other) for other in distinct):
                 distinct.append(interval)
-
-        def solve(interval: Interval) -> None:
-            self.couple(interval, None, method, torch.Generator().manual_seed(seed))
-
-        at_once(solve, [(interval,) for interval in distinct], n_threads)
+        at_once(self.couple, [(interval, None, method) for interval in distinct], n_threads)
 
 
 @dataclass(frozen=True)
 class _Solved:
-    """A coupling, what was asked for, and the states of the random numbers before and after."""
+    """A coupling and what was asked for."""
 
     interval: Interval
     what: tuple[str, float | None]
-    before: Tensor
-    after: Tensor
     coupling: Coupling
 
 

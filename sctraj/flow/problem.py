@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .coupling import Coupling, GrowingPlan, SparsePlan, WeightedPairs, blocked, growing
+from .coupling import Coupling, GrowingPlan, SparsePlan, WeightedPairs, blocked
 from .coupling.blocked import BLOCK, at_once
 from .metric_path import BATCH_SIZE, LEARNING_RATE, N_STEPS, WIDTH, Metric, metric_path
 from .plans import Plans
@@ -34,7 +34,7 @@ DISPLACEMENT_CELLS = 1000  # cells a side at most from which the displacement is
 SLOW = 1 / 16  # tempo of a network's clock on a growing plan: the faster, the more of one snapshot's own it learns
 ROUNDS = 2  # of finding velocities and pairing by them: further ones changed little
 LONG = 8.0  # times the shorter gap beside it, an interval's length from which on velocities fade: at 6 they still tell
-DATA_SEED = 0  # of blocks and of cells held back: what belongs to the data, whoever is trained on it
+DATA_SEED = 0  # of cells held back: they belong to the data, whoever is trained on it
 MOST_CELLS = 12_000  # of a snapshot that are coupled in blocks: pairs enough for the draws that a fit makes of it
 DRAWN_PAIRS = 4  # per cell, where a coupling has too many pairs to list
 
@@ -184,7 +184,7 @@ def displacement(snapshots: Snapshots, plans: Plans) -> float:
     squares = []
     for interval in snapshots.intervals():
         if max(len(interval.x0), len(interval.x1)) <= min(DISPLACEMENT_CELLS, plans.block or DISPLACEMENT_CELLS):
-            plan = plans.couple(interval, None, "ot-cfm", torch.Generator().manual_seed(DATA_SEED))
+            plan = plans.couple(interval, None, "ot-cfm")
             assert isinstance(plan, SparsePlan)
             squares.append(plan.cost)
             continue
@@ -270,17 +270,18 @@ def make_problems(
     plans = plans or Plans()
     snapshots = taking_part(snapshots, method, path, plans)
     law = make_path(snapshots, method, path, default_sigma(snapshots, method, plans) if sigma is None else sigma)
-    rng = torch.Generator().manual_seed(DATA_SEED)
-    parts = hold_back(snapshots, fraction=HELD_BACK, rng=rng) if validate else (snapshots,)
+    parts: tuple[Snapshots, ...] = (snapshots,)
+    if validate:
+        parts = hold_back(snapshots, fraction=HELD_BACK, rng=torch.Generator().manual_seed(DATA_SEED))
     problems: list[list[Problem]] = [[], []]
     share: float | None = None
     for part, cells in zip(problems, parts):
-        couplings = tuple(plans.couple(interval, law, method, rng) for interval in cells.intervals())
+        couplings = tuple(plans.couple(interval, law, method) for interval in cells.intervals())
         if isinstance(law, Straight) and path in ("land", "rbf"):  # learned once, on the cells to train on
             law = _learned(cells, couplings, "land" if path == "land" else "rbf", law.sigma)
         bends = None
         if isinstance(law, Hermite):
-            kin: Sequence[GrowingPlan] = _kin(cells, couplings, rng, plans.block)
+            kin: Sequence[GrowingPlan] = [plans.growing(i) for i in cells.intervals()]  # whatever the couplings are
             # as the cells to train on have it, and by places alone: who is paired by velocity seems to turn reliably
             share = reliability(cells, kin) if share is None else share
             if method == "uot-cfm":
@@ -326,16 +327,6 @@ def _by_velocity(snapshots: Snapshots, kin: Sequence[GrowingPlan], plans: Plans)
         else:  # blocks of an interval are solved at once
             kin = [solve(*asked) for asked in zip(kin, intervals, *zip(*ends), times)]
     return tuple(kin)
-
-
-def _kin(
-    snapshots: Snapshots, couplings: Sequence[Coupling], rng: torch.Generator, block: int | None
-) -> list[GrowingPlan]:
-    """Return a growing plan for every interval, whatever the couplings are: who is whose kin, for curved paths."""
-    return [
-        c if isinstance(c, GrowingPlan) else growing(i, rng, block=block)
-        for c, i in zip(couplings, snapshots.intervals())
-    ]
 
 
 def _thin(n: int, device: torch.device) -> Tensor:

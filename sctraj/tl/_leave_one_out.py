@@ -337,7 +337,7 @@ def _references(snapshots: Snapshots, seeds: Sequence[int], plans: Plans) -> tup
     """Return the baselines and the noise reference, and the sizes of the latter's halves."""
     found, sizes = [], []
     across = [snapshots.without(k).intervals()[k - 1] for k in hold_out.interior(snapshots)]
-    plans.prepare(across, "ot-cfm", hold_out.DATA_SEED, torch.get_num_threads())
+    plans.prepare(across, "ot-cfm", torch.get_num_threads())
     for name in hold_out.BASELINES:
         for k in hold_out.interior(snapshots):
             found.append(_Found(name, k, 0, hold_out.baseline(snapshots, k, name, plans), snapshots.points[k]))

@@ -265,13 +265,18 @@ def test_problems_of_large_snapshots_have_the_cells_that_pairs_are_of(monkeypatc
         assert len(pairs.j.unique()) > 0.9 * len(ends.x1)
 
 
-def test_folds_share_couplings_of_large_snapshots_cells(monkeypatch):
+@pytest.mark.parametrize("method", ["uot-cfm", "ot-cfm"])
+def test_folds_share_couplings_of_large_snapshots(monkeypatch, method):
     monkeypatch.setattr(problem_module, "MOST_CELLS", 25)
     _, problems, _ = hold_out_problems(
-        make((0.0, 1.0, 2.0, 3.0, 4.0), (60,) * 5), method="uot-cfm", path="straight", sigma=0.5, seeds=[0],
+        make((0.0, 1.0, 2.0, 3.0, 4.0), (60,) * 5), method=method, path="straight", sigma=0.5, seeds=[0],
         validate=False, plans=Plans(block=22),
     )  # fmt: skip
     assert problems[1].snapshots.points[0] is problems[2].snapshots.points[0]
+    first, second, third = (problem.couplings for problem in problems)
+    assert first[2] is second[2]  # from 3 to 4, after what is left out
+    assert second[0] is third[0]  # from 0 to 1, before it
+    assert len({id(c) for p in problems for c in p.couplings}) == 7
 
 
 @pytest.mark.parametrize(
