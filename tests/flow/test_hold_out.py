@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -11,8 +10,6 @@ import torch
 from torch import Tensor
 
 from sctraj.flow import distance_estimates, hold_out, pairwise_estimates
-from sctraj.flow import plans as plans_module
-from sctraj.flow.coupling import blocked
 from sctraj.flow.distance import median_distance, mmd, wasserstein
 from sctraj.flow.hold_out import (
     BASELINES,
@@ -28,7 +25,6 @@ from sctraj.flow.hold_out import (
     judge,
     restore,
 )
-from sctraj.flow.problem import make_problems
 from sctraj.flow.snapshots import Snapshots
 from sctraj.flow.starts import origins
 from sctraj.flow.vector_field import FieldSample
@@ -440,55 +436,6 @@ def test_controls_gain_by_w1_and_lose_by_the_energy_distance(name):
     assert control["variance_ratio"] < 0.9 < honest["variance_ratio"]
     assert control["w1"] < honest["w1"]
     assert control["energy"] > honest["energy"] + 0.05  # sampling moves it by about .02
-
-
-@pytest.mark.parametrize("method", ["ot-cfm", "uot-cfm"])
-def test_folds_share_what_they_have_in_common_and_nothing_else(method):
-    snapshots = make(times=(0.0, 1.0, 4.0, 6.0, 9.0), sizes=(20, 15, 25, 30, 10))
-    same = {"method": method, "path": "straight", "sigma": None, "seeds": [0], "validate": False}
-    _, problems, _ = hold_out_problems(snapshots, **same)
-    assert problems[0].couplings[2] is problems[1].couplings[2]  # 6 to 9
-    assert problems[1].couplings[0] is problems[2].couplings[0]  # 0 to 1
-    assert len({id(c) for p in problems for c in p.couplings}) == 7
-    for k, problem in zip((1, 2, 3), problems):
-        alone = make_problems(snapshots.without(k), **same)[0][0]
-        assert problem.path.sigma == alone.path.sigma
-        for n in range(3):
-            shared, own = (p.listed(n) for p in (problem, alone))
-            assert torch.equal(shared.i, own.i)
-            assert torch.equal(shared.j, own.j)
-            assert torch.equal(shared.mass0, own.mass0)
-            assert torch.equal(shared.mass1, own.mass1)
-
-
-def test_folds_share_pairs_by_velocity_where_all_that_tells_it_is_theirs():
-    snapshots = make(times=tuple(range(7)), sizes=(20, 15, 25, 30, 10, 20, 15))
-    same = {"method": "uot-cfm", "path": None, "sigma": None, "seeds": [0], "validate": False}
-    _, problems, _ = hold_out_problems(snapshots, **same)
-    fourth, fifth = problems[3].couplings, problems[4].couplings
-    # the velocities at 1 go by the plans from 0 to 2, and those by the velocities at 2, by the plan to 3
-    assert fourth[0] is fifth[0]
-    assert len({id(c) for p in problems for c in p.couplings}) == 5 * 5 - 2  # fourth and fifth; first and second
-    for k, problem in zip(range(1, 6), problems):
-        alone = make_problems(snapshots.without(k), **same)[0][0]
-        assert problem.tangents.reliability == alone.tangents.reliability
-        for n in range(5):
-            shared, own = (p.listed(n) for p in (problem, alone))
-            assert all(torch.equal(getattr(shared, f), getattr(own, f)) for f in ("i", "j", "mass0", "mass1"))
-
-
-def test_blocks_are_drawn_as_if_folds_were_alone(monkeypatch):
-    small = {"block": 9, "workers": 1}
-    monkeypatch.setattr(plans_module, "blocked", partial(blocked, **small))
-    monkeypatch.setattr(plans_module, "BLOCK", 9)
-    snapshots = make(times=(0.0, 1.0, 4.0, 6.0, 9.0), sizes=(20, 15, 25, 30, 10))
-    same = {"method": "ot-cfm", "path": None, "sigma": 0.1, "seeds": [0], "validate": False}
-    _, problems, _ = hold_out_problems(snapshots, **same)
-    for k, problem in zip((1, 2, 3), problems):
-        alone = make_problems(snapshots.without(k), **same)[0][0]
-        for shared, own in zip(problem.couplings, alone.couplings, strict=True):
-            assert torch.equal(shared.i, own.i)
-            assert torch.equal(shared.j, own.j)
 
 
 def test_judging_at_once_is_judging_one_by_one():

@@ -14,7 +14,6 @@ from sctraj.datasets import simulated_course
 from sctraj.flow import problem
 from sctraj.flow.coupling import exact, growing, paired_by_velocity
 from sctraj.flow.coupling.phase_space import in_phase_space
-from sctraj.flow.plans import Plans
 from sctraj.flow.probability_path import Hermite, Pairs
 from sctraj.flow.problem import make_problems
 from sctraj.flow.snapshots import Interval, Snapshots
@@ -181,24 +180,6 @@ def test_cells_without_mass_change_nothing_and_marginals_are_the_snapshots_with_
     without = paired_by_velocity(growing(fewer, torch.Generator()), fewer, v0[some0], v1[some1])
     torch.testing.assert_close(again.descendants[some0], without.descendants, rtol=0, atol=1e-3)  # plans' tolerance
     torch.testing.assert_close(again.ancestors[some1], without.ancestors, rtol=0, atol=1e-3)
-
-
-def test_plans_known_are_those_of_the_same_velocities_time_and_question():
-    interval, v0, v1 = cloud(40, 50)
-    plan, plans = growing(interval, torch.Generator()), Plans()
-    asked = [
-        (v0, v1, 1.0, False),
-        (v0, 2 * v1, 1.0, False),
-        (v0, v1, 0.5, False),
-        (v0, v1, 1.0, True),
-        (None, v1, 1.0, False),
-    ]
-    first = [plans.by_velocity(plan, interval, *known, time, kin_alone=only) for *known, time, only in asked]
-    again = [plans.by_velocity(plan, interval, *known, time, kin_alone=only) for *known, time, only in asked]
-    assert all(one is other for one, other in zip(first, again))
-    assert len({id(p) for p in first}) == len(asked)
-    plans.forget_velocities()
-    assert plans.by_velocity(plan, interval, v0, v1, 1.0, kin_alone=False) is not first[0]
 
 
 @pytest.mark.parametrize("block", [20, 3000])

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from sctraj.flow import plans as plans_module
-from sctraj.flow import problem as problem_module
 from sctraj.flow.coupling import blocked, entropic, exact, growing
 from sctraj.flow.coupling.blocked import blocks
-from sctraj.flow.hold_out import hold_out_problems
-from sctraj.flow.plans import Plans
 from sctraj.flow.problem import make_problems
 from sctraj.flow.snapshots import Snapshots, hold_back, resampled, sampled, thinned, to_device
 
@@ -246,40 +241,6 @@ def test_thinned_snapshots_keep_cells_weights_and_growth_together_and_small_ones
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "taking"),
-    [("uot-cfm", None, 25), ("uot-cfm", "straight", 25), ("ot-cfm", None, 25), ("i-cfm", "hermite", 25),
-     ("i-cfm", None, 60), ("sb-cfm", None, 60)],
-)  # fmt: skip
-def test_problems_of_large_snapshots_have_the_cells_that_pairs_are_of(monkeypatch, caplog, method, path, taking):
-    monkeypatch.setattr(problem_module, "MOST_CELLS", 25)
-    snapshots = make((0.0, 1.0, 2.0), (60, 20, 60))
-    with caplog.at_level(logging.INFO, logger="sctraj"):
-        (one,), _ = make_problems(
-            snapshots, method=method, path=path, sigma=0.5, seeds=(0,), validate=False, plans=Plans(block=22)
-        )  # fmt: skip
-    assert [len(x) for x in one.snapshots.points] == [taking, 20, taking]
-    assert ("25 of 60, 20 of 20, 25 of 60" in caplog.text) == (taking == 25)
-    for k, ends in enumerate(one.snapshots.intervals()):
-        pairs = one.listed(k)
-        assert len(pairs.i.unique()) > 0.9 * len(ends.x0)  # all of those listed, most of those drawn
-        assert len(pairs.j.unique()) > 0.9 * len(ends.x1)
-
-
-@pytest.mark.parametrize("method", ["uot-cfm", "ot-cfm"])
-def test_folds_share_couplings_of_large_snapshots(monkeypatch, method):
-    monkeypatch.setattr(problem_module, "MOST_CELLS", 25)
-    _, problems, _ = hold_out_problems(
-        make((0.0, 1.0, 2.0, 3.0, 4.0), (60,) * 5), method=method, path="straight", sigma=0.5, seeds=[0],
-        validate=False, plans=Plans(block=22),
-    )  # fmt: skip
-    assert problems[1].snapshots.points[0] is problems[2].snapshots.points[0]
-    first, second, third = (problem.couplings for problem in problems)
-    assert first[2] is second[2]  # from 3 to 4, after what is left out
-    assert second[0] is third[0]  # from 0 to 1, before it
-    assert len({id(c) for p in problems for c in p.couplings}) == 7
-
-
-@pytest.mark.parametrize(
     "couple",
     [
         exact,
@@ -294,20 +255,6 @@ def test_every_coupling_takes_resampled_snapshots(couple):
     assert bool((interval.mass0 == 0).any())  # a third of the cells
     i, j = couple(interval).sample(5000, torch.Generator().manual_seed(0))
     assert bool((interval.mass0[i] > 0).all() and (interval.mass1[j] > 0).all())
-
-
-def test_the_plans_of_bridges_are_solved_where_asked_and_come_back_to_the_cells(monkeypatch):
-    asked, there = [], torch.device("cpu")
-    monkeypatch.setattr(
-        plans_module, "entropic", lambda *args, **how: asked.append(how["device"]) or entropic(*args, **how)
-    )
-    for device in (there, None, torch.device("mps")):  # which has no float64
-        plans = Plans(device=device)
-        made, _ = make_problems(
-            make(), method="sb-cfm", path=None, sigma=1.0, seeds=[0], validate=False, plans=plans
-        )  # fmt: skip
-        assert {plan.f.device for plan in made[0].couplings} == {there}
-    assert asked == [there] * 3 + [None] * 6
 
 
 def test_to_device_keeps_records():
