@@ -1,8 +1,9 @@
 """Peers beside sctraj and the baselines, as one grid; a peer that is not installed is left out, with the reason.
 
 python -m benchmarks.peers.run CELLS.h5ad --time-key day --n-dims 5 --seeds 2 --bootstraps 50 -o peers  # from the root
-python -m benchmarks.peers.run branching --only mioflow -o peers  # a simulated family
+python -m benchmarks.peers.run cycle+effects --n-cells 1000 --only mioflow -o peers  # a set of restoration.py
 python -m benchmarks.peers.run --table peers other_folder  # the finished folders side by side
+python -m benchmarks.peers.run --table peers_* --metric energy  # the same, a line a data set
 
 Every peer has requirements of its own (requirements-*.txt beside this), which need not get along with each other's: run
 it in an environment each, with a folder each. Folds, half-samples and seeds are the same everywhere, so that a peer's
@@ -21,10 +22,13 @@ import pandas as pd
 
 from sctraj import pp
 from sctraj.benchmark import TASKS, Data, make_grid, run_grid, summary
-from sctraj.benchmark._grid import FAMILIES, SIMULATED
+from sctraj.benchmark._grid import SIMULATED
 from sctraj.benchmark._methods import REFERENCES, find_method
 from sctraj.cli import prepare
-from sctraj.datasets import simulated_course, simulated_differentiation
+from sctraj.datasets import simulated_differentiation
+
+from ..restoration import N_CELLS, load
+from ..restoration import SIMULATED as FAMILIES
 
 HERE = "benchmarks.peers"
 OWN = ("ot-cfm", "uot-cfm")
@@ -57,14 +61,31 @@ def side_by_side(folders: Sequence[Path]) -> str:
     data set in the same dimensions; of a method that stands in several, sctraj's own and the baselines, the one with
     most seeds is shown.
     """
+    return "\n\n".join(
+        _markdown(", ".join([data, task, *(["strict"] if strict else []), space]), group)
+        for (data, task, strict, space), group in _found(folders).groupby(
+            ["data", "task", "strict", "space"], sort=False
+        )
+    )
+
+
+def by_data(folders: Sequence[Path], metric: str) -> str:
+    """Return finished folders as one markdown table of a metric, a line a data set; the columns as they come."""
+    found = _found(folders)
+    found = found[found["metric"] == metric]
+    columns = {key: _named(*key) for key in zip(found["method"], found["start"])}
+    lines = [[metric, *columns.values()], ["---"] * (1 + len(columns))]
+    for data, group in found.groupby("data", sort=False):
+        one = group.set_index(["method", "start"])
+        lines.append([data, *(_text(*one.loc[key, ["mean", "sd"]]) if key in one.index else "" for key in columns)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _found(folders: Sequence[Path]) -> pd.DataFrame:
     tables = [pd.read_csv(folder / "benchmark.csv") for folder in folders]
     found = pd.concat([summary(table) for table in tables], ignore_index=True)
     found.loc[found["method"].isin(REFERENCES), "start"] = ""  # they know none, and stand in every one
-    found = found.sort_values("n_seeds", ascending=False, kind="stable").drop_duplicates(KEYS)
-    return "\n\n".join(
-        _markdown(", ".join([data, task, *(["strict"] if strict else []), space]), group)
-        for (data, task, strict, space), group in found.groupby(["data", "task", "strict", "space"], sort=False)
-    )
+    return found.sort_values("n_seeds", ascending=False, kind="stable").drop_duplicates(KEYS)
 
 
 def _markdown(title: str, found: pd.DataFrame) -> str:
@@ -89,7 +110,8 @@ def _text(mean: float, sd: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cells", nargs="?", help="h5ad file, or the name of a simulated family")
+    parser.add_argument("cells", nargs="?", help="h5ad file, or the name of a simulated set")
+    parser.add_argument("--n-cells", type=int, default=N_CELLS, help="of a simulated set")
     parser.add_argument("--time-key", default="time")
     parser.add_argument("--n-dims", type=int, default=5)
     parser.add_argument("--pca", type=int, help="first components of X, of all cells, where the file has none")
@@ -102,10 +124,11 @@ def main() -> None:
     parser.add_argument("--strict", action="store_true", help="beside the published form")
     parser.add_argument("--jobs", type=int)
     parser.add_argument("--table", nargs="+", type=Path, metavar="FOLDER", help="print finished folders alone")
+    parser.add_argument("--metric", help="of the table, with a line a data set")
     parser.add_argument("-o", "--output", type=Path, default=Path("sctraj_peers"), help="folder")
     args = parser.parse_args()
     if args.table:
-        print(side_by_side(args.table))
+        print(by_data(args.table, args.metric) if args.metric else side_by_side(args.table))
         return
 
     reasons = {name: reason for name in args.only if (reason := absent(PEERS[name])) is not None}
@@ -116,8 +139,8 @@ def main() -> None:
     name = SIMULATED if args.cells is None else Path(args.cells).stem
     if args.cells is None:
         cells = simulated_differentiation(600, n_genes=60, n_pcs=6)
-    elif args.cells in FAMILIES:
-        cells = simulated_course(args.cells)
+    elif args.cells in FAMILIES:  # judged in their own space
+        cells, args.n_dims = load(args.cells, 0, args.n_cells, Path())[0], 0
     else:
         cells = ad.read_h5ad(args.cells)
     if not pd.api.types.is_numeric_dtype(cells.obs[args.time_key]):
