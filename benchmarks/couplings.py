@@ -52,7 +52,7 @@ from sctraj.flow.coupling import (
 )
 from sctraj.flow.coupling.blocked import BLOCK
 from sctraj.flow.coupling.kernel import Kernel
-from sctraj.flow.problem import MOST_CELLS
+from sctraj.flow.plans import MOST_CELLS
 from sctraj.flow.snapshots import Interval, Snapshots, sampled
 
 FAMILIES = {5: "branching", 50: "high-dimensional"}

@@ -57,28 +57,34 @@ def absent(method: str) -> str | None:
 def side_by_side(folders: Sequence[Path]) -> str:
     """Return finished folders as one markdown table for each data set and space, nearest to the truth first.
 
-    Means over held-out snapshots and seeds, in brackets the standard deviation over seeds. Folders are to be of one
-    data set in the same dimensions; of a method that stands in several, sctraj's own and the baselines, the one with
-    most seeds is shown.
+    Means over held-out snapshots and seeds, in brackets the standard deviation over seeds. Folders with the same data
+    set are to be of the same dimensions; of a method that stands in several, sctraj's own and the baselines, the one
+    with most seeds is shown.
     """
-    return "\n\n".join(
-        _markdown(", ".join([data, task, *(["strict"] if strict else []), space]), group)
-        for (data, task, strict, space), group in _found(folders).groupby(
-            ["data", "task", "strict", "space"], sort=False
-        )
-    )
+    return "\n\n".join(_markdown(*one) for one in _by_title(_found(folders)))
 
 
 def by_data(folders: Sequence[Path], metric: str) -> str:
-    """Return finished folders as one markdown table of a metric, a line a data set; the columns as they come."""
+    """Return finished folders as one markdown table of a metric, a line a data set and space; columns as they come."""
     found = _found(folders)
+    known = sorted(set(found["metric"]))
+    if metric not in known:
+        raise ValueError(f"expected a metric of {', '.join(known)}, found {metric!r}")
     found = found[found["metric"] == metric]
     columns = {key: _named(*key) for key in zip(found["method"], found["start"])}
     lines = [[metric, *columns.values()], ["---"] * (1 + len(columns))]
-    for data, group in found.groupby("data", sort=False):
+    for title, group in _by_title(found):
         one = group.set_index(["method", "start"])
-        lines.append([data, *(_text(*one.loc[key, ["mean", "sd"]]) if key in one.index else "" for key in columns)])
+        lines.append([title, *(_text(*one.loc[key, ["mean", "sd"]]) if key in one.index else "" for key in columns)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _by_title(found: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    groups = found.groupby(["data", "task", "strict", "space"], sort=False)
+    return [
+        (", ".join([data, task, *(["strict"] if strict else []), space]), group)
+        for (data, task, strict, space), group in groups
+    ]
 
 
 def _found(folders: Sequence[Path]) -> pd.DataFrame:
@@ -111,7 +117,7 @@ def _text(mean: float, sd: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cells", nargs="?", help="h5ad file, or the name of a simulated set")
-    parser.add_argument("--n-cells", type=int, default=N_CELLS, help="of a simulated set")
+    parser.add_argument("--n-cells", type=int, default=N_CELLS, help="of a simulated family")
     parser.add_argument("--time-key", default="time")
     parser.add_argument("--n-dims", type=int, default=5)
     parser.add_argument("--pca", type=int, help="first components of X, of all cells, where the file has none")

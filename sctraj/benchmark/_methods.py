@@ -192,9 +192,9 @@ def interpolation(snapshots: Snapshots, time: float, rng: np.random.Generator) -
     if before is None:
         raise ValueError(f"expected a kept snapshot before time {time:g}, found none; leave this baseline out")
     kept = [before, after] if after is not None else [before - 1, before]
-    fields = snapshots.times, snapshots.points, snapshots.mass
-    interval = Snapshots(*(tuple(field[k] for k in kept) for field in fields)).intervals()[0]  # type: ignore[arg-type]
-    found = interpolated(interval, time)
+    fields, plans = (snapshots.times, snapshots.points, snapshots.mass), Plans()
+    two = Snapshots(*(tuple(field[k] for k in kept) for field in fields))  # type: ignore[arg-type]
+    found = interpolated(plans.taking_part(two).intervals()[0], time, plans)
     return found.points, found.weights
 
 

@@ -258,15 +258,21 @@ def baseline(snapshots: Snapshots, k: int, name: str, plans: Plans | None = None
         return Restoration(kept.points[k - 1], kept.mass[k - 1])
     if name == "next":
         return Restoration(kept.points[k], kept.mass[k])
-    return interpolated(kept.intervals()[k - 1], snapshots.times[k], plans)
+    plans = plans or Plans()
+    return interpolated(across(snapshots, k, plans), snapshots.times[k], plans)
 
 
-def interpolated(interval: Interval, time: float, plans: Plans | None = None) -> Restoration:
+def across(snapshots: Snapshots, k: int, plans: Plans) -> Interval:
+    """Return the interval that bridges snapshot ``k``, between the cells that take part in couplings."""
+    return plans.taking_part(snapshots).without(k).intervals()[k - 1]
+
+
+def interpolated(interval: Interval, time: float, plans: Plans) -> Restoration:
     """Move every pair of the exact plan along its chord to the real fraction of the gap (McCann 1997).
 
     The plan's masses are the weights. At a time outside the interval chords are drawn out.
     """
-    plan = (plans or Plans()).couple(interval, None, "ot-cfm")
+    plan = plans.couple(interval, None, "ot-cfm")
     assert isinstance(plan, SparsePlan)
     s = (time - interval.t0) / interval.length
     return Restoration((1 - s) * interval.x0[plan.i] + s * interval.x1[plan.j], plan.mass)

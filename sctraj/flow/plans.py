@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,8 +21,11 @@ from .coupling import (
 )
 from .coupling.blocked import BLOCK, at_once
 from .probability_path import ProbabilityPath
-from .snapshots import Interval, to_device
+from .snapshots import Interval, Snapshots, thinned, to_device
 
+logger = logging.getLogger(__name__)
+
+MOST_CELLS = 12_000  # of a snapshot that is met in blocks: pairs enough for the draws that a fit makes of an interval
 BLOCKS_SEED = 0  # they belong to the data, whoever is trained on it
 
 
@@ -53,6 +57,24 @@ class Plans:
         self.device = None if device is None or device.type == "mps" else device
         self._known: list[_Solved] = []
         self._anew: list[_PairedAnew] = []
+        self._few: list[tuple[Snapshots, Snapshots]] = []
+
+    def taking_part(self, snapshots: Snapshots) -> Snapshots:
+        """Return the snapshots with the cells that are coupled: of each that is met in blocks at most 12,000.
+
+        Those are the ones with more cells than a block; the choice is random, by a snapshot's own weights alone (see
+        `thinned`), and of the same snapshots the same tensors, so that couplings are known again.
+        """
+        for known, few in self._few:
+            if known is snapshots:
+                return few
+        block = self.block or BLOCK
+        few = thinned(snapshots, max(MOST_CELLS, block), above=block)
+        self._few.append((snapshots, few))
+        if few is not snapshots:
+            sizes = ", ".join(f"{len(some):,} of {len(x):,}" for some, x in zip(few.points, snapshots.points))
+            logger.info("cells of the snapshots that are coupled: %s", sizes)
+        return few
 
     def couple(self, interval: Interval, path: ProbabilityPath | None, method: str) -> Coupling:
         """Return a method's coupling of one interval, from those known if it is among them.
@@ -108,7 +130,7 @@ class Plans:
             if same and all(map(_equal, known.velocities, (velocity0, velocity1))):
                 return known.plan
         found = paired_by_velocity(plan, interval, velocity0, velocity1, time=time, kin_alone=kin_alone)
-        if len(plan.meetings) == 1:  # of large snapshots, whose blocks are hardly ever the same, it would fill memory
+        if len(plan.meetings) == 1:  # of large snapshots kin would fill memory, and a fifth of them are the same
             self._anew.append(_PairedAnew(plan, (velocity0, velocity1), time, kin_alone, found))
         return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,15 +12,13 @@ import torch
 from torch import Tensor
 
 from .coupling import Coupling, GrowingPlan, SparsePlan, WeightedPairs, blocked
-from .coupling.blocked import BLOCK, at_once
+from .coupling.blocked import at_once
 from .metric_path import BATCH_SIZE, LEARNING_RATE, N_STEPS, WIDTH, Metric, metric_path
 from .plans import Plans
 from .probability_path import BrownianBridge, Hermite, Pairs, PathSample, ProbabilityPath, Straight, Trigonometric
-from .snapshots import Snapshots, hold_back, thinned
+from .snapshots import Snapshots, hold_back
 from .starts import farther_share
 from .tangents import Tangents, reliability, tangents, velocities
-
-logger = logging.getLogger(__name__)
 
 METHODS = ("uot-cfm", "ot-cfm", "i-cfm", "sb-cfm", "vp-cfm")
 PATHS = ("hermite", "straight", "land", "rbf")
@@ -35,7 +32,6 @@ SLOW = 1 / 16  # tempo of a network's clock on a growing plan: the faster, the m
 ROUNDS = 2  # of finding velocities and pairing by them: further ones changed little
 LONG = 8.0  # times the shorter gap beside it, an interval's length from which on velocities fade: at 6 they still tell
 DATA_SEED = 0  # of cells held back: they belong to the data, whoever is trained on it
-MOST_CELLS = 12_000  # of a snapshot that are coupled in blocks: pairs enough for the draws that a fit makes of it
 DRAWN_PAIRS = 4  # per cell, where a coupling has too many pairs to list
 
 
@@ -162,18 +158,11 @@ class Sample:
 
 
 def taking_part(snapshots: Snapshots, method: str, path: str | None, plans: Plans) -> Snapshots:
-    """Return the snapshots with the cells that problems are made of: at most 12,000 of each that is met in blocks.
+    """Return the snapshots with the cells that a method's problems are made of: all, unless they are met in blocks.
 
-    That is of those with more cells than a block has, where pairs or kin are found by blocks: for ``"uot-cfm"``,
-    ``"ot-cfm"`` and curved paths. They are chosen at random, by a snapshot's own weights alone.
+    By blocks pairs or kin are found for ``"uot-cfm"``, ``"ot-cfm"`` and curved paths, see `Plans.taking_part`.
     """
-    if method not in ("uot-cfm", "ot-cfm") and path != "hermite":
-        return snapshots
-    few = thinned(snapshots, MOST_CELLS, above=plans.block or BLOCK)
-    if few is not snapshots:
-        sizes = ", ".join(f"{len(some):,} of {len(x):,}" for some, x in zip(few.points, snapshots.points))
-        logger.info("cells of the snapshots that take part in couplings: %s", sizes)
-    return few
+    return plans.taking_part(snapshots) if method in ("uot-cfm", "ot-cfm") or path == "hermite" else snapshots
 
 
 def displacement(snapshots: Snapshots, plans: Plans) -> float:

@@ -13,7 +13,7 @@ from .._log import logger
 from ..flow.flow_matching import Training, pick_device
 from ..flow.integrate import CELLS
 from ..flow.plans import Plans
-from ..flow.problem import Problem, make_problems
+from ..flow.problem import Problem, make_problems, taking_part
 from ..flow.snapshots import Snapshots, resampled
 from ._field import Field, check_field, farther_shares, make_field
 from ._seeds import member_seeds, seed_of
@@ -92,9 +92,10 @@ def fit_flow(
         Spread of the probability path, in units of the representation (for ``"sb-cfm"`` per root of time). By default
         a fixed fraction of the root mean square displacement between snapshots.
     block
-        Cells a side of the blocks in which ``"uot-cfm"`` and ``"ot-cfm"`` couple snapshots with more cells than that,
-        of each at most 12,000; what is done is logged. By default snapshots of up to 3,000 cells are coupled whole.
-        Larger blocks come nearer to optimal transport, and take a time that grows as their square or more.
+        Cells a side of the blocks in which ``"uot-cfm"`` and ``"ot-cfm"`` couple snapshots with more cells than that
+        and curved paths find kin, of each at most 12,000 (or a block); what is done is logged. By default snapshots of
+        up to 3,000 cells are coupled whole. Larger blocks come nearer to optimal transport, and take a time that grows
+        as their square or more.
     module
         Your own network instead of the built-in one: maps standardised times ``(B, 1)`` and points ``(B, d)`` to
         ``(B, d)``, or ``(B, 2 d)`` (velocity, score) for ``"sb-cfm"``. Without randomness of its own (dropout).
@@ -164,7 +165,8 @@ def fit_flow(
         )
 
     if field == "closed-form" and n_members > 1:
-        problems = [p for one in seeds for p in problems_of(resampled(cells.snapshots, one), [one])[0]]
+        some = taking_part(cells.snapshots, method, path, plans)  # of which the members' draws are, as the fit is
+        problems = [p for one in seeds for p in problems_of(resampled(some, one), [one])[0]]
         validation: list[Problem] = []
     else:
         problems, validation = problems_of(cells.snapshots, seeds)

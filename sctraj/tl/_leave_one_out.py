@@ -336,8 +336,8 @@ def _rows(one: _Found, judged: Judgement, time: float) -> list[dict[str, object]
 def _references(snapshots: Snapshots, seeds: Sequence[int], plans: Plans) -> tuple[list[_Found], list[tuple[int, int]]]:
     """Return the baselines and the noise reference, and the sizes of the latter's halves."""
     found, sizes = [], []
-    across = [snapshots.without(k).intervals()[k - 1] for k in hold_out.interior(snapshots)]
-    plans.prepare(across, "ot-cfm", torch.get_num_threads())
+    bridges = [hold_out.across(snapshots, k, plans) for k in hold_out.interior(snapshots)]
+    plans.prepare(bridges, "ot-cfm", torch.get_num_threads())
     for name in hold_out.BASELINES:
         for k in hold_out.interior(snapshots):
             found.append(_Found(name, k, 0, hold_out.baseline(snapshots, k, name, plans), snapshots.points[k]))

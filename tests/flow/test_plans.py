@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from sctraj.flow import plans as plans_module
-from sctraj.flow import problem as problem_module
 from sctraj.flow.coupling import blocked, entropic, growing
-from sctraj.flow.hold_out import hold_out_problems
+from sctraj.flow.hold_out import across, baseline, hold_out_problems
 from sctraj.flow.plans import Plans
 from sctraj.flow.probability_path import BrownianBridge
 from sctraj.flow.problem import make_problems
@@ -100,7 +99,7 @@ def test_a_coupling_is_known_by_its_cells_masses_times_prior_and_by_what_is_aske
 
 @pytest.mark.parametrize("method", ["uot-cfm", "ot-cfm"])
 def test_folds_share_couplings_of_large_snapshots(monkeypatch, method):
-    monkeypatch.setattr(problem_module, "MOST_CELLS", 25)
+    monkeypatch.setattr(plans_module, "MOST_CELLS", 25)
     _, problems, _ = hold_out_problems(
         make((0.0, 1.0, 2.0, 3.0, 4.0), (60,) * 5), method=method, path="straight", sigma=0.5, seeds=[0],
         validate=False, plans=Plans(block=22),
@@ -110,6 +109,29 @@ def test_folds_share_couplings_of_large_snapshots(monkeypatch, method):
     assert first[2] is second[2]  # from 3 to 4, after what is left out
     assert second[0] is third[0]  # from 0 to 1, before it
     assert len({id(c) for p in problems for c in p.couplings}) == 7
+
+
+def test_the_cells_that_are_coupled_are_the_same_for_every_method_and_baseline(monkeypatch):
+    monkeypatch.setattr(plans_module, "MOST_CELLS", 25)
+    snapshots, plans = make((0.0, 1.0, 2.0, 3.0), (60, 10, 60, 60)), Plans(block=22)
+    few = plans.taking_part(snapshots)
+    assert plans.taking_part(snapshots) is few
+    assert [len(x) for x in few.points] == [25, 10, 25, 25]
+    same = {"path": None, "sigma": 0.5, "seeds": [0], "validate": False, "plans": plans}
+    for method in ("uot-cfm", "ot-cfm"):
+        _, problems, _ = hold_out_problems(snapshots, method=method, **same)
+        assert all(one.snapshots.points[0] is few.points[0] for one in problems)
+    restored = baseline(snapshots, 1, "ot-interpolation", plans)
+    pairs = problems[0].couplings[0]  # of ot-cfm, without snapshot 1
+    assert torch.equal(restored.points, (few.points[0][pairs.i] + few.points[2][pairs.j]) / 2)
+    assert plans.couple(across(snapshots, 1, plans), None, "ot-cfm") is pairs
+    assert len(baseline(snapshots, 1, "previous", plans).points) == 60  # which is copied whole
+
+
+def test_a_block_may_be_larger_than_what_takes_part_otherwise(monkeypatch):
+    monkeypatch.setattr(plans_module, "MOST_CELLS", 25)
+    sizes = [len(x) for x in Plans(block=40).taking_part(make((0.0, 1.0), (40, 41))).points]
+    assert sizes == [40, 40]
 
 
 def test_blocks_are_drawn_as_if_folds_were_alone(monkeypatch):
@@ -132,7 +154,7 @@ def test_blocks_are_drawn_as_if_folds_were_alone(monkeypatch):
      ("i-cfm", None, 60), ("sb-cfm", None, 60)],
 )  # fmt: skip
 def test_problems_of_large_snapshots_have_the_cells_that_pairs_are_of(monkeypatch, caplog, method, path, taking):
-    monkeypatch.setattr(problem_module, "MOST_CELLS", 25)
+    monkeypatch.setattr(plans_module, "MOST_CELLS", 25)
     snapshots = make((0.0, 1.0, 2.0), (60, 20, 60))
     with caplog.at_level(logging.INFO, logger="sctraj"):
         (one,), _ = make_problems(

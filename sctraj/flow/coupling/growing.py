@@ -169,10 +169,10 @@ def paired_by_velocity(
     time
         Over which speeding up costs what moving does; the interval's length by default.
     kin_alone
-        Whether mean ancestors and descendants of the cells that are met are all that is asked for; all else is then as
-        it was.
+        Whether mean ancestors and descendants are all that is asked for; the pairs are then as they were.
     epsilon, kin_penalty
-        Of the plan that mean ancestors and descendants are taken from, in units of this cost's exact plan.
+        Of the plan that mean ancestors and descendants are taken from, in units of the exact plan's cost in the first
+        phase space.
     workers
         Blocks solved at once; -1: as many as there are processors.
 
@@ -195,7 +195,8 @@ def _unit(held: Sequence[Interval], epsilon: float, workers: int, known: float |
     """Return the unit of entropy and penalties: the cost of the exact plan, of blocks the median of a few of them.
 
     A few do, since blocks are of one law, and by the median a cell far away in one of them changes nothing; where most
-    of them are copies, the largest. Of a snapshot and its copy the cost is zero: then what rounding allows.
+    of them are copies, the largest. Of a snapshot and its copy the cost is zero: then what rounding allows. A cost that
+    is known serves instead, if rounding allows it.
     """
     largest = max(len(held[0].x0), len(held[0].x1))
     few = held[: max(UNIT_BLOCKS, SMALL_BLOCK // largest)]

@@ -118,19 +118,13 @@ class UnbalancedPlan:
         i[~forwards] = partners(self.x1[j[~forwards]], self.x0, self._weight0, self.epsilon, rng)
         return i, j
 
-    def descendants(self, values: Tensor, x0: Tensor | None = None) -> Tensor:
-        """Return the mean of target cells' values ``(n1, k)`` over where each source cell's mass goes, ``(n0, k)``.
+    def descendants(self, values: Tensor) -> Tensor:
+        """Return the mean of target cells' values ``(n1, k)`` over where each source cell's mass goes, ``(n0, k)``."""
+        return conditional_means(self.x0, self.x1, self._weight1, self.epsilon, values)
 
-        It goes by where a cell is; with ``x0`` ``(m, d)``, centred as the plan's own, those cells are asked for.
-        """
-        return conditional_means(self.x0 if x0 is None else x0, self.x1, self._weight1, self.epsilon, values)
-
-    def ancestors(self, values: Tensor, x1: Tensor | None = None) -> Tensor:
-        """Return the mean of source cells' values ``(n0, k)`` over where target cells' mass comes from, ``(n1, k)``.
-
-        It goes by where a cell is; with ``x1`` ``(m, d)``, centred as the plan's own, those cells are asked for.
-        """
-        return conditional_means(self.x1 if x1 is None else x1, self.x0, self._weight0, self.epsilon, values)
+    def ancestors(self, values: Tensor) -> Tensor:
+        """Return the mean of source cells' values ``(n0, k)`` over where target cells' mass comes from, ``(n1, k)``."""
+        return conditional_means(self.x1, self.x0, self._weight0, self.epsilon, values)
 
     @property
     def _weight0(self) -> Tensor:
