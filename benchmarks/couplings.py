@@ -113,22 +113,23 @@ def sparse(plan: SparsePlan | GrowingPlan) -> Pairs:
     return Pairs(pairs.i, pairs.j, pairs.mass0, pairs.mass1)
 
 
-def as_found(pairs: Pairs) -> Pairs:
-    return pairs
-
-
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def in_blocks(case: Case, couple: Callable) -> Pairs:
-    """Couple as a fit does: of large snapshots a random choice of the cells, in blocks."""
+def in_blocks(case: Case, couple: Callable) -> tuple[SparsePlan | GrowingPlan, Tensor, Tensor]:
+    """Couple as a fit does: of large snapshots a random choice of the cells, in blocks; and which cells these are."""
     m0, m1 = case.interval.mass0, case.interval.mass1
     rows, columns = (sampled(m, MOST_CELLS) if len(m) > BLOCK else torch.arange(len(m)) for m in (m0, m1))
     few = {"x0": case.interval.x0[rows], "x1": case.interval.x1[columns], "mass0": m0[rows], "mass1": m1[columns]}
     few |= {name: few[name] / few[name].sum() for name in ("mass0", "mass1")}
-    found = sparse(couple(replace(case.interval, **few), rng()))
-    return replace(found, i=rows[found.i], j=columns[found.j])
+    return couple(replace(case.interval, **few), rng()), rows, columns
+
+
+def among_all(found: tuple[SparsePlan | GrowingPlan, Tensor, Tensor]) -> Pairs:
+    plan, rows, columns = found
+    pairs = sparse(plan)
+    return replace(pairs, i=rows[pairs.i], j=columns[pairs.j])
 
 
 def ours_entropic(case: Case) -> EntropicPlan:
@@ -205,8 +206,8 @@ def geomloss_sinkhorn(case: Case) -> EntropicPlan:
 
 METHODS: dict[str, tuple[int, Callable, Callable]] = {  # largest number of cells, solver, its pairs
     "exact": (DENSE, lambda case: exact(case.interval), sparse),
-    "blocked": (10**9, lambda case: in_blocks(case, blocked), as_found),
-    "growing": (10**9, lambda case: in_blocks(case, growing), as_found),
+    "blocked": (10**9, lambda case: in_blocks(case, blocked), among_all),
+    "growing": (10**9, lambda case: in_blocks(case, growing), among_all),
     "entropic": (10**9, ours_entropic, whole),
     "unbalanced": (10**9, ours_unbalanced, whole),
     "POT emd": (DENSE, lambda case: ot.emd(*arrays(case), numItermax=10_000_000), dense),

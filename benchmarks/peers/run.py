@@ -117,7 +117,7 @@ def _text(mean: float, sd: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cells", nargs="?", help="h5ad file, or the name of a simulated set")
-    parser.add_argument("--n-cells", type=int, default=N_CELLS, help="of a simulated family")
+    parser.add_argument("--n-cells", type=int, default=N_CELLS, help="of a simulated family; not of differentiation")
     parser.add_argument("--time-key", default="time")
     parser.add_argument("--n-dims", type=int, default=5)
     parser.add_argument("--pca", type=int, help="first components of X, of all cells, where the file has none")
@@ -134,7 +134,10 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("sctraj_peers"), help="folder")
     args = parser.parse_args()
     if args.table:
-        print(by_data(args.table, args.metric) if args.metric else side_by_side(args.table))
+        try:
+            print(by_data(args.table, args.metric) if args.metric else side_by_side(args.table))
+        except ValueError as reason:
+            parser.error(str(reason))
         return
 
     reasons = {name: reason for name in args.only if (reason := absent(PEERS[name])) is not None}
