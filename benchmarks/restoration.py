@@ -36,10 +36,12 @@ from sctraj import pp, tl
 from sctraj._adata import read_snapshots
 from sctraj.datasets import simulated_course, simulated_differentiation
 from sctraj.datasets._courses import _COURSES, Family, carried
-from sctraj.flow import hold_out, problem
+from sctraj.flow import hold_out, judgement, problem
 from sctraj.flow.flow_matching import Training
-from sctraj.flow.hold_out import BASELINES, CONTROLS, NOISE_REFERENCE, Observed, Restoration, mixed
+from sctraj.flow.hold_out import BASELINES, NOISE_REFERENCE
+from sctraj.flow.judgement import Observed
 from sctraj.flow.problem import Problem
+from sctraj.flow.restoration import CONTROLS, Restoration, mixed
 from sctraj.flow.snapshots import Snapshots
 from sctraj.tl._field import make_field
 from sctraj.tl._leave_one_out import EULER_STEPS
@@ -180,7 +182,7 @@ def judged(name: str, seed: int, n_seeds: int, n_cells: int, real: Path, trainin
     observed = {k: Observed(snapshots.points[k]) for k in hold_out.interior(snapshots)}
 
     def judge(row: str, number: int, k: int, restoration: Restoration, cells: Observed) -> None:
-        found = hold_out.judge(restoration, cells)
+        found = judgement.judge(restoration, cells)
         values = found.values | {"energy_unweighted": found.unweighted["energy"]}
         held_out = {"data": name, "method": row, "time": snapshots.times[k], "seed": seed + number}
         rows.append(held_out | {measure: values[measure] for measure in MEASURES})

@@ -20,9 +20,10 @@ from torch import Tensor, zeros
 
 from .. import tl
 from ..flow.flow_matching import Training, pick_device
-from ..flow.hold_out import BASELINES, NOISE_REFERENCE, gathered, interpolated
+from ..flow.hold_out import BASELINES, NOISE_REFERENCE
 from ..flow.plans import Plans
 from ..flow.problem import METHODS, Problem, make_path, make_problems
+from ..flow.restoration import gathered, interpolated
 from ..flow.snapshots import Snapshots
 from ..flow.starts import Origin, Start, origins
 from ..flow.vector_field import VectorField

@@ -12,9 +12,9 @@ import torch
 from .. import _adata
 from .._log import logger
 from ..flow.flow_matching import pick_device
-from ..flow.hold_out import Restoration, mixed, moved
 from ..flow.integrate import Solver
 from ..flow.problem import DATA_SEED
+from ..flow.restoration import Restoration, mixed, moved
 from ..flow.starts import Start, origins
 from ._field import check_jitter
 from ._steps import check_steps, steps_per_gap

@@ -14,8 +14,10 @@ from .. import _adata
 from .._log import logger
 from ..flow import hold_out
 from ..flow.flow_matching import Training, pick_device
+from ..flow.judgement import Judgement, judge_all
 from ..flow.plans import Plans
 from ..flow.problem import METHODS
+from ..flow.restoration import Restoration
 from ..flow.starts import Start
 from ._field import Field, check_field, check_jitter, farther_shares, make_field
 from ._fit_flow import Path
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .._adata import Cells
-    from ..flow.hold_out import Judgement, Restoration
     from ..flow.problem import Problem
     from ..flow.snapshots import Snapshots
     from ..flow.vector_field import VectorField
@@ -187,7 +188,7 @@ def leave_one_out(
         found += _restored(method, fitted, snapshots, held_out, start, farther[method], jitter)
     references, halves = _references(snapshots, seeds, plans if block is None else Plans())
     found += references
-    judged = hold_out.judge_all([(one.restoration, one.observed) for one in found])
+    judged = judge_all([(one.restoration, one.observed) for one in found])
     rows = [row for one, judgement in zip(found, judged) for row in _rows(one, judgement, snapshots.times[one.k])]
     shares, barycentres = {}, {}
     for method in methods:
@@ -344,6 +345,6 @@ def _references(snapshots: Snapshots, seeds: Sequence[int], plans: Plans) -> tup
     for k in hold_out.interior(snapshots):
         for number, seed in enumerate(seeds):
             first, second = hold_out.halves(snapshots.points[k], torch.Generator().manual_seed(seed + k))
-            found.append(_Found(hold_out.NOISE_REFERENCE, k, number, hold_out.Restoration(first), second))
+            found.append(_Found(hold_out.NOISE_REFERENCE, k, number, Restoration(first), second))
         sizes.append((len(first), len(second)))
     return found, sizes

@@ -18,10 +18,11 @@ from sctraj.flow import closed_form as module
 from sctraj.flow.closed_form import ClosedFormField, _nearest, closed_form
 from sctraj.flow.coupling import GrowingPlan, WeightedPairs
 from sctraj.flow.distance import energy_distance
-from sctraj.flow.hold_out import hold_out_problems, moved, restore
+from sctraj.flow.hold_out import hold_out_problems, restore
 from sctraj.flow.integrate import push, simulate, transport
 from sctraj.flow.probability_path import BrownianBridge, Hermite, Straight, Trigonometric
 from sctraj.flow.problem import METHODS, Problem, make_problems
+from sctraj.flow.restoration import moved
 from sctraj.flow.snapshots import Snapshots
 from sctraj.flow.tangents import Tangents
 

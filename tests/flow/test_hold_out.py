@@ -9,22 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sctraj.flow import distance_estimates, hold_out, pairwise_estimates
-from sctraj.flow.distance import median_distance, mmd, wasserstein
-from sctraj.flow.hold_out import (
-    BASELINES,
-    CONTROLS,
-    METRICS,
-    UNWEIGHTED,
-    Observed,
-    Restoration,
-    baseline,
-    halves,
-    hold_out_problems,
-    interior,
-    judge,
-    restore,
-)
+from sctraj.flow.distance import wasserstein
+from sctraj.flow.hold_out import BASELINES, baseline, halves, hold_out_problems, interior, restore
+from sctraj.flow.judgement import Observed, judge
+from sctraj.flow.restoration import moved
 from sctraj.flow.snapshots import Snapshots
 from sctraj.flow.starts import origins
 from sctraj.flow.vector_field import FieldSample
@@ -156,9 +144,7 @@ def test_farther_snapshots_are_moved_too_by_their_shares():
         at = len(alone.points)
         for i in beyond:
             cells = [(snapshots.points[i], snapshots.mass[i])]
-            (there,) = hold_out.moved(
-                field.member(n), cells, [times[i]], [times[k]], solver="rk4", n_steps=40, tolerance=1e-6
-            )
+            (there,) = moved(field.member(n), cells, [times[i]], [times[k]], solver="rk4", n_steps=40, tolerance=1e-6)
             torch.testing.assert_close(together[n].points[at : at + sizes[i]], there.points, rtol=0, atol=1e-12)
             at += sizes[i]
         by_snapshot = together[n].weights.split([sizes[i] for i in nearest + beyond])
@@ -230,13 +216,6 @@ def test_padding_gives_no_mass():
         torch.testing.assert_close(together[n].weights, alone.weights, rtol=1e-12, atol=0)  # rounding
 
 
-def test_weights_sum_to_one():
-    points = make().points[0]
-    assert Restoration(points).weights.tolist() == [1 / 30] * 30
-    weights = Restoration(points, torch.arange(30.0).double()).weights
-    torch.testing.assert_close(weights, torch.arange(30.0).double() / 435, rtol=1e-15, atol=0)
-
-
 @pytest.mark.parametrize("k", [1, 2])
 def test_ot_interpolation_lands_at_the_real_fraction_of_the_gap(k):
     cloud = make(times=(0.0,), sizes=(50,)).points[0]
@@ -303,151 +282,8 @@ def test_halves_are_random():
     assert float((counts - 200).abs().max()) < 4 * math.sqrt(400 / 4)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_the_judge_measures_what_it_says(weighted):
-    x, y = make().points[:2]
-    a, b = ((torch.arange(1.0, len(v) + 1) if weighted else None) for v in (x, y))
-    judgement = judge(Restoration(x, a), Observed(y, b))
-    assert tuple(judgement.values) == METRICS
-    weights = {"weights_x": a, "weights_y": b}
-    assert judgement.values["w1"] == wasserstein(x, y, **weights)
-    assert judgement.values["w1"] <= judgement.values["w2"] == wasserstein(x, y, p=2, **weights)
-    assert judgement.values["mmd"] == mmd(x, y, bandwidth=median_distance(y), **weights)
-    assert np.average(judgement.share, weights=b) == pytest.approx(judgement.values["w1"], rel=1e-12)  # rounding
-
-
-@pytest.mark.parametrize("mass", [None, torch.arange(1.0, 21)])
-def test_unweighted_is_what_uniform_weights_give(mass):
-    x, y = make(speed=0.5).points[:2]
-    weights = torch.arange(1.0, 31).double() ** 2
-    judgement = judge(Restoration(x, weights), Observed(y, mass))
-    uniform = judge(Restoration(x), Observed(y, mass))
-    assert tuple(judgement.unweighted) == UNWEIGHTED == tuple(uniform.unweighted)
-    for name in UNWEIGHTED:
-        assert judgement.unweighted[name] == pytest.approx(uniform.values[name], rel=1e-12)  # rounding
-        assert uniform.unweighted[name] == uniform.values[name]
-        assert judgement.values[name] != pytest.approx(judgement.unweighted[name], rel=0.01)  # masses matter here
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_every_estimate_says_its_error(monkeypatch, weighted):
-    monkeypatch.setattr(distance_estimates, "LARGEST_EXACT", 300)
-    monkeypatch.setattr(distance_estimates, "SIZES", (16, 32, 64, 128))
-    monkeypatch.setattr(distance_estimates, "PLAN_BLOCK", 64)
-    monkeypatch.setattr(pairwise_estimates, "LARGEST_PAIRWISE", 300)
-    x, y = make(sizes=(700, 600), times=(0.0, 1.0)).points
-    judgement = judge(Restoration(x, torch.arange(1.0, 701) if weighted else None), Observed(y))
-    assert set(judgement.errors) == {"w1", "w2", "mmd", "energy", "w1_unweighted", "energy_unweighted"}
-    assert (judgement.errors["w1"] != judgement.errors["w1_unweighted"]) == weighted
-
-
-def test_what_folds_share_changes_no_bit():
-    x, y = make(speed=0.5).points[:2]
-    tasks = [(Restoration(x), y), (Restoration(x[:9] + 1), y), (Restoration(y), x)]
-    for (restoration, observed), judgement in zip(tasks, hold_out.judge_all(tasks), strict=True):
-        assert judgement.values == judge(restoration, Observed(observed.clone())).values
-
-
-def test_a_perfect_restoration_is_at_zero():
-    y = make().points[0]
-    values = judge(Restoration(y.flip(0)), Observed(y)).values
-    assert values["w1"] == values["w2"] == 0
-    assert values["variance_ratio"] == pytest.approx(1, rel=1e-14)  # rounding
-    assert values["energy"] < 0  # closer than two samples of one law, whose unbiased distance is zero on average
-    assert values["mmd"] < 0
-
-
 def test_one_neighbour_is_not_the_other():
     snapshots = make(speed=1.0)
-    w1 = {
-        name: judge(baseline(snapshots, 1, name), Observed(snapshots.points[1])).values["w1"]
-        for name in hold_out.BASELINES
-    }
+    w1 = {name: judge(baseline(snapshots, 1, name), Observed(snapshots.points[1])).values["w1"] for name in BASELINES}
     # one, three units of time away, and none
     assert w1["ot-interpolation"] < w1["previous"] < w1["next"]
-
-
-def rotation(d: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(5), dtype=torch.float64))[0]
-
-
-def uneven(n=60, d=5) -> Restoration:
-    """Weighted points with a mean far from zero, of different variances along axes that are not the coordinates'."""
-    rng = torch.Generator().manual_seed(3)
-    scale = torch.linspace(1, 3, d, dtype=torch.float64)
-    points = (torch.randn(n, d, generator=rng, dtype=torch.float64) * scale) @ rotation(d) + 7
-    return Restoration(points, torch.rand(n, generator=rng, dtype=torch.float64) + 0.1)
-
-
-def covariance(restoration: Restoration) -> tuple[Tensor, Tensor]:
-    mean = restoration.weights @ restoration.points
-    deviation = restoration.points - mean
-    return mean, deviation.T @ (restoration.weights[:, None] * deviation)
-
-
-def test_shrinking_scales_the_covariance_and_keeps_mean_and_masses():
-    before = uneven()
-    after = CONTROLS["shrunk"](before)
-    (mean, spread), (new_mean, new_spread) = covariance(before), covariance(after)
-    torch.testing.assert_close(new_mean, mean, rtol=1e-12, atol=0)  # rounding, here and below
-    torch.testing.assert_close(new_spread, 0.8**2 * spread, rtol=1e-10, atol=1e-12)
-    assert after.mass is before.mass
-
-
-@pytest.mark.parametrize(("d", "kept"), [(1, 1), (4, 1), (5, 2), (50, 13)])
-def test_flattening_keeps_the_first_quarter_of_the_components_rounded_up(d, kept):
-    before = uneven(d=d)
-    after = CONTROLS["flattened"](before)
-    (mean, spread), (new_mean, new_spread) = covariance(before), covariance(after)
-    torch.testing.assert_close(new_mean, mean, rtol=1e-10, atol=0)
-    variances = torch.linalg.eigvalsh(new_spread).flip(0)
-    truth = torch.linalg.eigvalsh(spread).flip(0)
-    torch.testing.assert_close(variances[:kept], truth[:kept], rtol=1e-10, atol=0)
-    torch.testing.assert_close(variances[kept:], torch.zeros(d - kept).double(), rtol=0, atol=1e-12)
-    assert after.mass is before.mass
-
-
-@pytest.mark.parametrize("name", CONTROLS)
-def test_controls_do_not_depend_on_the_axes(name):
-    before, turn = uneven(), rotation(5).T
-    after = CONTROLS[name](before).points
-    turned = CONTROLS[name](Restoration(before.points @ turn, before.mass)).points
-    torch.testing.assert_close(turned, after @ turn, rtol=1e-10, atol=1e-12)  # rounding
-
-
-def test_smoothing_goes_half_way_to_the_mean_of_the_ten_nearest_others():
-    before = make(times=(0.0,), sizes=(22,)).points[0]
-    groups = torch.arange(22) % 2
-    before = before + 100 * groups[:, None]  # two groups of eleven: everyone's ten nearest are the rest of their own
-    after = CONTROLS["smoothed"](Restoration(before)).points
-    for group in (0, 1):
-        own = before[groups == group]
-        others = (own.sum(0) - own) / 10
-        torch.testing.assert_close(after[groups == group], (own + others) / 2, rtol=1e-12, atol=0)  # rounding
-
-
-@pytest.mark.parametrize("name", CONTROLS)
-def test_controls_gain_by_w1_and_lose_by_the_energy_distance(name):
-    # what they are for: two samples of one law in many dimensions, one of them with variance taken away
-    x, y = torch.randn(2, 150, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    honest, control = (
-        judge(restoration, Observed(y)).values for restoration in (Restoration(x), CONTROLS[name](Restoration(x)))
-    )
-    assert control["variance_ratio"] < 0.9 < honest["variance_ratio"]
-    assert control["w1"] < honest["w1"]
-    assert control["energy"] > honest["energy"] + 0.05  # sampling moves it by about .02
-
-
-def test_judging_at_once_is_judging_one_by_one():
-    snapshots = make()
-    tasks = [(baseline(snapshots, k, name), snapshots.points[k]) for k in (1, 2) for name in BASELINES]
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        together = hold_out.judge_all(tasks)
-    finally:
-        torch.set_num_threads(n_threads)
-    for (restoration, observed), found in zip(tasks, together, strict=True):
-        alone = judge(restoration, Observed(observed))
-        assert (found.values, found.unweighted) == (alone.values, alone.unweighted)
-        assert torch.equal(found.share, alone.share)

@@ -1,0 +1,180 @@
+"""A population moved to another time: by a field from one or several snapshots, or along the pairs of a plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .coupling import SparsePlan
+from .euclidean import distances
+from .integrate import Field, Solver, transport
+from .plans import Plans
+from .snapshots import Interval, Snapshots
+from .starts import Origin
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """A predicted snapshot: points ``(n, d)`` and their masses ``(n,)``, None where all weigh the same."""
+
+    points: Tensor
+    mass: Tensor | None = None
+
+    @property
+    def weights(self) -> Tensor:
+        """Masses that sum to one, ``(n,)`` float64."""
+        if self.mass is None:
+            return torch.full((len(self.points),), 1 / len(self.points), dtype=torch.float64)
+        return self.mass / self.mass.sum()
+
+
+def gathered(
+    field: Field,
+    snapshots: Sequence[Snapshots],
+    asked: Sequence[Sequence[Origin]],
+    times: Sequence[float],
+    *,
+    solver: Solver,
+    n_steps: int,
+    tolerance: float,
+    jitter: float = 0.0,
+    rng: torch.Generator | None = None,
+) -> list[Restoration]:
+    """Move each member's snapshots to its time and put them together by their shares, all members at once.
+
+    Parameters
+    ----------
+    field
+        M members.
+    snapshots, asked, times
+        M each: a member's snapshots, which of them are moved and how much each counts, and the time they are moved to.
+    n_steps
+        In each gap that is crossed.
+    """
+    parts: list[list[Restoration]] = [[] for _ in asked]
+    # by way and side, which is the order of `origins`, so that no member's steps depend on another's
+    ways = [
+        {(origin.gaps, own.times[origin.snapshot] > time): origin for origin in some}
+        for own, some, time in zip(snapshots, asked, times, strict=True)
+    ]
+    for way in sorted(set().union(*ways)):
+        now = [own.get(way, some[0]) for own, some in zip(ways, asked)]  # who has no such snapshot goes along once more
+        cells = [(own.points[origin.snapshot], own.mass[origin.snapshot]) for own, origin in zip(snapshots, now)]
+        t0 = [own.times[origin.snapshot] for own, origin in zip(snapshots, now)]
+        steps = n_steps * way[0]
+        there = moved(
+            field, cells, t0, times, solver=solver, n_steps=steps, tolerance=tolerance, jitter=jitter, rng=rng
+        )
+        for part, own, restoration in zip(parts, ways, there):
+            if way in own:
+                part.append(restoration)
+    return [mixed(own, [origin.share for origin in some]) for own, some in zip(parts, asked)]
+
+
+def mixed(parts: Sequence[Restoration], shares: Sequence[float]) -> Restoration:
+    """Put restorations together, each weighing its share in all."""
+    if len(parts) == 1:
+        return parts[0]
+    mass = torch.cat([share * part.weights for part, share in zip(parts, shares, strict=True)])
+    return Restoration(torch.cat([part.points for part in parts]), mass)
+
+
+def moved(
+    field: Field,
+    cells: Sequence[tuple[Tensor, Tensor]],
+    t0: Sequence[float],
+    t1: Sequence[float],
+    *,
+    solver: Solver,
+    n_steps: int,
+    tolerance: float,
+    jitter: float = 0.0,
+    rng: torch.Generator | None = None,
+) -> list[Restoration]:
+    """Move each member's cells from its time ``t0`` to ``t1``, all members at once.
+
+    Parameters
+    ----------
+    field
+        M members.
+    cells
+        Points ``(n, d)`` and masses ``(n,)`` of every member; numbers of cells may differ.
+    t0, t1
+        Real times, M each.
+    jitter
+        Standard deviation of normal noise on the cells, in bandwidths of a closed-form field. Its flow keeps the law of
+        its pairs from starts as wide as its kernel, 1; cells themselves, 0, end up a little too close together.
+    rng
+        Of the jitter, on the CPU; there must be one if there is jitter.
+
+    Returns
+    -------
+    One per member; masses are None where all cells weigh the same.
+    """
+    dtype, device = field.scale.dtype, field.scale.device
+    points = [x.to(device, dtype) for x, _ in cells]
+    largest = max(len(x) for x in points)
+    # shorter snapshots are filled up with their first cell: no cell's path depends on another's
+    padded = torch.stack([torch.cat([x, x[:1].expand(largest - len(x), -1)]) for x in points])
+    start, end = (torch.tensor(times).double() for times in (t0, t1))
+    if jitter:
+        noise = torch.randn(padded.shape, generator=rng, dtype=dtype)
+        padded = padded + jitter * field.bandwidth(start[:, None, None], padded) * noise.to(device)
+    there = transport(field, padded, start, end, solver=solver, n_steps=n_steps, tolerance=tolerance)
+    restorations = []
+    for (_, mass), x, log_mass in zip(cells, there.points.cpu(), there.log_mass.cpu().double()):
+        n = len(mass)
+        weighted = mass.cpu() * log_mass[:n].exp()
+        same = bool((weighted == weighted[0]).all())
+        restorations.append(Restoration(x[:n], None if same else weighted / weighted.sum()))
+    return restorations
+
+
+def interpolated(interval: Interval, time: float, plans: Plans) -> Restoration:
+    """Move every pair of the exact plan along its chord to the real fraction of the gap (McCann 1997).
+
+    The plan's masses are the weights. At a time outside the interval chords are drawn out.
+    """
+    plan = plans.couple(interval, None, "ot-cfm")
+    assert isinstance(plan, SparsePlan)
+    s = (time - interval.t0) / interval.length
+    return Restoration((1 - s) * interval.x0[plan.i] + s * interval.x1[plan.j], plan.mass)
+
+
+# Controls: an interpolation with variance taken away, each in its own way. None restores anything better, so a distance
+# by which one gains rewards shrinkage.
+SHRUNK = 0.8  # deviations from the mean are multiplied by this
+FLATTENED = 4  # of the d principal components the first d / 4, rounded up, are kept
+SMOOTHED = 10  # nearest other points, half-way to whose mean each point goes
+
+
+def shrunk(restoration: Restoration) -> Restoration:
+    """Pull all points towards their mean by the factor ``SHRUNK``."""
+    points = restoration.points.double()
+    mean = restoration.weights.to(points) @ points
+    return Restoration(mean + SHRUNK * (points - mean), restoration.mass)
+
+
+def flattened(restoration: Restoration) -> Restoration:
+    """Set all but the first quarter of the restoration's own principal components to their mean."""
+    points, mass = restoration.points.double(), restoration.weights.to(restoration.points.device)
+    mean = mass @ points
+    deviation = points - mean
+    axes = torch.linalg.eigh(deviation.T @ (mass[:, None] * deviation)).eigenvectors  # least variance first
+    kept = axes[:, -math.ceil(points.shape[1] / FLATTENED) :]
+    return Restoration(mean + deviation @ kept @ kept.T, restoration.mass)
+
+
+def smoothed(restoration: Restoration) -> Restoration:
+    """Move every point half-way to the mean of the ``SMOOTHED`` other points of the restoration nearest to it."""
+    points = restoration.points.double().cpu()
+    distance = distances(points, points).fill_diagonal_(math.inf)
+    nearest = distance.topk(min(SMOOTHED, len(points) - 1), largest=False).indices
+    return Restoration((points + points[nearest].mean(1)) / 2, restoration.mass)
+
+
+CONTROLS = {"shrunk": shrunk, "flattened": flattened, "smoothed": smoothed}
