@@ -22,14 +22,14 @@ from torch import Tensor
 
 from ..exponential import exp_
 
-SMALLEST = 2**18  # pairs in all, from which a list pays
+SMALLEST = 2**17  # pairs in all, from which a list pays
 PAIRS = 30  # a cell of either side, to begin with, and of those that would lower the cost, to add at most
 TIGHT = 10  # a cell, of those that are next to do so, to add
 SHARPNESS = (1 / 4, 1 / 16, 1 / 64, 1 / 256)  # of the potentials that choose them, in standard deviations of the cost
 ITERATIONS = 10  # of Sinkhorn's algorithm at each
 ROUNDS = 6  # of adding pairs; where groups of cells far apart differ in mass it may take more than all pairs at once
 PROVEN = 1e-12  # gap between cost and dual value, over the largest cost, that is rounding
-SAMPLE = 2**17  # reduced costs by which the list's threshold is found
+SAMPLE = 2**15  # reduced costs by which the list's threshold is found
 
 
 def shortlisted(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
