@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..flow.hold_out import NOISE_REFERENCE
 from ._course import Course, Prepared, prepare, read_course, read_labels
 from ._judge import Restored, measure, random_half
-from ._methods import Cloud, Job, call, check_settings, find_method, restore_own
+from ._methods import Asked, Cloud, call, check_settings, find_method, restore_own
 from ._representation import check_expression
 from ._tasks import Task, find_task
 
@@ -177,7 +177,7 @@ def restorations(unit: Unit, course: Course, task: Task, *, device: str) -> list
         for n in range(len(prepared[splits[0]]))
         for seed in unit.seeds
     ]
-    jobs = [Job(one.snapshots, one.fold.held_out_times, seed) for _, seed, one in work]
+    jobs = [Asked(one.snapshots, one.fold.held_out_times, seed) for _, seed, one in work]
     method, settings = find_method(unit.method), dict(unit.settings)
     halves: list[list[NDArray[np.bool_] | None]] = [[None] * len(job.times) for job in jobs]
     if unit.method == NOISE_REFERENCE:

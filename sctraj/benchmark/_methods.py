@@ -55,7 +55,7 @@ class Cloud:
 
 
 @dataclass(frozen=True)
-class Job:
+class Asked:
     """What one member of a batch is asked for: snapshots to learn from, times to restore, and a seed."""
 
     snapshots: Snapshots
@@ -128,7 +128,7 @@ def find_method(name: str) -> Method | None:
 
 def call(
     method: Method,
-    job: Job,
+    job: Asked,
     rng: np.random.Generator,
     settings: Mapping[str, Setting],
     *,
@@ -242,7 +242,7 @@ def own_settings(method: str, settings: Mapping[str, Setting]) -> dict[str, Any]
 
 # --- sctraj's own
 def restore_own(
-    method: str, jobs: Sequence[Job], settings: Mapping[str, Setting], *, start: str, device: str
+    method: str, jobs: Sequence[Asked], settings: Mapping[str, Setting], *, start: str, device: str
 ) -> list[list[Cloud]]:
     """Restore all times of all jobs by one of sctraj's own methods, trained as ONE batch.
 
@@ -272,8 +272,8 @@ def restore_own(
     return [restored[m] for m in member]
 
 
-def _by_snapshots(jobs: Sequence[Job]) -> list[list[Job]]:
-    groups: list[list[Job]] = []
+def _by_snapshots(jobs: Sequence[Asked]) -> list[list[Asked]]:
+    groups: list[list[Asked]] = []
     for job in jobs:
         if groups and groups[-1][0].snapshots is job.snapshots:
             groups[-1].append(job)
@@ -283,7 +283,7 @@ def _by_snapshots(jobs: Sequence[Job]) -> list[list[Job]]:
 
 
 def restore_members(
-    field: VectorField, jobs: Sequence[Job], *, start: str, farther: Sequence[float]
+    field: VectorField, jobs: Sequence[Asked], *, start: str, farther: Sequence[float]
 ) -> list[list[Cloud]]:
     """Move kept cells to each member's times, all members at once.
 

@@ -39,9 +39,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from ..flow.hold_out import BASELINES, NOISE_REFERENCE
+from ._judge import POINT
 
 LEVEL = 0.95
-POINT = -1
 GROUP = ["data", "task", "strict", "start", "space", "metric"]
 SUMMARY = [
     *GROUP, "method", "mean", "sd", "low", "high", "skill", "skill_low", "skill_high", "rank", "n_held_out", "n_seeds",
