@@ -1,5 +1,6 @@
 """Peers beside sctraj and the baselines, as one grid; a peer that is not installed is left out, with the reason.
 
+python -m benchmarks.peers.run --quick -o peers  # under a minute, small simulated cells: to see that it works
 python -m benchmarks.peers.run CELLS.h5ad --time-key day --n-dims 5 --seeds 2 --bootstraps 50 -o peers  # from the root
 python -m benchmarks.peers.run cycle+effects --n-cells 1000 --only mioflow -o peers  # a set of restoration.py
 python -m benchmarks.peers.run --table peers other_folder  # the finished folders side by side
@@ -117,6 +118,7 @@ def _text(mean: float, sd: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cells", nargs="?", help="h5ad file, or the name of a simulated set")
+    parser.add_argument("--quick", action="store_true", help="one seed, no intervals")
     parser.add_argument("--n-cells", type=int, default=N_CELLS, help="of a simulated family; not of differentiation")
     parser.add_argument("--time-key", default="time")
     parser.add_argument("--n-dims", type=int, default=5)
@@ -140,6 +142,8 @@ def main() -> None:
             parser.error(str(reason))
         return
 
+    if args.quick:
+        args.seeds, args.bootstraps = 1, 0
     reasons = {name: reason for name in args.only if (reason := absent(PEERS[name])) is not None}
     for name, reason in reasons.items():
         print(f"left out {name}: {reason}; see {HERE.replace('.', '/')}/requirements-*.txt")
