@@ -23,7 +23,7 @@ from .coupling import optimal_plan
 # 10,000 x 10,000 15 to 30 s and 2 GiB.
 LARGEST_EXACT = 5_000  # above, an estimate takes seconds
 SIZES = (125, 250, 500, 1000)  # points a side of the blocks from which a larger W is extrapolated, doubling
-GROUPS = 12  # blocks of the largest size, each with all smaller ones within it
+GROUPS = 8  # blocks of the largest size, each with all smaller ones within it: more make the error no smaller
 SMALLEST_BLOCKS = 1000  # at most: enough for a standard error below a thousandth
 PLAN_BLOCK = 500  # points a side of a block of a large restoration's plan
 

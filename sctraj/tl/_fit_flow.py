@@ -93,7 +93,7 @@ def fit_flow(
         a fixed fraction of the root mean square displacement between snapshots.
     block
         Cells a side of the blocks in which ``"uot-cfm"`` and ``"ot-cfm"`` couple snapshots with more cells than that
-        and curved paths find kin, of each at most 12,000 (or a block); what is done is logged. By default snapshots of
+        and curved paths find kin, of each at most 6,000 (or a block); what is done is logged. By default snapshots of
         up to 3,000 cells are coupled whole. Larger blocks come nearer to optimal transport, and take a time that grows
         as their square or more.
     module
