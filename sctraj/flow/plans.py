@@ -21,6 +21,7 @@ from .coupling import (
     paired_by_velocity,
 )
 from .coupling.blocked import BLOCK, at_once
+from .coupling.growing import WHOLE
 from .probability_path import ProbabilityPath
 from .snapshots import Interval, Snapshots, thinned, to_device
 
@@ -40,7 +41,8 @@ class Plans:
     Parameters
     ----------
     block
-        Cells a side of the blocks that larger snapshots are coupled in; by default those of more than 3,000 are.
+        Cells a side of the blocks that larger snapshots are coupled in; by default those of more than 3,000 are, and by
+        the coupling of growing populations those of more than 1,500.
     device
         Where the plans of ``"sb-cfm"`` are solved; None: where the cells are. (mps, which has no float64, leaves them
         there too.) Those of growing populations are of blocks, solved by the processors at once.
@@ -63,14 +65,13 @@ class Plans:
     def taking_part(self, snapshots: Snapshots) -> Snapshots:
         """Return the snapshots with the cells that are coupled: of each that is met in blocks at most 6,000.
 
-        Those are the ones with more cells than a block; the choice is random, by a snapshot's own weights alone (see
-        `thinned`), and of the same snapshots the same tensors, so that couplings are known again.
+        The choice is random, by a snapshot's own weights alone (see `thinned`), and of the same snapshots the same
+        tensors, so that couplings are known again.
         """
         for known, few in self._few:
             if known is snapshots:
                 return few
-        block = self.block or BLOCK
-        few = thinned(snapshots, max(MOST_CELLS, block), above=block)
+        few = thinned(snapshots, max(MOST_CELLS, self.block or 0))
         self._few.append((snapshots, few))
         if few is not snapshots:
             sizes = ", ".join(f"{len(some):,} of {len(x):,}" for some, x in zip(few.points, snapshots.points))
@@ -142,7 +143,7 @@ class Plans:
         """Solve couplings of small snapshots on several threads at once; those of large ones are of blocks that are."""
         distinct: list[Interval] = []
         for interval in intervals:
-            small = max(len(interval.x0), len(interval.x1)) <= (self.block or BLOCK)
+            small = max(len(interval.x0), len(interval.x1)) <= (self.block or (WHOLE if method == "uot-cfm" else BLOCK))
             if small and not any(_same(interval, other) for other in distinct):
                 distinct.append(interval)
         at_once(self.couple, [(interval, None, method) for interval in distinct], n_threads)

@@ -157,12 +157,12 @@ def sampled(mass: Tensor, most: int) -> Tensor:
     return order[mass[order] > 0][:most].sort().values
 
 
-def thinned(snapshots: Snapshots, most: int, *, above: int) -> Snapshots:
-    """Return the snapshots with at most ``most`` cells with mass (`sampled`) of each that has more than ``above``.
+def thinned(snapshots: Snapshots, most: int) -> Snapshots:
+    """Return the snapshots with ``most`` cells with mass (`sampled`) of each that has more cells.
 
     Those that lose no cell stay the same tensors, by which couplings are known again.
     """
-    chosen = [torch.arange(len(m)) if len(m) <= above else sampled(m, most) for m in snapshots.mass]
+    chosen = [torch.arange(len(m)) if len(m) <= most else sampled(m, most) for m in snapshots.mass]
     fewer = [None if len(rows) == len(m) else rows for rows, m in zip(chosen, snapshots.mass)]
     return snapshots if fewer == [None] * len(fewer) else _cells(snapshots, fewer)
 

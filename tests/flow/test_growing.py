@@ -148,8 +148,8 @@ def test_a_cell_that_no_block_has_is_its_own_kin():
 
 def test_snapshots_too_large_to_be_met_whole_are_met_in_small_blocks(monkeypatch, caplog):
     module = sys.modules["sctraj.flow.coupling.growing"]  # the package's attribute of that name is the function
-    monkeypatch.setattr(module, "BLOCK", 60)
-    monkeypatch.setattr(module, "SMALL_BLOCK", 26)
+    monkeypatch.setattr(module, "WHOLE", 60)
+    monkeypatch.setattr(module, "BLOCK", 26)
     with caplog.at_level(logging.INFO, logger="sctraj"):
         grown(cloud(60, 50))
         assert not caplog.records

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..snapshots import Interval
-from .blocked import BLOCK, at_once, blocks
+from .blocked import at_once, blocks
 from .exact import exact
 from .independent import draw
 from .pairs import WeightedPairs, rescaled
@@ -26,7 +26,8 @@ PENALTY = 2.0
 KIN_PENALTY = 4.0  # where kin are: a soft plan sends mass only to near cells, and so makes every move look short
 LEAST = 1e-6  # of a cell's mass takes part whatever it costs: the network simplex loses masses at its rounding
 UNIT_BLOCKS = 3  # that the unit is taken from, and of small ones as many as come to a usual one
-SMALL_BLOCK = 1000  # cells a side of larger snapshots: 1,500 take twice as long and restore nothing better
+WHOLE = 1500  # cells a side that are met whole
+BLOCK = 1000  # of larger snapshots: those of 1,500, or whole snapshots, take longer and restore nothing better
 
 
 @dataclass(frozen=True)
@@ -123,14 +124,14 @@ def growing(
     kin_penalty
         Penalty of the stiffer plan that mean ancestors and descendants are taken from, in the same units.
     block
-        Cells a side; by default snapshots of up to 3,000 cells are met whole, larger ones in blocks of 1,000.
+        Cells a side; by default snapshots of up to 1,500 cells are met whole, larger ones in blocks of 1,000.
     workers
         Blocks solved at once; -1: as many as there are processors.
     exact_cost
         Of the exact plan, where it is known; it serves where snapshots are met whole and without a prior of growth.
     """
     if block is None:
-        block = BLOCK if max(len(interval.x0), len(interval.x1)) <= BLOCK else SMALL_BLOCK
+        block = WHOLE if max(len(interval.x0), len(interval.x1)) <= WHOLE else BLOCK
     cut = list(blocks(interval, rng, block=block))
     held = [_held(part) for _, _, part, _ in cut]
     unit = _unit(held, epsilon, workers, exact_cost if held[0] is interval else None)
@@ -199,7 +200,7 @@ def _unit(held: Sequence[Interval], epsilon: float, workers: int, known: float |
     is known serves instead, if rounding allows it.
     """
     largest = max(len(held[0].x0), len(held[0].x1))
-    few = held[: max(UNIT_BLOCKS, SMALL_BLOCK // largest)]
+    few = held[: max(UNIT_BLOCKS, BLOCK // largest)]
     costs = [known] if known is not None else at_once(_cost, [(part,) for part in few], workers)
     least = 2 * SHARPEST / epsilon * max(map(_spread, held))
     return max(median(costs) or max(costs), least) or 1.0  # all in one place: any will do
