@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .clouds import Estimate, median_distance
-from .coupling.blocked import at_once
 from .distance import variance_ratio
 from .distance_estimates import estimated_wasserstein, restoration_plan
 from .pairwise_estimates import estimated_pairwise, within
 from .restoration import Restoration
+from .threads import at_once
 
 METRICS = ("w1", "w2", "mmd", "energy", "variance_ratio")
 UNWEIGHTED = ("w1", "energy")  # of these also without the restoration's own masses, all its points weighing the same

@@ -20,10 +20,11 @@ from .coupling import (
     independent,
     paired_by_velocity,
 )
-from .coupling.blocked import BLOCK, at_once
+from .coupling.blocked import BLOCK
 from .coupling.growing import WHOLE
 from .probability_path import ProbabilityPath
 from .snapshots import Interval, Snapshots, thinned, to_device
+from .threads import at_once
 
 logger = logging.getLogger(__name__)
 

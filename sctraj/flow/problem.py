@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from .coupling import Coupling, GrowingPlan, SparsePlan, WeightedPairs, blocked
-from .coupling.blocked import at_once
 from .metric_path import BATCH_SIZE, LEARNING_RATE, N_STEPS, WIDTH, Metric, metric_path
 from .plans import Plans
 from .probability_path import BrownianBridge, Hermite, Pairs, PathSample, ProbabilityPath, Straight, Trigonometric
 from .snapshots import Snapshots, hold_back
 from .starts import farther_share
 from .tangents import Tangents, reliability, tangents, velocities
+from .threads import at_once
 
 METHODS = ("uot-cfm", "ot-cfm", "i-cfm", "sb-cfm", "vp-cfm")
 PATHS = ("hermite", "straight", "land", "rbf")

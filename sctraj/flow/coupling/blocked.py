@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import TypeVar
 
-import joblib
 import torch
 from torch import Tensor
 
 from ..snapshots import Interval
+from ..threads import at_once
 from .exact import SparsePlan, exact
 
 logger = logging.getLogger(__name__)
 
 BLOCK = 3000  # cells: above this the network simplex over the whole snapshot takes longer than a fit
-
-Plans = TypeVar("Plans")
 
 
 def blocked(interval: Interval, rng: torch.Generator, *, block: int = BLOCK, workers: int = -1) -> SparsePlan:
@@ -39,24 +35,6 @@ def blocked(interval: Interval, rng: torch.Generator, *, block: int = BLOCK, wor
         mass.append(plan.mass * share)
         cost += plan.cost * share
     return SparsePlan(torch.cat(i), torch.cat(j), torch.cat(mass), cost)
-
-
-def at_once(solve: Callable[..., Plans], parts: Sequence[tuple], workers: int) -> list[Plans]:
-    """Solve parts, by their arguments, on ``workers`` threads (-1: as many as processors), each part on one of them.
-
-    So the number of workers changes no bit. Neither torch nor the network simplex holds the interpreter while it
-    computes. A whole snapshot, which is one part, has all of torch's threads.
-    """
-    if len(parts) == 1:
-        return [solve(*parts[0])]
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # what new threads start with
-    try:
-        # joblib's own threads take a fifth of a second to end, where there are sixteen
-        with ThreadPoolExecutor(joblib.cpu_count() if workers == -1 else workers) as threads:
-            return list(threads.map(lambda part: solve(*part), parts))
-    finally:
-        torch.set_num_threads(n_threads)
 
 
 def blocks(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..snapshots import Interval
-from .blocked import at_once, blocks
+from ..threads import at_once
+from .blocked import blocks
 from .exact import exact
 from .independent import draw
 from .pairs import WeightedPairs, rescaled
