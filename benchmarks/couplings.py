@@ -50,7 +50,6 @@ from sctraj.flow.coupling import (
     optimal_plan,
     unbalanced,
 )
-from sctraj.flow.coupling.blocked import BLOCK
 from sctraj.flow.coupling.kernel import Kernel
 from sctraj.flow.plans import MOST_CELLS
 from sctraj.flow.snapshots import Interval, Snapshots, sampled
@@ -120,7 +119,7 @@ def rng() -> torch.Generator:
 def in_blocks(case: Case, couple: Callable) -> tuple[SparsePlan | GrowingPlan, Tensor, Tensor]:
     """Couple as a fit does: of large snapshots a random choice of the cells, in blocks; and which cells these are."""
     m0, m1 = case.interval.mass0, case.interval.mass1
-    rows, columns = (sampled(m, MOST_CELLS) if len(m) > BLOCK else torch.arange(len(m)) for m in (m0, m1))
+    rows, columns = (sampled(m, MOST_CELLS) if len(m) > MOST_CELLS else torch.arange(len(m)) for m in (m0, m1))
     few = {"x0": case.interval.x0[rows], "x1": case.interval.x1[columns], "mass0": m0[rows], "mass1": m1[columns]}
     few |= {name: few[name] / few[name].sum() for name in ("mass0", "mass1")}
     return couple(replace(case.interval, **few), rng()), rows, columns

@@ -120,7 +120,7 @@ def _text(mean: float, sd: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cells", nargs="?", help="h5ad file, or the name of a simulated set")
-    parser.add_argument("--quick", action="store_true", help="one seed, no intervals")
+    parser.add_argument("--quick", action="store_true", help="one seed, no intervals, short training")
     parser.add_argument("--n-cells", type=int, default=N_CELLS, help="of a simulated family; not of differentiation")
     parser.add_argument("--time-key", default="time")
     parser.add_argument("--n-dims", type=int, default=5)
@@ -145,7 +145,7 @@ def main() -> None:
         return
 
     if args.quick:
-        args.seeds, args.bootstraps = 1, 0
+        args.seeds, args.bootstraps, args.n_steps = 1, 0, 100
     reasons = {name: reason for name in args.only if (reason := absent(PEERS[name])) is not None}
     for name, reason in reasons.items():
         print(f"left out {name}: {reason}; see {HERE.replace('.', '/')}/requirements-*.txt")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..flow.hold_out import NOISE_REFERENCE
 from ._course import Course, Prepared, prepare, read_course, read_labels
 from ._judge import Restored, measure, random_half
-from ._methods import Asked, Cloud, call, check_settings, find_method, restore_own
+from ._methods import Cloud, Query, call, check_settings, find_method, restore_own
 from ._representation import check_expression
 from ._tasks import Task, find_task
 
@@ -171,15 +171,15 @@ def restorations(unit: Unit, course: Course, task: Task, *, device: str) -> list
     """Restore every held-out snapshot with every seed, in the folds' own spaces."""
     splits = unit.seeds if task.by_seed else (0,)
     prepared = {s: [prepare(course, fold) for fold in task.folds(course.times, course.index, s)] for s in splits}
-    # jobs of one fold follow each other, so that what they share is computed once
+    # queries of one fold follow each other, so that what they share is computed once
     work = [
         (n, seed, prepared[seed if task.by_seed else 0][n])
         for n in range(len(prepared[splits[0]]))
         for seed in unit.seeds
     ]
-    jobs = [Asked(one.snapshots, one.fold.held_out_times, seed) for _, seed, one in work]
+    queries = [Query(one.snapshots, one.fold.held_out_times, seed) for _, seed, one in work]
     method, settings = find_method(unit.method), dict(unit.settings)
-    halves: list[list[NDArray[np.bool_] | None]] = [[None] * len(job.times) for job in jobs]
+    halves: list[list[NDArray[np.bool_] | None]] = [[None] * len(query.times) for query in queries]
     if unit.method == NOISE_REFERENCE:
         halves = [
             [random_half(len(rows), np.random.default_rng([seed, n, k])) for k, rows in enumerate(one.fold.held_out)]
@@ -187,11 +187,11 @@ def restorations(unit: Unit, course: Course, task: Task, *, device: str) -> list
         ]
         clouds = [_of_halves(course, one, half) for (_, _, one), half in zip(work, halves)]
     elif method is None:
-        clouds = restore_own(unit.method, jobs, settings, start=unit.start, device=device)
+        clouds = restore_own(unit.method, queries, settings, start=unit.start, device=device)
     else:
         clouds = [
-            call(method, job, np.random.default_rng([seed, n]), settings, name=unit.method)
-            for job, (n, seed, _) in zip(jobs, work)
+            call(method, query, np.random.default_rng([seed, n]), settings, name=unit.method)
+            for query, (n, seed, _) in zip(queries, work)
         ]
     return [
         Restored(one, (n, k), seed, cloud, half, seed if task.by_seed else 0)

@@ -55,7 +55,7 @@ class Cloud:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Query:
     """What one member of a batch is asked for: snapshots to learn from, times to restore, and a seed."""
 
     snapshots: Snapshots
@@ -128,22 +128,22 @@ def find_method(name: str) -> Method | None:
 
 def call(
     method: Method,
-    job: Asked,
+    query: Query,
     rng: np.random.Generator,
     settings: Mapping[str, Setting],
     *,
     name: str,
 ) -> list[Cloud]:
-    """Ask a callable for each of a job's times, and check what comes back."""
+    """Ask a callable for each of a query's times, and check what comes back."""
     clouds = []
-    for time in job.times:
+    for time in query.times:
         # copies: what a method does to its cells in place must not reach the next time, seed or judge
-        answer = method(deepcopy(job.snapshots), time, rng, **settings)
+        answer = method(deepcopy(query.snapshots), time, rng, **settings)
         points, weights = answer if isinstance(answer, tuple) else (answer, None)
         # the first two baselines are whole snapshots
-        copied = dict(zip(BASELINES, neighbours(job.snapshots, time))).get(name)
-        origins = () if copied is None else (job.snapshots.times[copied],)
-        clouds.append(replace(_checked(points, weights, job.snapshots.dimension, name), origins=origins))
+        copied = dict(zip(BASELINES, neighbours(query.snapshots, time))).get(name)
+        origins = () if copied is None else (query.snapshots.times[copied],)
+        clouds.append(replace(_checked(points, weights, query.snapshots.dimension, name), origins=origins))
     return clouds
 
 
@@ -242,12 +242,12 @@ def own_settings(method: str, settings: Mapping[str, Setting]) -> dict[str, Any]
 
 # --- sctraj's own
 def restore_own(
-    method: str, jobs: Sequence[Asked], settings: Mapping[str, Setting], *, start: str, device: str
+    method: str, queries: Sequence[Query], settings: Mapping[str, Setting], *, start: str, device: str
 ) -> list[list[Cloud]]:
-    """Restore all times of all jobs by one of sctraj's own methods, trained as ONE batch.
+    """Restore all times of all queries by one of sctraj's own methods, trained as ONE batch.
 
-    Jobs with the same snapshots must follow each other: their couplings are computed once. A closed-form field does not
-    depend on a seed and is put together once for them.
+    Queries with the same snapshots must follow each other: their couplings are computed once. A closed-form field does
+    not depend on a seed and is put together once for them.
     """
     chosen = own_settings(method, settings)
     field, path, sigma, block = (chosen.pop(name) for name in ("field", "path", "sigma", "block"))
@@ -255,9 +255,9 @@ def restore_own(
     validate, where = training.patience is not None and field == "neural", pick_device(device)
     problems: list[Problem] = []
     validation: list[Problem] = []
-    member, members = [], []  # which member serves a job; one job of each member
-    for group in _by_snapshots(jobs):
-        seeds = [member_seeds(job.seed, 1)[0] for job in group]
+    member, members = [], []  # which member serves a query; one query of each member
+    for group in _by_snapshots(queries):
+        seeds = [member_seeds(query.seed, 1)[0] for query in group]
         some = seeds if field == "neural" else seeds[:1]
         made = make_problems(
             group[0].snapshots, method=method, path=path, sigma=sigma, seeds=some, validate=validate,
@@ -272,49 +272,51 @@ def restore_own(
     return [restored[m] for m in member]
 
 
-def _by_snapshots(jobs: Sequence[Asked]) -> list[list[Asked]]:
-    groups: list[list[Asked]] = []
-    for job in jobs:
-        if groups and groups[-1][0].snapshots is job.snapshots:
-            groups[-1].append(job)
+def _by_snapshots(queries: Sequence[Query]) -> list[list[Query]]:
+    groups: list[list[Query]] = []
+    for query in queries:
+        if groups and groups[-1][0].snapshots is query.snapshots:
+            groups[-1].append(query)
         else:
-            groups.append([job])
+            groups.append([query])
     return groups
 
 
 def restore_members(
-    field: VectorField, jobs: Sequence[Asked], *, start: str, farther: Sequence[float]
+    field: VectorField, queries: Sequence[Query], *, start: str, farther: Sequence[float]
 ) -> list[list[Cloud]]:
     """Move kept cells to each member's times, all members at once.
 
     From the snapshot before (``"before"``) or the first one (``"first"``); or from ``"both"`` sides, where ``farther``
     is each member's share of snapshots beyond the nearest (`flow.starts`). Euler, ``EULER_STEPS`` steps an interval.
     """
-    clouds: list[list[Cloud]] = [[] for _ in jobs]
-    for n in range(max(len(job.times) for job in jobs)):
-        times = [job.times[min(n, len(job.times) - 1)] for job in jobs]  # members with fewer go along once more
+    clouds: list[list[Cloud]] = [[] for _ in queries]
+    for n in range(max(len(query.times) for query in queries)):
+        times = [
+            query.times[min(n, len(query.times) - 1)] for query in queries
+        ]  # members with fewer go along once more
         if start == "first":
-            gaps = max(sum(t < time for t in job.snapshots.times) for job, time in zip(jobs, times))
-            asked = [[Origin(0, 1.0, gaps)] for _ in jobs]
+            gaps = max(sum(t < time for t in query.snapshots.times) for query, time in zip(queries, times))
+            asked = [[Origin(0, 1.0, gaps)] for _ in queries]
         else:
             side: Start = "both" if start == "both" else "before"
             asked = [
-                origins(job.snapshots.times, time, side, farther=share)
-                for job, time, share in zip(jobs, times, farther, strict=True)
+                origins(query.snapshots.times, time, side, farther=share)
+                for query, time, share in zip(queries, times, farther, strict=True)
             ]
-        snapshots = [job.snapshots for job in jobs]
+        snapshots = [query.snapshots for query in queries]
         restored = gathered(
             field, snapshots, asked, times, solver="euler", n_steps=EULER_STEPS, tolerance=1e-4
         )  # fmt: skip
-        for job, own, moved, whole in zip(jobs, clouds, asked, restored):
-            if n < len(job.times):
+        for query, own, moved, whole in zip(queries, clouds, asked, restored):
+            if n < len(query.times):
                 mass = whole.weights.numpy()
                 own.append(
                     Cloud(
                         whole.points.double().numpy(),
                         mass / mass.sum(),
-                        parts=tuple(len(job.snapshots.points[one.snapshot]) for one in moved),
-                        origins=tuple(job.snapshots.times[one.snapshot] for one in moved),
+                        parts=tuple(len(query.snapshots.points[one.snapshot]) for one in moved),
+                        origins=tuple(query.snapshots.times[one.snapshot] for one in moved),
                     )
                 )
     return clouds

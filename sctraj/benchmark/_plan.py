@@ -16,8 +16,11 @@ import numpy as np
 import pandas as pd
 
 from .. import _adata, tl
+from ..flow.coupling.blocked import BLOCK
+from ..flow.coupling.growing import WHOLE
 from ..flow.distance import LARGEST_EXACT
 from ..flow.hold_out import BASELINES, NOISE_REFERENCE, SMALLEST_HELD_OUT
+from ..flow.plans import MOST_CELLS
 from ..flow.problem import METHODS as OWN
 from ..flow.starts import reach
 from ._evaluate import check
@@ -141,7 +144,7 @@ def estimate(unit: Unit, adata: AnnData, time_key: str, *, n_dims: int, bootstra
         # what is larger is met in blocks
         most = max(most, min(restored, LARGEST_EXACT) * min(max(*sizes, *held_out), LARGEST_EXACT))
         if unit.method in OWN:
-            plans = PLAN * sum(a * min(b, LARGEST_EXACT) for a, b in pairwise(sizes)) * (n_seeds if task.by_seed else 1)
+            plans = PLAN * _pairs(sizes, unit.method, settings.get("block")) * (n_seeds if task.by_seed else 1)
             if bent and unit.method == "uot-cfm":
                 plans *= PAIRED_ANEW
             trained = n_seeds * FIT * int(steps) if neural else 0.0
@@ -151,6 +154,15 @@ def estimate(unit: Unit, adata: AnnData, time_key: str, *, n_dims: int, bootstra
             seconds += adata.n_obs * min(genes, 2000) ** 2 * RECIPE
     held = adata.n_obs * (n_dims or 50) * 8 + (adata.n_obs * genes * 8 * 2 if unit.strict else 0)
     return seconds, IDLE + _size(adata) + held + ARRAYS * 8 * most
+
+
+def _pairs(sizes: Sequence[int], method: str, block: Any) -> int:
+    """Return how many pairs of cells the plans between consecutive snapshots look at."""
+    side = LARGEST_EXACT
+    if method in ("uot-cfm", "ot-cfm"):  # what is larger is thinned, and met in blocks
+        side = int(block or (WHOLE if method == "uot-cfm" else BLOCK))
+        sizes = [min(n, max(MOST_CELLS, side)) for n in sizes]
+    return sum(a * min(b, side) for a, b in pairwise(sizes))
 
 
 def _judging(n: int, m: int, bootstraps: int) -> float:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FOLDER = "sctraj_benchmark"
-MEANINGS = {  # of the metrics that are printed
+IN_WORDS = {  # what is printed, for whoever has not read a word about it
     "w1": "Wasserstein-1 distance",
     "energy": "energy distance, unbiased: 0 on average for two samples of one law",
     "variance_ratio": "variance, restored / observed: 1 is right",
@@ -74,7 +74,7 @@ def run(
     tl.leave_one_out(adata, methods=methods, **options)
     key = options.get("key_added", "flow")
 
-    for metric, meaning in MEANINGS.items():
+    for metric, meaning in IN_WORDS.items():
         click.echo(f"{meaning}\n{_as_text(get.leave_one_out(adata, key=key, metric=metric))}\n")
     click.echo(_protocol_line(adata, key))
     with written_whole(folder / "leave_one_out.csv") as path:

@@ -20,10 +20,10 @@ from .clouds import Cloud, Estimate, as_cloud, points_a_side
 from .coupling import optimal_plan
 
 # Points a side (the geometric mean of the two numbers). An exact plan of 5,000 x 5,000 takes 3 to 5 s on one core, of
-# 10,000 x 10,000 15 to 30 s and 2 GiB.
+# 10,000 x 10,000 8 to 20 s and 2 GiB.
 LARGEST_EXACT = 5_000  # above, an estimate takes seconds
 SIZES = (125, 250, 500, 1000)  # points a side of the blocks from which a larger W is extrapolated, doubling
-GROUPS = 8  # blocks of the largest size, each with all smaller ones within it: more make the error no smaller
+GROUPS = 8  # blocks of the largest size, each with all smaller ones within it: more make its error hardly smaller
 SMALLEST_BLOCKS = 1000  # at most: enough for a standard error below a thousandth
 PLAN_BLOCK = 500  # points a side of a block of a large restoration's plan
 

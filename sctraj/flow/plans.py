@@ -20,7 +20,7 @@ from .coupling import (
     independent,
     paired_by_velocity,
 )
-from .coupling.blocked import BLOCK
+from .coupling.blocked import BLOCK, cells_a_side
 from .coupling.growing import WHOLE
 from .probability_path import ProbabilityPath
 from .snapshots import Interval, Snapshots, thinned, to_device
@@ -28,7 +28,7 @@ from .threads import at_once
 
 logger = logging.getLogger(__name__)
 
-MOST_CELLS = 6_000  # of a snapshot that is met in blocks: twice as many take twice as long and restore nothing better
+MOST_CELLS = 6_000  # of a snapshot that are coupled: twice as many take twice as long and restore nothing better
 BLOCKS_SEED = 0  # they belong to the data, whoever is trained on it
 
 
@@ -64,7 +64,7 @@ class Plans:
         self._few: list[tuple[Snapshots, Snapshots]] = []
 
     def taking_part(self, snapshots: Snapshots) -> Snapshots:
-        """Return the snapshots with the cells that are coupled: of each that is met in blocks at most 6,000.
+        """Return the snapshots with the cells that are coupled: of each at most 6,000, or a block.
 
         The choice is random, by a snapshot's own weights alone (see `thinned`), and of the same snapshots the same
         tensors, so that couplings are known again.
@@ -137,14 +137,14 @@ class Plans:
         return found
 
     def forget_velocities(self) -> None:
-        """Let go of what `by_velocity` found: kin, which problems that are put together have no more use for."""
+        """Let go of what `by_velocity` found: kin, ``(n, d)`` float64 a side, of no more use once problems are made."""
         self._anew.clear()
 
     def prepare(self, intervals: Sequence[Interval], method: str, n_threads: int) -> None:
         """Solve couplings of small snapshots on several threads at once; those of large ones are of blocks that are."""
         distinct: list[Interval] = []
         for interval in intervals:
-            small = max(len(interval.x0), len(interval.x1)) <= (self.block or (WHOLE if method == "uot-cfm" else BLOCK))
+            small = cells_a_side(interval) <= (self.block or (WHOLE if method == "uot-cfm" else BLOCK))
             if small and not any(_same(interval, other) for other in distinct):
                 distinct.append(interval)
         at_once(self.couple, [(interval, None, method) for interval in distinct], n_threads)
@@ -169,7 +169,7 @@ class _PairedAnew:
 
 
 def _digest(values: Tensor | None) -> bytes:
-    """Return what tells tensors apart by their values, and takes no room: velocities of large snapshots take much."""
+    """Return what tells tensors apart by their values, in no room: velocities would take as much as kin do."""
     return b"" if values is None else hashlib.sha256(values.cpu().numpy().tobytes()).digest()
 
 

@@ -158,9 +158,10 @@ class Sample:
 
 
 def taking_part(snapshots: Snapshots, method: str, path: str | None, plans: Plans) -> Snapshots:
-    """Return the snapshots with the cells that a method's problems are made of: all, unless they are met in blocks.
+    """Return the snapshots with the cells that a method's problems are made of: all, or at most 6,000 of each.
 
-    By blocks pairs or kin are found for ``"uot-cfm"``, ``"ot-cfm"`` and curved paths, see `Plans.taking_part`.
+    Fewer for ``"uot-cfm"``, ``"ot-cfm"`` and curved paths, whose pairs or kin are met in blocks, see
+    `Plans.taking_part`.
     """
     return plans.taking_part(snapshots) if method in ("uot-cfm", "ot-cfm") or path == "hermite" else snapshots
 

@@ -158,7 +158,7 @@ def sampled(mass: Tensor, most: int) -> Tensor:
 
 
 def thinned(snapshots: Snapshots, most: int) -> Snapshots:
-    """Return the snapshots with ``most`` cells with mass (`sampled`) of each that has more cells.
+    """Return the snapshots with at most ``most`` cells with mass (`sampled`) of each that has more cells.
 
     Those that lose no cell stay the same tensors, by which couplings are known again.
     """

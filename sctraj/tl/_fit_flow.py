@@ -94,8 +94,8 @@ def fit_flow(
     block
         Cells a side of the blocks in which ``"uot-cfm"`` and ``"ot-cfm"`` couple snapshots with more cells than that
         and curved paths find kin, of each at most 6,000 (or a block); what is done is logged. By default snapshots of
-        up to 1,500 cells (for ``"ot-cfm"`` 3,000) are coupled whole, larger ones in blocks of 1,000 (3,000). Larger
-        blocks come nearer to optimal transport, and take a time that grows as their square or more.
+        up to 1,500 cells (for ``"ot-cfm"`` 3,000) are coupled whole, larger ones in blocks of at most 1,000 (3,000).
+        Larger blocks come nearer to optimal transport, and take a time that grows as their square or more.
     module
         Your own network instead of the built-in one: maps standardised times ``(B, 1)`` and points ``(B, d)`` to
         ``(B, d)``, or ``(B, 2 d)`` (velocity, score) for ``"sb-cfm"``. Without randomness of its own (dropout).
@@ -160,9 +160,11 @@ def fit_flow(
 
     def problems_of(snapshots: Snapshots, seeds: Sequence[int]) -> tuple[list[Problem], list[Problem]]:
         validate = patience is not None and field == "neural"
-        return make_problems(
+        made = make_problems(
             snapshots, method=method, path=path, sigma=sigma, seeds=seeds, validate=validate, plans=plans
         )
+        plans.forget_velocities()  # which folds alone share
+        return made
 
     if field == "closed-form" and n_members > 1:
         some = taking_part(cells.snapshots, method, path, plans)  # of which the members' draws are, as the fit is

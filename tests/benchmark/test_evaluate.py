@@ -16,7 +16,7 @@ from sctraj.benchmark import _course, _evaluate, _judge, _methods
 from sctraj.benchmark._course import prepare, read_course
 from sctraj.benchmark._evaluate import COLUMNS, Unit, evaluate, restorations
 from sctraj.benchmark._judge import half_sample
-from sctraj.benchmark._methods import Asked, Cloud, call, find_method, own_settings, register
+from sctraj.benchmark._methods import Cloud, Query, call, find_method, own_settings, register
 from sctraj.benchmark._representation import fit_recipe, log_normalised, to_common
 from sctraj.benchmark._tasks import TASKS, find_task
 from sctraj.flow import hold_out
@@ -353,10 +353,10 @@ def test_a_method_that_moves_cells_in_place_meets_them_unmoved(course):
     found = measured(course, unit(f"{__name__}:moved_in_place", task="every-4th", seeds=(0, 1)))
     first, second = (found.query(f"seed == {seed}")["value"].to_numpy() for seed in (0, 1))
     np.testing.assert_array_equal(first, second)
-    job = Asked(Snapshots((0.0, 3.0), (torch.zeros(3, 2), torch.ones(3, 2))), (1.0, 2.0), 0)
-    clouds = call(moved_in_place, job, np.random.default_rng(0), {}, name="it")
+    query = Query(Snapshots((0.0, 3.0), (torch.zeros(3, 2), torch.ones(3, 2))), (1.0, 2.0), 0)
+    clouds = call(moved_in_place, query, np.random.default_rng(0), {}, name="it")
     assert [np.unique(cloud.points) for cloud in clouds] == [1.5, 1.5]
-    assert not job.snapshots.points[0].any()
+    assert not query.snapshots.points[0].any()
 
 
 def test_a_random_method_depends_on_the_seed_alone(course):
@@ -376,9 +376,9 @@ def test_a_random_method_depends_on_the_seed_alone(course):
     ],
 )
 def test_what_cannot_be_used_is_refused(answer, message):
-    job = Asked(Snapshots((0.0, 2.0), (torch.zeros(3, 2), torch.ones(3, 2))), (1.0,), 0)
+    query = Query(Snapshots((0.0, 2.0), (torch.zeros(3, 2), torch.ones(3, 2))), (1.0,), 0)
     with pytest.raises(ValueError, match=message):
-        call(lambda *_: answer, job, np.random.default_rng(0), {}, name="it")
+        call(lambda *_: answer, query, np.random.default_rng(0), {}, name="it")
 
 
 def test_unknown_methods_and_settings_are_refused(course):

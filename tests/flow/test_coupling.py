@@ -108,6 +108,14 @@ def test_blocks_are_drawn_of_large_snapshots_alone_and_said(caplog):
     assert "3 blocks of 50 and 40 cells" in caplog.text
 
 
+def test_cells_without_mass_make_no_blocks(caplog):
+    interval = make_interval(50, 40, weighted=True)
+    interval.mass0[::2] = interval.mass1[::2] = 0.0
+    with caplog.at_level(logging.INFO, logger="sctraj"):
+        assert len(blocked(interval, torch.Generator(), block=25).i.unique()) == 25
+    assert not caplog.text
+
+
 def test_the_number_of_workers_changes_no_bit_and_torch_keeps_its_threads():
     interval = make_interval(300, 260, weighted=True)
     before = torch.get_num_threads()

@@ -160,10 +160,11 @@ def test_snapshots_too_large_to_be_met_whole_are_met_in_small_blocks(monkeypatch
         assert not caplog.records
 
 
+@pytest.mark.parametrize("n", [100, 200])  # two blocks, and four
 @pytest.mark.parametrize("seed", range(6))
-def test_a_cell_far_away_disturbs_no_block_but_its_own(seed):
+def test_a_cell_far_away_disturbs_no_block_but_its_own(seed, n):
     rng = np.random.default_rng(0)
-    x0, x1 = rng.normal(size=(200, 2)), rng.normal(size=(200, 2))
+    x0, x1 = rng.normal(size=(n, 2)), rng.normal(size=(n, 2))
     far = x0.copy()
     far[0] += 1000
     usual, disturbed = (grown(interval_of(x, x1), seed, block=51) for x in (x0, far))

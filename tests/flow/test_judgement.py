@@ -87,7 +87,8 @@ def test_controls_gain_by_w1_and_lose_by_the_energy_distance(name):
 
 def test_judging_at_once_is_judging_one_by_one():
     x, y = clouds(30, 20, 0.5)
-    tasks = [(Restoration(part), other) for part, other in ((x, y), (x[:9], y), (y[3:], x), (y, x[5:]))]
+    uneven = torch.arange(1.0, 31)
+    tasks = [(Restoration(x, uneven), y), (Restoration(x[:9]), y), (Restoration(y[3:]), x), (Restoration(x, uneven), x)]
     n_threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -226,7 +226,7 @@ def test_thinned_snapshots_keep_cells_weights_and_growth_together_and_small_ones
     mass = tuple(torch.arange(n, dtype=torch.float64) for n in (30, 50, 60, 70))
     snapshots = replace(with_growth((0.0, 1.0, 2.0, 3.0), (30, 50, 60, 70)), mass=mass)
     few = thinned(snapshots, 55)
-    assert [len(x) for x in few.points] == [30, 50, 55, 55]  # the first cell of each has no mass
+    assert [len(x) for x in few.points] == [30, 50, 55, 55]
     assert_rates_go_with_their_cells(few)
     assert all(few.points[k] is snapshots.points[k] for k in (0, 1))
     for k in (2, 3):

@@ -42,16 +42,15 @@ def blocks(
 ) -> Iterator[tuple[Tensor, Tensor, Interval, float]]:
     """Yield parts of an interval, each a small one of its own; all of it where it has at most ``block`` cells a side.
 
-    The cells of larger snapshots are put in random order and cut at the same fractions of their mass, a cell at a cut
-    being shared between its two blocks; those without mass are in none.
+    Cells with mass count. Those of larger snapshots are put in random order and cut at the same fractions of their
+    mass, a cell at a cut being shared between its two blocks; those without mass are in none.
 
     Yields
     ------
     Indices of the part's cells at the start ``(m0,)`` and at the end ``(m1,)``, the part with masses that sum to one,
     and its share of all mass.
     """
-    ends = interval.mass0, interval.mass1
-    largest = max(len(m) for m in ends)
+    ends, largest = (interval.mass0, interval.mass1), cells_a_side(interval)
     if largest <= block:
         yield torch.arange(len(interval.x0)), torch.arange(len(interval.x1)), interval, 1.0
         return
@@ -66,6 +65,11 @@ def blocks(
         growth = None if interval.growth0 is None else interval.growth0[rows]
         part = replace(interval, x0=interval.x0[rows], x1=interval.x1[columns], mass0=m0, mass1=m1, growth0=growth)
         yield rows, columns, part, 1 / n_blocks
+
+
+def cells_a_side(interval: Interval) -> int:
+    """Return how many cells with mass there are at the end that has more of them."""
+    return max(int((m > 0).sum()) for m in (interval.mass0, interval.mass1))
 
 
 def _cut(mass: Tensor, n_blocks: int) -> list[tuple[Tensor, Tensor]]:

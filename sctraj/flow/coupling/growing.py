@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from statistics import median
+from statistics import median_low
 
 import torch
 from torch import Tensor
 
 from ..snapshots import Interval
 from ..threads import at_once
-from .blocked import blocks
+from .blocked import blocks, cells_a_side
 from .exact import exact
 from .independent import draw
 from .pairs import WeightedPairs, rescaled
@@ -125,14 +125,15 @@ def growing(
     kin_penalty
         Penalty of the stiffer plan that mean ancestors and descendants are taken from, in the same units.
     block
-        Cells a side; by default snapshots of up to 1,500 cells are met whole, larger ones in blocks of 1,000.
+        Cells a side; by default snapshots of up to 1,500 cells are met whole, larger ones in blocks of at
+        most 1,000.
     workers
         Blocks solved at once; -1: as many as there are processors.
     exact_cost
         Of the exact plan, where it is known; it serves where snapshots are met whole and without a prior of growth.
     """
     if block is None:
-        block = WHOLE if max(len(interval.x0), len(interval.x1)) <= WHOLE else BLOCK
+        block = WHOLE if cells_a_side(interval) <= WHOLE else BLOCK
     cut = list(blocks(interval, rng, block=block))
     held = [_held(part) for _, _, part, _ in cut]
     unit = _unit(held, epsilon, workers, exact_cost if held[0] is interval else None)
@@ -196,15 +197,15 @@ def paired_by_velocity(
 def _unit(held: Sequence[Interval], epsilon: float, workers: int, known: float | None) -> float:
     """Return the unit of entropy and penalties: the cost of the exact plan, of blocks the median of a few of them.
 
-    A few do, since blocks are of one law, and by the median a cell far away in one of them changes nothing; where most
-    of them are copies, the largest. Of a snapshot and its copy the cost is zero: then what rounding allows. A cost that
-    is known serves instead, if rounding allows it.
+    A few do, since blocks are of one law, and by the (lower) median a cell far away in one of them changes nothing;
+    where most of them are copies, the largest. Of a snapshot and its copy the cost is zero: then what rounding allows.
+    A cost that is known serves instead, if rounding allows it.
     """
     largest = max(len(held[0].x0), len(held[0].x1))
     few = held[: max(UNIT_BLOCKS, BLOCK // largest)]
     costs = [known] if known is not None else at_once(_cost, [(part,) for part in few], workers)
     least = 2 * SHARPEST / epsilon * max(map(_spread, held))
-    return max(median(costs) or max(costs), least) or 1.0  # all in one place: any will do
+    return max(median_low(costs) or max(costs), least) or 1.0  # all in one place: any will do
 
 
 def _cost(part: Interval) -> float:

@@ -11,6 +11,7 @@ it then begins where the potentials are, and takes a half to a quarter of the ti
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
@@ -96,7 +97,10 @@ def near_potentials(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]
 
 def _threshold(reduced: Tensor, pairs: int) -> float:
     """Return the reduced cost below which there are about so many pairs a cell, found on an even sample."""
-    some = reduced.flatten()[:: max(1, reduced.numel() // SAMPLE)].numpy()
+    step = max(1, reduced.numel() // SAMPLE)
+    while math.gcd(step, reduced.shape[1]) > 1:  # or some columns alone would be met
+        step += 1
+    some = reduced.flatten()[::step].numpy()
     rank = min(len(some) - 1, int(pairs * sum(reduced.shape) / reduced.numel() * len(some)))
     return float(np.partition(some, rank)[rank])
 
