@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -156,13 +157,13 @@ def estimate(unit: Unit, adata: AnnData, time_key: str, *, n_dims: int, bootstra
     return seconds, IDLE + _size(adata) + held + ARRAYS * 8 * most
 
 
-def _pairs(sizes: Sequence[int], method: str, block: Any) -> int:
+def _pairs(sizes: Sequence[int], method: str, block: Any) -> float:
     """Return how many pairs of cells the plans between consecutive snapshots look at."""
     side = LARGEST_EXACT
     if method in ("uot-cfm", "ot-cfm"):  # what is larger is thinned, and met in blocks
         side = int(block or (WHOLE if method == "uot-cfm" else BLOCK))
         sizes = [min(n, max(MOST_CELLS, side)) for n in sizes]
-    return sum(a * min(b, side) for a, b in pairwise(sizes))
+    return sum(math.sqrt(a * b) * min(math.sqrt(a * b), side) for a, b in pairwise(sizes))
 
 
 def _judging(n: int, m: int, bootstraps: int) -> float:

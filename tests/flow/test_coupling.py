@@ -16,6 +16,7 @@ from scipy.spatial.distance import cdist
 from scipy.stats import chisquare
 
 from sctraj.flow.coupling import blocked, entropic, exact, independent, kernel, sinkhorn, unbalanced
+from sctraj.flow.coupling.blocked import blocks
 from sctraj.flow.coupling.independent import draw_each
 from sctraj.flow.snapshots import Interval
 
@@ -114,6 +115,14 @@ def test_cells_without_mass_make_no_blocks(caplog):
     with caplog.at_level(logging.INFO, logger="sctraj"):
         assert len(blocked(interval, torch.Generator(), block=25).i.unique()) == 25
     assert not caplog.text
+
+
+def test_few_cells_beside_many_are_met_whole_or_by_some_in_every_block(caplog):
+    with caplog.at_level(logging.INFO, logger="sctraj"):
+        blocked(make_interval(9, 100), torch.Generator(), block=30)  # as many pairs as of 30 a side
+        assert not caplog.text
+        parts = list(blocks(make_interval(30, 3000), torch.Generator(), block=101))  # of 300 a side
+    assert [len(part.x0) >= 10 and len(part.x1) >= 1000 for _, _, part, _ in parts] == [True] * 3
 
 
 def test_the_number_of_workers_changes_no_bit_and_torch_keeps_its_threads():

@@ -153,10 +153,10 @@ def test_snapshots_too_large_to_be_met_whole_are_met_in_small_blocks(monkeypatch
     with caplog.at_level(logging.INFO, logger="sctraj"):
         grown(cloud(60, 50))
         assert not caplog.records
-        grown(cloud(61, 50))
-        assert "3 blocks of 61 and 50 cells" in caplog.text
+        grown(cloud(80, 50))
+        assert "3 blocks of 80 and 50 cells" in caplog.text
         caplog.clear()
-        grown(cloud(61, 50), block=80)
+        grown(cloud(80, 50), block=80)
         assert not caplog.records
 
 

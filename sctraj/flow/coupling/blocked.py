@@ -42,19 +42,20 @@ def blocks(
 ) -> Iterator[tuple[Tensor, Tensor, Interval, float]]:
     """Yield parts of an interval, each a small one of its own; all of it where it has at most ``block`` cells a side.
 
-    Cells with mass count. Those of larger snapshots are put in random order and cut at the same fractions of their
-    mass, a cell at a cut being shared between its two blocks; those without mass are in none.
+    Cells with mass count, by the geometric mean of both ends. Those of larger snapshots are put in random order and cut
+    at the same fractions of their mass, a cell at a cut being shared between its two blocks; those without mass are in
+    none.
 
     Yields
     ------
     Indices of the part's cells at the start ``(m0,)`` and at the end ``(m1,)``, the part with masses that sum to one,
     and its share of all mass.
     """
-    ends, largest = (interval.mass0, interval.mass1), cells_a_side(interval)
-    if largest <= block:
+    ends, side = (interval.mass0, interval.mass1), cells_a_side(interval)
+    if side <= block:
         yield torch.arange(len(interval.x0)), torch.arange(len(interval.x1)), interval, 1.0
         return
-    n_blocks = math.ceil(largest / (block - 1))  # a block may hold one shared cell more
+    n_blocks = math.ceil(side / (block - 1))  # a block may hold one shared cell more
     logger.info(
         "coupling from %g to %g: %d blocks of %d and %d cells", interval.t0, interval.t1, n_blocks, *map(len, ends)
     )
@@ -67,9 +68,9 @@ def blocks(
         yield rows, columns, part, 1 / n_blocks
 
 
-def cells_a_side(interval: Interval) -> int:
-    """Return how many cells with mass there are at the end that has more of them."""
-    return max(int((m > 0).sum()) for m in (interval.mass0, interval.mass1))
+def cells_a_side(interval: Interval) -> float:
+    """Return the geometric mean of the two numbers of cells with mass: of few beside many no block has next to none."""
+    return math.sqrt(int((interval.mass0 > 0).sum()) * int((interval.mass1 > 0).sum()))
 
 
 def _cut(mass: Tensor, n_blocks: int) -> list[tuple[Tensor, Tensor]]:
