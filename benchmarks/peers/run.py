@@ -90,7 +90,9 @@ def _by_title(found: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 def _found(folders: Sequence[Path]) -> pd.DataFrame:
     if missing := [str(folder) for folder in folders if not (folder / "benchmark.csv").exists()]:
-        raise ValueError(f"expected finished folders, found no benchmark.csv in {', '.join(missing)}")
+        raise ValueError(
+            f"expected finished folders, found no benchmark.csv in {', '.join(missing)}; run them to the end"
+        )
     tables = [pd.read_csv(folder / "benchmark.csv") for folder in folders]
     found = pd.concat([summary(table) for table in tables], ignore_index=True)
     found.loc[found["method"].isin(REFERENCES), "start"] = ""  # they know none, and stand in every one

@@ -292,9 +292,8 @@ def restore_members(
     """
     clouds: list[list[Cloud]] = [[] for _ in queries]
     for n in range(max(len(query.times) for query in queries)):
-        times = [
-            query.times[min(n, len(query.times) - 1)] for query in queries
-        ]  # members with fewer go along once more
+        # members with fewer go along once more
+        times = [query.times[min(n, len(query.times) - 1)] for query in queries]
         if start == "first":
             gaps = max(sum(t < time for t in query.snapshots.times) for query, time in zip(queries, times))
             asked = [[Origin(0, 1.0, gaps)] for _ in queries]

@@ -18,7 +18,7 @@ from sctraj.benchmark import Data, _methods, grid_of, make_grid, read_grid, regi
 from sctraj.benchmark._execute import Progress, duration
 from sctraj.benchmark._grid import FAMILIES, NAMES, data_of
 from sctraj.benchmark._judge import DIVERGENCES
-from sctraj.benchmark._plan import as_text, estimate, jobs_of, workers_that_fit
+from sctraj.benchmark._plan import _pairs, as_text, estimate, jobs_of, workers_that_fit
 from sctraj.benchmark._store import Store
 from sctraj.datasets._courses import Family
 
@@ -307,6 +307,15 @@ def test_estimates_grow_with_what_is_asked_for(planned):
     (more, larger), (most, largest) = (estimate(unit, one, "time", n_dims=5) for one in of)
     assert most < 2.2 * more
     assert largest < 2.2 * larger
+
+
+def test_plans_of_large_snapshots_look_at_the_pairs_of_thinned_ones_in_blocks():
+    assert _pairs([100, 200, 50], "uot-cfm", None) == pytest.approx(30_000)  # all of both intervals; rounding
+    most = {method: _pairs([100_000, 100_000], method, None) for method in ("uot-cfm", "ot-cfm", "sb-cfm")}
+    assert most["uot-cfm"] == pytest.approx(6000 * 1500)
+    assert most["ot-cfm"] == pytest.approx(6000 * 3000)
+    assert most["sb-cfm"] > 10 * most["ot-cfm"]  # which thins nothing
+    assert _pairs([100_000, 100_000], "uot-cfm", 100) == pytest.approx(6000 * 100)
 
 
 def test_half_samples_and_the_strict_form_take_their_time(planned):

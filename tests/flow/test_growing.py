@@ -151,12 +151,12 @@ def test_snapshots_too_large_to_be_met_whole_are_met_in_small_blocks(monkeypatch
     monkeypatch.setattr(module, "WHOLE", 60)
     monkeypatch.setattr(module, "BLOCK", 26)
     with caplog.at_level(logging.INFO, logger="sctraj"):
-        grown(cloud(60, 50))
+        grown(cloud(72, 50))  # as many pairs as of 60 a side
         assert not caplog.records
-        grown(cloud(80, 50))
-        assert "3 blocks of 80 and 50 cells" in caplog.text
+        grown(cloud(73, 50))
+        assert "3 blocks of 73 and 50 cells" in caplog.text
         caplog.clear()
-        grown(cloud(80, 50), block=80)
+        grown(cloud(73, 50), block=80)
         assert not caplog.records
 
 

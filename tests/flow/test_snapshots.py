@@ -232,9 +232,12 @@ def test_thinned_snapshots_keep_cells_weights_and_growth_together_and_small_ones
     for k in (2, 3):
         rows = sampled(snapshots.mass[k], 55)
         assert torch.equal(few.points[k], snapshots.points[k][rows])
+        assert bool((few.mass[k] > 0).all())  # the first cell of each had none
         torch.testing.assert_close(few.mass[k], snapshots.mass[k][rows] / snapshots.mass[k][rows].sum())
     assert thinned(snapshots, 70) is snapshots
     assert thinned(few, 55) is few
+    uniform = make((0.0, 1.0), (50, 60))
+    assert thinned(uniform, 60) is uniform
 
 
 @pytest.mark.parametrize(
