@@ -39,12 +39,12 @@ from sctraj.datasets._courses import _COURSES, Family, carried
 from sctraj.flow import hold_out, judgement, problem
 from sctraj.flow.flow_matching import Training
 from sctraj.flow.hold_out import BASELINES, NOISE_REFERENCE
+from sctraj.flow.integrate import AS_PUBLISHED
 from sctraj.flow.judgement import Observed
 from sctraj.flow.problem import Problem
 from sctraj.flow.restoration import CONTROLS, Restoration, mixed
 from sctraj.flow.snapshots import Snapshots
 from sctraj.tl._field import make_field
-from sctraj.tl._leave_one_out import EULER_STEPS
 from sctraj.tl._seeds import member_seeds
 
 REAL = {
@@ -164,10 +164,7 @@ def _restored(
     field = make_field(kind, problems, [], training, torch.device("cpu"), progress=False).vector_field
     for name, start in starts.items():
         farther = [one.farther if name == DEFAULT else 0.0 for one in problems]
-        found = hold_out.restore(
-            field, snapshots, held_out, start=start, solver="euler", n_steps=EULER_STEPS, tolerance=1e-4,
-            farther=farther,
-        )  # fmt: skip
+        found = hold_out.restore(field, snapshots, held_out, AS_PUBLISHED, start=start, farther=farther)
         for member, (k, restoration) in enumerate(zip(held_out, found)):
             yield name, member % (n_seeds // step), k, restoration
 

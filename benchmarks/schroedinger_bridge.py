@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from sctraj.flow.flow_matching import Training, fit
-from sctraj.flow.integrate import push, simulate
+from sctraj.flow.integrate import Integration, push, simulate
 from sctraj.flow.problem import make_problems
 from sctraj.flow.snapshots import Snapshots
 from sctraj.flow.vector_field import VectorField
@@ -83,7 +83,7 @@ def followed(field: VectorField, x: Tensor, kind: str) -> Iterator[Tensor]:
         if kind == "SDE":
             x = simulate(field, x, t0, t1, sigma=SIGMA, n_steps=STEPS, rng=rng)
         else:
-            x = push(field, x, t0, t1, solver="rk4", n_steps=1, tolerance=1e-4)
+            x = push(field, x, t0, t1, Integration("rk4", 1))
         yield x
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from sctraj.flow.coupling import exact
 from sctraj.flow.distance import wasserstein
 from sctraj.flow.flow_matching import Training, fit
-from sctraj.flow.integrate import push
+from sctraj.flow.integrate import Integration, push
 from sctraj.flow.problem import make_problems
 from sctraj.flow.snapshots import Snapshots
 from sctraj.flow.vector_field import VectorField
@@ -80,7 +80,7 @@ def pushed(field: VectorField, x: Tensor, n_steps: int) -> tuple[Tensor, Tensor]
         weight = (0.5 if k in (0, n_steps) else 1) / n_steps
         energy += weight * field.velocity(t, x).double().square().sum(-1).mean(1)
         if k < n_steps:
-            x = push(field, x, t, times[k + 1], solver="rk4", n_steps=1, tolerance=1e-4)
+            x = push(field, x, t, times[k + 1], Integration("rk4", 1))
     return x, energy
 
 

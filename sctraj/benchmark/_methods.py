@@ -21,6 +21,7 @@ from torch import Tensor, zeros
 from .. import tl
 from ..flow.flow_matching import Training, pick_device
 from ..flow.hold_out import BASELINES, NOISE_REFERENCE
+from ..flow.integrate import AS_PUBLISHED
 from ..flow.plans import Plans
 from ..flow.problem import METHODS, Problem, make_path, make_problems
 from ..flow.restoration import gathered, interpolated
@@ -28,7 +29,6 @@ from ..flow.snapshots import Snapshots
 from ..flow.starts import Origin, Start, origins
 from ..flow.vector_field import VectorField
 from ..tl._field import check_field, farther_shares, make_field
-from ..tl._leave_one_out import EULER_STEPS
 from ..tl._seeds import member_seeds
 
 Method = Callable[..., Any]
@@ -288,7 +288,7 @@ def restore_members(
     """Move kept cells to each member's times, all members at once.
 
     From the snapshot before (``"before"``) or the first one (``"first"``); or from ``"both"`` sides, where ``farther``
-    is each member's share of snapshots beyond the nearest (`flow.starts`). Euler, ``EULER_STEPS`` steps an interval.
+    is each member's share of snapshots beyond the nearest (`flow.starts`). In the published steps for each interval.
     """
     clouds: list[list[Cloud]] = [[] for _ in queries]
     for n in range(max(len(query.times) for query in queries)):
@@ -304,9 +304,7 @@ def restore_members(
                 for query, time, share in zip(queries, times, farther, strict=True)
             ]
         snapshots = [query.snapshots for query in queries]
-        restored = gathered(
-            field, snapshots, asked, times, solver="euler", n_steps=EULER_STEPS, tolerance=1e-4
-        )  # fmt: skip
+        restored = gathered(field, snapshots, asked, times, AS_PUBLISHED)
         for query, own, moved, whole in zip(queries, clouds, asked, restored):
             if n < len(query.times):
                 mass = whole.weights.numpy()

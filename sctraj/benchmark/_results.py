@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import pandas as pd
 
-from ..tl._leave_one_out import EULER_STEPS
+from ..flow.integrate import AS_PUBLISHED
 from ._files import to_text, write_durably, written_whole
 from ._report import FORMS, PRINTED, as_text, html_report, wide
 from ._store import Store, code_hash, versions
@@ -93,7 +93,8 @@ def _protocol(grid: Grid, notes: Mapping[str, str]) -> dict[str, Any]:
         "start": ", ".join(dict.fromkeys(unit.start for unit in grid.units)),
         "forms": ", ".join(FORMS[form] for form in sorted({unit.strict for unit in grid.units})),
         "seeds": ", ".join(map(str, dict.fromkeys(seed for unit in grid.units for seed in unit.seeds))),
-        "integration": f"Euler, {EULER_STEPS} steps an interval, from all kept cells of the start, in real time",
+        "integration": f"Euler, {AS_PUBLISHED.n_steps} steps an interval, from all kept cells of the start, "
+        "in real time",
         "distances": "to all held-out cells, exact up to several thousand cells and estimated beyond",
         "half-samples behind each interval": grid.bootstraps,
         "device": grid.device,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .integrate import Field, Solver
+from .integrate import Field, Integration
 from .plans import Plans
 from .problem import DATA_SEED, DISPLACEMENT_CELLS, Problem, make_problems, taking_part
 from .restoration import Restoration, gathered, interpolated
@@ -67,11 +67,9 @@ def restore(
     field: Field,
     snapshots: Snapshots,
     held_out: Sequence[int],
+    how: Integration,
     *,
     start: Start,
-    solver: Solver,
-    n_steps: int,
-    tolerance: float,
     farther: Sequence[float] = (),
     jitter: float = 0.0,
 ) -> list[Restoration]:
@@ -83,11 +81,11 @@ def restore(
         M members.
     held_out
         The snapshot that each member has not seen, ``M`` indices.
+    how
+        Solver, steps in each gap that is crossed, tolerance.
     start
         ``"before"``: all cells of the snapshot before (the published protocol). ``"both"``: those of the snapshot
         after as well, backwards in time, and of more of them on each side, see `origins`.
-    n_steps
-        In each gap that is crossed.
     farther
         Each member's share of snapshots beyond the nearest, see `farther_share`; without, none have any.
     jitter
@@ -108,9 +106,7 @@ def restore(
         [snapshots] * len(asked),
         asked,
         [snapshots.times[k] for k in held_out],
-        solver=solver,
-        n_steps=n_steps,
-        tolerance=tolerance,
+        how,
         jitter=jitter,
         rng=rng,
     )

@@ -36,6 +36,30 @@ class Field(Protocol):
 
 
 @dataclass(frozen=True)
+class Integration:
+    """How cells are moved.
+
+    Attributes
+    ----------
+    solver
+        ``"euler"`` or ``"rk4"`` on a fixed grid of ``n_steps`` equal steps: each cell's result is its own, whatever
+        its companions, to rounding. ``"dopri5"`` takes steps that the cells met together share, so that a cell's
+        result depends on its companions within ``tolerance``.
+    n_steps
+        On the whole way, or where several gaps are crossed in each of them.
+    tolerance
+        Of dopri5, relative to the position and to the data's rms deviation.
+    """
+
+    solver: Solver
+    n_steps: int
+    tolerance: float = 1e-4
+
+
+AS_PUBLISHED = Integration("euler", 100)  # the protocol's (Tong et al. 2023, section 5.2)
+
+
+@dataclass(frozen=True)
 class Moved:
     """Where cells have come to, ``(M, n, d)``, and the log of what their mass has been multiplied by, ``(M, n)``."""
 
@@ -43,31 +67,13 @@ class Moved:
     log_mass: Tensor
 
 
-def push(
-    field: Field,
-    x: Tensor,
-    t0: Tensor | float,
-    t1: Tensor | float,
-    *,
-    solver: Solver,
-    n_steps: int,
-    tolerance: float,
-) -> Tensor:
+def push(field: Field, x: Tensor, t0: Tensor | float, t1: Tensor | float, how: Integration) -> Tensor:
     """Integrate ``dx/dt = v(t, x)`` from ``t0`` to ``t1``: `transport` without the mass; returns ``(M, n, d)``."""
-    return transport(field, x, t0, t1, solver=solver, n_steps=n_steps, tolerance=tolerance).points
+    return transport(field, x, t0, t1, how).points
 
 
 @torch.no_grad()
-def transport(
-    field: Field,
-    x: Tensor,
-    t0: Tensor | float,
-    t1: Tensor | float,
-    *,
-    solver: Solver,
-    n_steps: int,
-    tolerance: float,
-) -> Moved:
+def transport(field: Field, x: Tensor, t0: Tensor | float, t1: Tensor | float, how: Integration) -> Moved:
     """Integrate ``dx/dt = v(t, x)`` and ``d log(mass)/dt = g(t, x)`` from ``t0`` to ``t1``, which may lie earlier.
 
     Parameters
@@ -76,12 +82,8 @@ def transport(
         Cells of every member, ``(M, n, d)``.
     t0, t1
         Real times: floats, or ``(M,)`` where members differ.
-    solver
-        ``"euler"`` or ``"rk4"`` on a fixed grid of ``n_steps`` equal steps: each cell's result is its own, whatever
-        its companions, to rounding. ``"dopri5"`` takes steps that the cells met together share, so that a cell's
-        result depends on its companions within ``tolerance``.
-    tolerance
-        Of dopri5, relative to the position and to the data's rms deviation.
+    how
+        Solver, steps on the whole way, tolerance.
 
     Returns
     -------
@@ -98,12 +100,12 @@ def transport(
     state = torch.cat([x, torch.zeros_like(x[..., :1])], -1) if grows else x
     pushed = []
     for cells in _tiles(state):
-        if solver == "dopri5":
+        if how.solver == "dopri5":
             ends = torch.tensor([0.0, 1.0], dtype=x.dtype, device=x.device)
-            atol = tolerance * float(field.scale.min())
-            pushed.append(odeint(rate, cells, ends, method=solver, rtol=tolerance, atol=atol)[-1])
+            atol = how.tolerance * float(field.scale.min())
+            pushed.append(odeint(rate, cells, ends, method=how.solver, rtol=how.tolerance, atol=atol)[-1])
         else:
-            pushed.append(_in_steps(rate, cells, solver, n_steps))
+            pushed.append(_in_steps(rate, cells, how.solver, how.n_steps))
     end = torch.cat(pushed, 1)
     return Moved(end[..., :d], end[..., d] if grows else torch.zeros_like(end[..., 0]))
 

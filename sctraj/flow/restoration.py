@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .coupling import SparsePlan
 from .euclidean import distances
-from .integrate import Field, Solver, transport
+from .integrate import Field, Integration, transport
 from .plans import Plans
 from .snapshots import Interval, Snapshots
 from .starts import Origin
@@ -37,10 +37,8 @@ def gathered(
     snapshots: Sequence[Snapshots],
     asked: Sequence[Sequence[Origin]],
     times: Sequence[float],
+    how: Integration,
     *,
-    solver: Solver,
-    n_steps: int,
-    tolerance: float,
     jitter: float = 0.0,
     rng: torch.Generator | None = None,
 ) -> list[Restoration]:
@@ -52,8 +50,10 @@ def gathered(
         M members.
     snapshots, asked, times
         M each: a member's snapshots, which of them are moved and how much each counts, and the time they are moved to.
-    n_steps
-        In each gap that is crossed.
+    how
+        Solver, steps in each gap that is crossed, tolerance.
+    jitter, rng
+        See `moved`.
     """
     parts: list[list[Restoration]] = [[] for _ in asked]
     # by way and side, which is the order of `origins`, so that no member's steps depend on another's
@@ -65,10 +65,8 @@ def gathered(
         now = [own.get(way, some[0]) for own, some in zip(ways, asked)]  # who has no such snapshot goes along once more
         cells = [(own.points[origin.snapshot], own.mass[origin.snapshot]) for own, origin in zip(snapshots, now)]
         t0 = [own.times[origin.snapshot] for own, origin in zip(snapshots, now)]
-        steps = n_steps * way[0]
-        there = moved(
-            field, cells, t0, times, solver=solver, n_steps=steps, tolerance=tolerance, jitter=jitter, rng=rng
-        )
+        all_the_way = replace(how, n_steps=how.n_steps * way[0])
+        there = moved(field, cells, t0, times, all_the_way, jitter=jitter, rng=rng)
         for part, own, restoration in zip(parts, ways, there):
             if way in own:
                 part.append(restoration)
@@ -88,10 +86,8 @@ def moved(
     cells: Sequence[tuple[Tensor, Tensor]],
     t0: Sequence[float],
     t1: Sequence[float],
+    how: Integration,
     *,
-    solver: Solver,
-    n_steps: int,
-    tolerance: float,
     jitter: float = 0.0,
     rng: torch.Generator | None = None,
 ) -> list[Restoration]:
@@ -105,6 +101,8 @@ def moved(
         Points ``(n, d)`` and masses ``(n,)`` of every member; numbers of cells may differ.
     t0, t1
         Real times, M each.
+    how
+        Solver, steps on the whole way, tolerance.
     jitter
         Standard deviation of normal noise on the cells, in bandwidths of a closed-form field. Its flow keeps the law of
         its pairs from starts as wide as its kernel, 1; cells themselves, 0, end up a little too close together.
@@ -124,7 +122,7 @@ def moved(
     if jitter:
         noise = torch.randn(padded.shape, generator=rng, dtype=dtype)
         padded = padded + jitter * field.bandwidth(start[:, None, None], padded) * noise.to(device)
-    there = transport(field, padded, start, end, solver=solver, n_steps=n_steps, tolerance=tolerance)
+    there = transport(field, padded, start, end, how)
     restorations = []
     for (_, mass), x, log_mass in zip(cells, there.points.cpu(), there.log_mass.cpu().double()):
         n = len(mass)

@@ -12,7 +12,7 @@ import torch
 from .. import _adata
 from .._log import logger
 from ..flow.flow_matching import pick_device
-from ..flow.integrate import Solver
+from ..flow.integrate import Integration, Solver
 from ..flow.problem import DATA_SEED
 from ..flow.restoration import Restoration, mixed, moved
 from ..flow.starts import Start, origins
@@ -116,11 +116,9 @@ def interpolate(
 
     def from_snapshot(k: int) -> Restoration:
         gap = abs(time - snapshots.times[k])
-        cells, steps = [(snapshots.points[k], snapshots.mass[k])], max(1, math.ceil(per_gap * gap / snapshots.mean_gap))
-        (there,) = moved(
-            field, cells, [snapshots.times[k]], [time], solver=solver, n_steps=steps, tolerance=tolerance,
-            jitter=jitter, rng=stream,
-        )  # fmt: skip
+        cells = [(snapshots.points[k], snapshots.mass[k])]
+        how = Integration(solver, max(1, math.ceil(per_gap * gap / snapshots.mean_gap)), tolerance)
+        (there,) = moved(field, cells, [snapshots.times[k]], [time], how, jitter=jitter, rng=stream)
         return there
 
     if time in snapshots.times:

@@ -14,6 +14,7 @@ from .. import _adata
 from .._log import logger
 from ..flow import hold_out
 from ..flow.flow_matching import Training, pick_device
+from ..flow.integrate import AS_PUBLISHED
 from ..flow.judgement import Judgement, judge_all
 from ..flow.plans import Plans
 from ..flow.problem import METHODS
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from ..flow.snapshots import Snapshots
     from ..flow.vector_field import VectorField
 
-EULER_STEPS = 100  # the published protocol's
 STARTS = {
     "both": "all cells of the snapshots before and after the held-out one, weighted by nearness in time; those farther "
     "out on a side each weigh farther times the next nearer one",
@@ -211,7 +211,7 @@ def leave_one_out(
         "field": field,
         "start": STARTS[start],
         "jitter": jitter,
-        "integration": f"euler, {EULER_STEPS} steps a gap, real time",
+        "integration": f"{AS_PUBLISHED.solver}, {AS_PUBLISHED.n_steps} steps a gap, real time",
         **_of_folds(snapshots, prepared, farther),
         "noise_reference_sizes": np.array(halves),
         **({} if block is None else {"block": block}),
@@ -298,10 +298,8 @@ def _restored(
         field,
         snapshots,
         held_out,
+        AS_PUBLISHED,
         start=start,
-        solver="euler",
-        n_steps=EULER_STEPS,
-        tolerance=1e-4,
         farther=farther,
         jitter=jitter,
     )

@@ -15,7 +15,7 @@ import torch
 from .. import _adata
 from .._log import logger
 from ..flow.flow_matching import pick_device
-from ..flow.integrate import Field, Moved, Solver, simulate, transport
+from ..flow.integrate import Field, Integration, Moved, Solver, simulate, transport
 from ._seeds import seed_of
 from ._steps import check_steps, steps_per_gap
 
@@ -136,7 +136,7 @@ def trajectories(
         if stochastic:
             there = simulate(field, x, t0, t1, sigma=float(flow.params["sigma"]), n_steps=steps, rng=stream)
             return Moved(there, torch.zeros_like(there[..., 0]))
-        return transport(field, x, t0, t1, solver=solver, n_steps=steps, tolerance=tolerance)
+        return transport(field, x, t0, t1, Integration(solver, steps, tolerance))
 
     points: Any = np.empty(shape, dtype) if group is None else _array(group, "points", shape, dtype)
     log_mass = _follow(flow.cells, field, grid, move, points)

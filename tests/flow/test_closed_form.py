@@ -19,7 +19,7 @@ from sctraj.flow.closed_form import ClosedFormField, _nearest, closed_form
 from sctraj.flow.coupling import GrowingPlan, WeightedPairs
 from sctraj.flow.distance import energy_distance
 from sctraj.flow.hold_out import hold_out_problems, restore
-from sctraj.flow.integrate import push, simulate, transport
+from sctraj.flow.integrate import Integration, push, simulate, transport
 from sctraj.flow.probability_path import BrownianBridge, Hermite, Straight, Trigonometric
 from sctraj.flow.problem import METHODS, Problem, make_problems
 from sctraj.flow.restoration import moved
@@ -175,7 +175,7 @@ def test_one_pair_moves_along_its_cubic():
     field = field_of(problem)
     cubic = CubicHermiteSpline([1.5, 4.0], torch.cat([start, end]), torch.cat([v0, v1]))
     for t in (1.5, 2.0, 3.3, 4.0):
-        moved = push(field, start[None], 1.5, t, solver="rk4", n_steps=4, tolerance=1e-6)
+        moved = push(field, start[None], 1.5, t, Integration("rk4", 4, 1e-6))
         # Runge-Kutta integrates a quadratic in time without error: rounding
         np.testing.assert_allclose(moved[0, 0], cubic(t), rtol=0, atol=1e-12)
         velocity = field.velocity(t, start[None] + 5.0)  # whatever the place
@@ -218,7 +218,7 @@ def test_pushing_the_start_lands_in_the_held_out_snapshot(method, dtype):
     )
     for start in ("before", "both"):
         (restored,) = restore(
-            field_of(*problems, dtype=dtype), snapshots, held_out, start=start, solver="rk4", n_steps=20, tolerance=1e-5
+            field_of(*problems, dtype=dtype), snapshots, held_out, Integration("rk4", 20, 1e-5), start=start
         )
         distance = energy_distance(restored.points, snapshots.points[1], weights_x=restored.mass)
         # what two samples of the truth are apart, four standard deviations; standing still it would be 2.1
@@ -232,7 +232,7 @@ def test_the_bridges_flow_and_its_sde_end_at_the_target():
     field = fields(snapshots, "sb-cfm", sigma=0.5)
     assert field.has_score
     noise = max(energy_distance(grid(200, seed=k, reach=0.5)[0] + 3, x1) for k in range(20, 40))
-    there = push(field, x0[None], 1.0, 3.5, solver="rk4", n_steps=20, tolerance=1e-5)[0]
+    there = push(field, x0[None], 1.0, 3.5, Integration("rk4", 20, 1e-5))[0]
     rng = torch.Generator().manual_seed(0)
     noisy = simulate(field, x0[None], 1.0, 3.5, sigma=0.5, n_steps=60, rng=rng)[0]
     for y in (there, noisy):
@@ -262,7 +262,7 @@ def test_groups_grow_at_their_own_rates(path):
             rate = (m1 - m0) / ((1 - s) * m0 + s * m1) / length  # masses linear in time
             np.testing.assert_allclose(growth[own], rate, rtol=1e-9)  # all of a group alike: rounding
     if not isinstance(path, BrownianBridge):  # which keeps off the ends
-        moved = transport(field, x0, t0, t0 + length, solver="rk4", n_steps=20, tolerance=1e-6)
+        moved = transport(field, x0, t0, t0 + length, Integration("rk4", 20, 1e-6))
         # the integral of m' / m by Simpson's rule over steps of a twentieth: (1/20)^4 / 2880 x fourth derivative
         np.testing.assert_allclose(moved.log_mass[0, :n].exp(), 3 / 2, rtol=1e-7)
         np.testing.assert_allclose(moved.log_mass[0, n:].exp(), 3 / 4, rtol=1e-7)
@@ -277,13 +277,13 @@ def test_a_growing_coupling_carries_groups_to_their_weights():
     mass = torch.tensor(np.repeat([1.0, 2.0], n))
     snapshots = Snapshots((1.5, 4.0), (x0, x1 + torch.tensor([0.0, 5.0])), (mass, torch.ones(2 * n)))
     field = fields(snapshots, "uot-cfm")
-    moved = transport(field, x0[None], 1.5, 4.0, solver="rk4", n_steps=20, tolerance=1e-6)
+    moved = transport(field, x0[None], 1.5, 4.0, Integration("rk4", 20, 1e-6))
     carried = snapshots.mass[0] * moved.log_mass[0].exp()
     # cells of a group differ by e^(+-0.1) (distances of 5 against a penalty of 300), which averages out but for what
     # the kernel smooths: second order
     assert float(carried[:n].sum()) == pytest.approx(1 / 2, abs=0.01)
     assert float(carried[n:].sum()) == pytest.approx(1 / 2, abs=0.01)
-    back = transport(field, moved.points, 4.0, 1.5, solver="rk4", n_steps=20, tolerance=1e-6)
+    back = transport(field, moved.points, 4.0, 1.5, Integration("rk4", 20, 1e-6))
     np.testing.assert_allclose(back.log_mass, -moved.log_mass, atol=0.01)  # Runge-Kutta through a rough field
 
 
@@ -446,9 +446,7 @@ def test_jittered_starts_are_as_wide_as_the_kernel():
             [(start, torch.ones(n))],
             [1.5],
             [4.0],
-            solver="rk4",
-            n_steps=1,
-            tolerance=1e-5,
+            Integration("rk4", 1),
             jitter=jitter,
             rng=torch.Generator().manual_seed(0),
         )
@@ -461,7 +459,7 @@ def test_both_sides_jitter_on_their_own():
     still = make().points[1]  # 30 cells that stay where they are
     snapshots = Snapshots((0.0, 1.0, 2.0), (still, still, still))
     field = field_of(hand_made(still, still, torch.ones(30), torch.ones(30), Straight(0.1), t0=0.0, t1=2.0))
-    (there,) = restore(field, snapshots, [1], start="both", solver="rk4", n_steps=1, tolerance=1e-5, jitter=1.0)
+    (there,) = restore(field, snapshots, [1], Integration("rk4", 1, 1e-5), start="both", jitter=1.0)
     before, after = ((there.points[rows] - still).flatten() for rows in (slice(30), slice(30, 60)))
     assert abs(float(torch.corrcoef(torch.stack([before, after]))[0, 1])) < 0.5  # of 60 numbers, 4 sd; the same: 1
 

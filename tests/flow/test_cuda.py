@@ -14,7 +14,7 @@ from sctraj.flow import flow_matching, plans
 from sctraj.flow.closed_form import closed_form
 from sctraj.flow.coupling import entropic, kernel, unbalanced
 from sctraj.flow.flow_matching import Fit, Training, fit
-from sctraj.flow.integrate import simulate, transport
+from sctraj.flow.integrate import Integration, simulate, transport
 from sctraj.flow.plans import Plans
 from sctraj.flow.problem import METHODS, Problem, make_problems
 from sctraj.flow.snapshots import Snapshots
@@ -130,7 +130,7 @@ def test_fields_and_flows_are_those_of_a_cpu(method, kind):
         field = field.to(device)
         there = x.to(device)
         at[device] = field.evaluate(0.4, there)
-        found = transport(field, there, 0.4, 2.0, solver="rk4", n_steps=10, tolerance=1e-4)
+        found = transport(field, there, 0.4, 2.0, Integration("rk4", 10, 1e-4))
         moved[device] = found.points.cpu(), found.log_mass.cpu()
     for name in ("velocity", "score", "growth"):
         one, other = (getattr(at[device], name) for device in (GPU, CPU))

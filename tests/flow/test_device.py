@@ -221,7 +221,7 @@ def integrated(name: str, solver: str, times: str, *, ensemble: bool = False, pl
         if solver == "sde":
             found = integrate.simulate(field, x, *span, sigma=0.3, n_steps=4, rng=rng)
         else:
-            found = integrate.push(field, x, *span, solver=solver, n_steps=4, tolerance=1e-3)
+            found = integrate.push(field, x, *span, integrate.Integration(solver, 4, 1e-3))
     assert found.shape == x.shape
     return found.device
 

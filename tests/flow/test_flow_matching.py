@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sctraj.flow import flow_matching
 from sctraj.flow.flow_matching import EVALUATE_EVERY, Fit, Training, fit, pairs_a_step, pick_device
 from sctraj.flow.hold_out import hold_out_problems
-from sctraj.flow.integrate import push, simulate, transport
+from sctraj.flow.integrate import Integration, push, simulate, transport
 from sctraj.flow.problem import METHODS, make_problems
 from sctraj.flow.snapshots import Snapshots
 from sctraj.flow.vector_field import MLP, NeuralField, VectorField
@@ -80,7 +80,7 @@ def test_ot_cfm_learns_the_optimal_map_between_gaussians_over_uneven_gaps():
         a, b = ot.gaussian.bures_wasserstein_mapping(*law)
         x0 = torch.tensor(np.random.default_rng(9).multivariate_normal(means[k], covariances[k], 1000)).float()
         truth = x0 @ torch.tensor(a).float() + torch.tensor(b).float()
-        x1 = push(learnt, x0[None], times[k], times[k + 1], solver="rk4", n_steps=20, tolerance=1e-5)[0]
+        x1 = push(learnt, x0[None], times[k], times[k + 1], Integration("rk4", 20, 1e-5))[0]
         # against the displacement beyond the mean's own, so that a mere shift would score one; the plan of a thousand
         # cells scatters by 0.19 about the map, and the network rounds off the kink in time between the intervals
         deformation = (truth - x0) - (truth - x0).mean(0)
@@ -115,7 +115,7 @@ def test_sb_cfm_has_the_marginals_of_the_bridge(law, forwards):
     for s in (0.25, 0.5, 0.75, 1 - start):
         t0, t1 = (BRIDGE["t0"] + u * length for u in (start, s))
         if law == "ode":
-            y = push(field, cells, t0, t1, solver="rk4", n_steps=20, tolerance=1e-5)
+            y = push(field, cells, t0, t1, Integration("rk4", 20, 1e-5))
         else:
             rng = torch.Generator().manual_seed(0)
             y = simulate(field, cells, t0, t1, sigma=BRIDGE["sigma"], n_steps=100, rng=rng)
@@ -164,7 +164,7 @@ def test_uot_cfm_learns_the_growth_rates_of_two_groups():
 def test_uot_cfm_carries_two_groups_to_their_weights():
     n, snapshots = 60, growing_groups()
     ends = GROUPS["t0"], GROUPS["t1"]
-    moved = transport(growing_field(), snapshots.points[0][None], *ends, solver="rk4", n_steps=20, tolerance=1e-5)
+    moved = transport(growing_field(), snapshots.points[0][None], *ends, Integration("rk4", 20, 1e-5))
     carried = (snapshots.mass[0] * moved.log_mass[0].exp()).reshape(2, n).sum(1)
     # an error of the rate of 0.02 over 2.5 units of time is one of 5%
     torch.testing.assert_close(carried, torch.tensor([0.5, 0.5]).double(), rtol=0, atol=0.025)
@@ -440,7 +440,7 @@ def test_a_users_module_may_leave_growth_out(columns):
     assert again.grows == field.grows
     assert torch.equal(again.growth(2.0, x), field.growth(2.0, x))
     assert bool(field.growth(2.0, x).any()) == field.grows
-    moved = transport(field, x, 0.0, 2.0, solver="rk4", n_steps=5, tolerance=1e-5)
+    moved = transport(field, x, 0.0, 2.0, Integration("rk4", 5, 1e-5))
     assert bool(moved.log_mass.any()) == field.grows
 
 

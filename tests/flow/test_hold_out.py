@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sctraj.flow.distance import wasserstein
 from sctraj.flow.hold_out import BASELINES, baseline, halves, hold_out_problems, interior, restore
+from sctraj.flow.integrate import Integration
 from sctraj.flow.judgement import Observed, judge
 from sctraj.flow.restoration import moved
 from sctraj.flow.snapshots import Snapshots
@@ -76,7 +77,7 @@ def test_restore_pushes_the_snapshot_before_to_the_held_out_time():
         def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
             return FieldSample(torch.full_like(x, 2.0), None)
 
-    restored = restore(Drift(2), snapshots, [1, 2], start="before", solver="rk4", n_steps=3, tolerance=1e-6)
+    restored = restore(Drift(2), snapshots, [1, 2], Integration("rk4", 3, 1e-6), start="before")
     for k, y in zip((1, 2), restored):
         # gaps of 1 and 3 units of time at a speed of 2; rounding
         truth = snapshots.points[k - 1] + 2 * (TIMES[k] - TIMES[k - 1])
@@ -87,10 +88,10 @@ def test_restore_pushes_the_snapshot_before_to_the_held_out_time():
 @pytest.mark.parametrize(("solver", "atol"), [("euler", 1e-13), ("rk4", 1e-13), ("dopri5", 3e-5)])
 def test_restoring_together_is_restoring_each_on_its_own(solver, atol):
     snapshots, held_out, field = make(sizes=(30, 7, 25, 40)), [1, 1, 2, 2], Swirl(4)
-    together = restore(field, snapshots, held_out, start="before", solver=solver, n_steps=20, tolerance=1e-6)
+    together = restore(field, snapshots, held_out, Integration(solver, 20, 1e-6), start="before")
     assert [len(y.points) for y in together] == [30, 30, 7, 7]
     for n, k in enumerate(held_out):
-        (alone,) = restore(field.member(n), snapshots, [k], start="before", solver=solver, n_steps=20, tolerance=1e-6)
+        (alone,) = restore(field.member(n), snapshots, [k], Integration(solver, 20, 1e-6), start="before")
         # fixed grids to rounding; dopri5's shared steps: its tolerance is that of one of some tens
         torch.testing.assert_close(together[n].points, alone.points, rtol=0, atol=atol)
 
@@ -115,7 +116,7 @@ def test_from_both_sides_the_nearer_weighs_more():
         def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
             return FieldSample(self.rate * torch.ones_like(x), None)
 
-    together = restore(Drift(3), snapshots, held_out, start="both", solver="rk4", n_steps=3, tolerance=1e-6)
+    together = restore(Drift(3), snapshots, held_out, Integration("rk4", 3, 1e-6), start="both")
     for k, restored, speed in zip(held_out, together, (0.1, 0.2, 0.3)):
         n = len(snapshots.points[k - 1])
         s = {1: 1 / 4, 2: 3 / 5}[k]  # of gaps from 0 to 4 and from 1 to 6: not a half
@@ -132,19 +133,19 @@ def test_from_both_sides_the_nearer_weighs_more():
 def test_farther_snapshots_are_moved_too_by_their_shares():
     times, sizes = (0.0, 1.0, 4.0, 6.0, 7.0, 7.5, 9.0, 9.5), (30, 20, 25, 40, 15, 12, 18, 9)
     snapshots, held_out, farther, field = make(times, sizes), [1, 2, 2, 6], [0.5, 1.0, 0.0, 0.25], Swirl(4)
-    same = {"start": "both", "solver": "rk4", "tolerance": 1e-6}
-    together = restore(field, snapshots, held_out, n_steps=20, farther=farther, **same)
+    how = Integration("rk4", 20, 1e-6)
+    together = restore(field, snapshots, held_out, how, start="both", farther=farther)
     for n, (k, share) in enumerate(zip(held_out, farther)):
         nearest = [k - 1, k + 1]
         beyond = [i for i in (k - 2, k + 2) if share and 0 <= i < len(times)]
         assert len(together[n].points) == sum(sizes[i] for i in nearest + beyond)
         # the neighbours are where they are without the others, who come after them
-        (alone,) = restore(field.member(n), snapshots, [k], n_steps=20, **same)
+        (alone,) = restore(field.member(n), snapshots, [k], how, start="both")
         torch.testing.assert_close(together[n].points[: len(alone.points)], alone.points, rtol=0, atol=1e-12)
         at = len(alone.points)
         for i in beyond:
             cells = [(snapshots.points[i], snapshots.mass[i])]
-            (there,) = moved(field.member(n), cells, [times[i]], [times[k]], solver="rk4", n_steps=40, tolerance=1e-6)
+            (there,) = moved(field.member(n), cells, [times[i]], [times[k]], Integration("rk4", 40, 1e-6))
             torch.testing.assert_close(together[n].points[at : at + sizes[i]], there.points, rtol=0, atol=1e-12)
             at += sizes[i]
         by_snapshot = together[n].weights.split([sizes[i] for i in nearest + beyond])
@@ -157,11 +158,11 @@ def test_farther_snapshots_are_moved_too_by_their_shares():
 def test_a_long_course_is_restored_together_as_each_on_its_own():
     times = tuple(float(t) for t in range(17))  # three on a side, and at the ends fewer
     snapshots, held_out, field = make(times, sizes=(6,) * 17), [1, 8, 14], Swirl(3)
-    same = {"start": "both", "solver": "euler", "n_steps": 5, "tolerance": 1e-6}
-    together = restore(field, snapshots, held_out, farther=[0.5] * 3, **same)
+    how = Integration("euler", 5, 1e-6)
+    together = restore(field, snapshots, held_out, how, start="both", farther=[0.5] * 3)
     assert [len(there.points) for there in together] == [24, 36, 30]
     for n, k in enumerate(held_out):
-        (alone,) = restore(field.member(n), snapshots, [k], farther=[0.5], **same)
+        (alone,) = restore(field.member(n), snapshots, [k], how, start="both", farther=[0.5])
         torch.testing.assert_close(together[n].points, alone.points, rtol=0, atol=1e-12)
         torch.testing.assert_close(together[n].weights, alone.weights, rtol=0, atol=1e-15)
 
@@ -179,9 +180,7 @@ def test_what_single_samples_are_off_by_cancels_better_among_four():
         squares = []
         for shift in shifts:
             snapshots = Snapshots(times, tuple(own.expand(4, 2) for own in shift))
-            (there,) = restore(
-                still, snapshots, [4], start="both", solver="euler", n_steps=1, tolerance=1e-5, farther=[farther]
-            )
+            (there,) = restore(still, snapshots, [4], Integration("euler", 1, 1e-5), start="both", farther=[farther])
             squares.append(float((there.weights @ there.points - shift[4]).square().mean()))
         missed[farther] = np.mean(squares)
     # a mean square over 800 coordinates is off by a twentieth (sd); that of their ratio, mostly shared, by less
@@ -192,7 +191,7 @@ def test_what_single_samples_are_off_by_cancels_better_among_four():
 @pytest.mark.parametrize("start", ["before", "both"])
 def test_masses_of_a_growing_field_come_with_the_cells(start):
     snapshots, held_out, rates = weighted(), [1, 2], (0.1, 0.2)
-    restored = restore(Growing(2), snapshots, held_out, start=start, solver="rk4", n_steps=3, tolerance=1e-6)
+    restored = restore(Growing(2), snapshots, held_out, Integration("rk4", 3, 1e-6), start=start)
     for k, rate, found in zip(held_out, rates, restored):
         expected = []
         for side in (k - 1, k + 1) if start == "both" else (k - 1,):
@@ -208,11 +207,11 @@ def test_masses_of_a_growing_field_come_with_the_cells(start):
 def test_padding_gives_no_mass():
     # a short snapshot is filled up with its first cell beside a long one
     snapshots, held_out, field = weighted(), [1, 2, 1], Growing(3)
-    together = restore(field, snapshots, held_out, start="both", solver="rk4", n_steps=3, tolerance=1e-6)
+    together = restore(field, snapshots, held_out, Integration("rk4", 3, 1e-6), start="both")
     for n, k in enumerate(held_out):
         one = Growing(1)
         one.rate = field.rate[n : n + 1]
-        (alone,) = restore(one, snapshots, [k], start="both", solver="rk4", n_steps=3, tolerance=1e-6)
+        (alone,) = restore(one, snapshots, [k], Integration("rk4", 3, 1e-6), start="both")
         torch.testing.assert_close(together[n].weights, alone.weights, rtol=1e-12, atol=0)  # rounding
 
 

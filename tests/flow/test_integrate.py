@@ -10,7 +10,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from sctraj.flow import integrate
-from sctraj.flow.integrate import push, simulate, transport
+from sctraj.flow.integrate import Integration, push, simulate, transport
 from sctraj.flow.vector_field import FieldSample
 
 SPIRAL = torch.tensor([[[-0.3, -1.0], [1.0, -0.1]], [[0.2, 0.5], [-0.4, 0.1]]], dtype=torch.float64)
@@ -53,7 +53,7 @@ def cells(n=50, members=2, seed=0) -> Tensor:
 
 def error(solver, n_steps, t0=0.3, t1=1.7) -> float:
     field, x = Linear(SPIRAL), cells()
-    y = push(field, x, t0, t1, solver=solver, n_steps=n_steps, tolerance=1e-6)
+    y = push(field, x, t0, t1, Integration(solver, n_steps, 1e-6))
     return float((y - field.truth(x, t0, t1)).norm())
 
 
@@ -69,15 +69,15 @@ def test_order_of_convergence(solver, n_steps, order):
 @pytest.mark.parametrize(("t0", "t1"), [(0.3, 1.7), (1.7, 0.3)])
 def test_dopri5_meets_its_tolerance(tolerance, t0, t1):
     field, x = Linear(SPIRAL), cells()
-    y = push(field, x, t0, t1, solver="dopri5", n_steps=1, tolerance=tolerance)
+    y = push(field, x, t0, t1, Integration("dopri5", 1, tolerance))
     # the tolerance is that of a step; some tens of steps add up
     assert float((y - field.truth(x, t0, t1)).abs().max()) < 30 * tolerance
 
 
 def test_there_and_back():
     field, x = Linear(SPIRAL), cells()
-    there = push(field, x, 0.3, 1.7, solver="rk4", n_steps=200, tolerance=1e-6)
-    back = push(field, there, 1.7, 0.3, solver="rk4", n_steps=200, tolerance=1e-6)
+    there = push(field, x, 0.3, 1.7, Integration("rk4", 200, 1e-6))
+    back = push(field, there, 1.7, 0.3, Integration("rk4", 200, 1e-6))
     assert float((there - x).abs().max()) > 0.5
     torch.testing.assert_close(back, x, rtol=0, atol=1e-8)  # (1.4/200)^4 = 2e-9 a way
 
@@ -86,7 +86,7 @@ def test_there_and_back():
 def test_each_member_has_its_own_times_and_direction(solver):
     field, x = Linear(SPIRAL), cells()
     t0, t1 = torch.tensor([0.3, 2.0]), torch.tensor([1.1, -0.5])
-    y = push(field, x, t0, t1, solver=solver, n_steps=200, tolerance=1e-8)
+    y = push(field, x, t0, t1, Integration(solver, 200, 1e-8))
     # rk4: (2.5/200)^4 = 2e-8; dopri5 as above; the times are single precision
     torch.testing.assert_close(y, field.truth(x, t0.double(), t1.double()), rtol=0, atol=1e-6)
 
@@ -94,7 +94,7 @@ def test_each_member_has_its_own_times_and_direction(solver):
 def test_no_time_no_motion():
     x = cells()
     for solver in ("euler", "rk4"):
-        assert torch.equal(push(Linear(SPIRAL), x, 1.0, 1.0, solver=solver, n_steps=3, tolerance=1e-6), x)
+        assert torch.equal(push(Linear(SPIRAL), x, 1.0, 1.0, Integration(solver, 3, 1e-6)), x)
     assert torch.equal(simulate(Gaussian(), x, 1.0, 1.0, sigma=0.5, n_steps=3, rng=torch.Generator().manual_seed(0)), x)
 
 
@@ -102,9 +102,9 @@ def test_no_time_no_motion():
 @pytest.mark.parametrize("met", [2, 14])
 def test_how_many_cells_are_met_at_once_does_not_matter(monkeypatch, solver, atol, met):
     field, x = Linear(SPIRAL), cells()
-    whole = push(field, x, 0.3, 1.7, solver=solver, n_steps=20, tolerance=1e-6)
+    whole = push(field, x, 0.3, 1.7, Integration(solver, 20, 1e-6))
     monkeypatch.setattr(integrate, "CELLS", met)
-    chunked = push(field, x, 0.3, 1.7, solver=solver, n_steps=20, tolerance=1e-6)
+    chunked = push(field, x, 0.3, 1.7, Integration(solver, 20, 1e-6))
     # fixed grids to rounding; dopri5's shared steps to ten times its tolerance
     torch.testing.assert_close(chunked, whole, rtol=0, atol=atol)
 
@@ -113,7 +113,7 @@ def test_how_many_cells_are_met_at_once_does_not_matter(monkeypatch, solver, ato
 def test_a_cell_does_not_depend_on_its_companions(solver, atol):
     field, x = Linear(SPIRAL), cells()
     company = torch.cat([x, 100 * cells(seed=1)], 1)
-    alone, among = (push(field, y, 0.3, 1.7, solver=solver, n_steps=20, tolerance=1e-6) for y in (x, company))
+    alone, among = (push(field, y, 0.3, 1.7, Integration(solver, 20, 1e-6)) for y in (x, company))
     torch.testing.assert_close(among[:, :50], alone, rtol=0, atol=atol)  # as above
 
 
@@ -135,7 +135,7 @@ def test_fixed_steps_are_those_of_torchdiffeq_bit_for_bit(solver, dtype):
 @pytest.mark.parametrize("n_steps", [0, -1, math.inf, math.nan])
 def test_a_grid_needs_a_step(n_steps):
     with pytest.raises(ValueError, match="at least one step"):
-        push(Linear(SPIRAL), cells(), 0.0, 1.0, solver="rk4", n_steps=n_steps, tolerance=1e-6)
+        push(Linear(SPIRAL), cells(), 0.0, 1.0, Integration("rk4", n_steps, 1e-6))
 
 
 class Growing(Linear):
@@ -158,7 +158,7 @@ SPANS = [(0.3, 1.7), (1.7, 0.3), (torch.tensor([0.3, 2.0]).double(), torch.tenso
 @pytest.mark.parametrize(("t0", "t1"), SPANS)
 def test_a_constant_growth_rate_is_integrated_exactly(solver, t0, t1):
     field = Growing(SPIRAL, constant=(0.7, -1.3))
-    moved = transport(field, cells(), t0, t1, solver=solver, n_steps=7, tolerance=1e-6)
+    moved = transport(field, cells(), t0, t1, Integration(solver, 7, 1e-6))
     truth = torch.tensor([[0.7], [-1.3]], dtype=torch.float64) * torch.as_tensor(t1 - t0, dtype=torch.float64).reshape(
         -1, 1
     )
@@ -169,7 +169,7 @@ def test_a_constant_growth_rate_is_integrated_exactly(solver, t0, t1):
 @pytest.mark.parametrize(("t0", "t1"), SPANS)
 def test_a_growth_rate_linear_in_time_is_integrated_exactly(solver, t0, t1):
     field = Growing(SPIRAL, constant=(0.7, -1.3), slope=(2.0, 0.5))
-    moved = transport(field, cells(), t0, t1, solver=solver, n_steps=7, tolerance=1e-6)
+    moved = transport(field, cells(), t0, t1, Integration(solver, 7, 1e-6))
     first, last = (torch.as_tensor(t, dtype=torch.float64).reshape(-1, 1) for t in (t0, t1))
     constant, slope = (torch.tensor(v, dtype=torch.float64).reshape(2, 1) for v in ((0.7, -1.3), (2.0, 0.5)))
     area = constant * (last - first) + slope * (last**2 - first**2) / 2
@@ -183,7 +183,7 @@ def test_growth_is_integrated_along_the_cells_way():
             return FieldSample(Linear.evaluate(self, t, x).velocity, None, t * x[..., :1])
 
     field, x = Along(SPIRAL), cells()
-    moved = transport(field, x, 0.3, 1.7, solver="rk4", n_steps=100, tolerance=1e-6)
+    moved = transport(field, x, 0.3, 1.7, Integration("rk4", 100, 1e-6))
     truth = (torch.linalg.inv(SPIRAL) @ (field.truth(x, 0.3, 1.7) - x).mT)[:, 0]
     torch.testing.assert_close(moved.log_mass, truth, rtol=0, atol=1e-7)  # (1.4 / 100)^4 = 4e-8
     torch.testing.assert_close(moved.points, field.truth(x, 0.3, 1.7), rtol=0, atol=1e-7)
@@ -192,8 +192,8 @@ def test_growth_is_integrated_along_the_cells_way():
 @pytest.mark.parametrize(("solver", "atol"), [("rk4", 1e-7), ("dopri5", 1e-5)])
 def test_forwards_and_backwards_give_the_mass_back(solver, atol):
     field, x = Growing(SPIRAL, constant=(0.3, 0.3), slope=(-1.0, 2.0), pull=1.5), cells()
-    there = transport(field, x, 0.3, 1.7, solver=solver, n_steps=100, tolerance=1e-7)
-    back = transport(field, there.points, 1.7, 0.3, solver=solver, n_steps=100, tolerance=1e-7)
+    there = transport(field, x, 0.3, 1.7, Integration(solver, 100, 1e-7))
+    back = transport(field, there.points, 1.7, 0.3, Integration(solver, 100, 1e-7))
     assert float(there.log_mass.std()) > 0.5
     # (1.4 / 100)^4 a way; a hundred times the tolerance
     torch.testing.assert_close(back.log_mass, -there.log_mass, rtol=0, atol=atol)
@@ -201,20 +201,20 @@ def test_forwards_and_backwards_give_the_mass_back(solver, atol):
 
 def test_mass_does_not_move_cells_and_is_nothing_where_nothing_grows():
     x = cells()
-    plain = transport(Linear(SPIRAL), x, 0.3, 1.7, solver="rk4", n_steps=20, tolerance=1e-6)
+    plain = transport(Linear(SPIRAL), x, 0.3, 1.7, Integration("rk4", 20, 1e-6))
     assert plain.log_mass.shape == (2, 50)
     assert not plain.log_mass.any()
-    grown = transport(Growing(SPIRAL, pull=3.0), x, 0.3, 1.7, solver="rk4", n_steps=20, tolerance=1e-6)
+    grown = transport(Growing(SPIRAL, pull=3.0), x, 0.3, 1.7, Integration("rk4", 20, 1e-6))
     torch.testing.assert_close(grown.points, plain.points, rtol=0, atol=1e-13)  # rounding
-    assert torch.equal(plain.points, push(Linear(SPIRAL), x, 0.3, 1.7, solver="rk4", n_steps=20, tolerance=1e-6))
+    assert torch.equal(plain.points, push(Linear(SPIRAL), x, 0.3, 1.7, Integration("rk4", 20, 1e-6)))
 
 
 @pytest.mark.parametrize("met", [2, 14])
 def test_tiling_does_not_change_masses(monkeypatch, met):
     field, x = Growing(SPIRAL, pull=3.0), cells()
-    whole = transport(field, x, 0.3, 1.7, solver="rk4", n_steps=20, tolerance=1e-6)
+    whole = transport(field, x, 0.3, 1.7, Integration("rk4", 20, 1e-6))
     monkeypatch.setattr(integrate, "CELLS", met)
-    tiled = transport(field, x, 0.3, 1.7, solver="rk4", n_steps=20, tolerance=1e-6)
+    tiled = transport(field, x, 0.3, 1.7, Integration("rk4", 20, 1e-6))
     torch.testing.assert_close(tiled.log_mass, whole.log_mass, rtol=0, atol=1e-13)  # rounding
 
 
@@ -269,7 +269,7 @@ def test_each_member_has_its_own_sigma():
 
 def test_tiny_sigma_is_the_ode():
     x = cells()
-    still = push(Gaussian(), x, 0.2, 2.0, solver="euler", n_steps=50, tolerance=1e-6)
+    still = push(Gaussian(), x, 0.2, 2.0, Integration("euler", 50, 1e-6))
     noisy = simulate(Gaussian(), x, 0.2, 2.0, sigma=1e-8, n_steps=50, rng=torch.Generator().manual_seed(0))
     torch.testing.assert_close(noisy, still, rtol=0, atol=2e-7)  # sigma times a few standard deviations, amplified
 
