@@ -168,7 +168,8 @@ def leave_one_out(adata: AnnData, *, key: str = _adata.FLOW, metric: str | None 
     key
         Prefix of its slots.
     metric
-        One of ``w1``, ``w2``, ``mmd``, ``energy``, ``variance_ratio``; None for all, tidy.
+        One of ``w1``, ``w2``, ``mmd``, ``energy``, ``energy_about_mean``, ``variance_ratio``, ``w1_unweighted``,
+        ``energy_unweighted``; None for all, tidy.
 
     Returns
     -------

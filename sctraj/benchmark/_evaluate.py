@@ -110,7 +110,8 @@ def evaluate(
     ``space`` ("own", "common"), ``metric``, ``value``, ``error`` (standard error of a distance that was estimated; nan
     where exact), ``bootstrap`` (-1 for the estimate from all cells).
 
-    ``w1``, ``w2``, ``mmd`` (squared, unbiased), ``energy`` (unbiased), ``sinkhorn`` (divergence; nan where its
+    ``w1``, ``w2``, ``mmd`` (squared, unbiased), ``energy`` (unbiased), ``energy_about_mean`` (both clouds about their
+    own means: what is off in shape), ``sinkhorn`` (divergence; nan where its
     iterations do not converge, as with cells far from all others), ``variance_ratio``,
     weighted by the restoration's masses; ``w1_unweighted``, ``energy_unweighted``; ``composition``, total variation
     between the label shares of the restored cells (those of the kept cells nearest to each) and of the held-out cells;

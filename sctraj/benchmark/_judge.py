@@ -23,7 +23,10 @@ from ._course import Course, Prepared
 from ._methods import Cloud
 from ._representation import Array, to_common
 
-METRICS = ("w1", "w2", "mmd", "energy", "sinkhorn", "variance_ratio", "w1_unweighted", "energy_unweighted")
+METRICS = (
+    "w1", "w2", "mmd", "energy", "energy_about_mean", "sinkhorn", "variance_ratio",
+    "w1_unweighted", "energy_unweighted",
+)  # fmt: skip
 GENES = ("gene_mean", "gene_variance")  # where points can be decoded: strict, in the fold's own space
 COMPOSITION = "composition"  # where there are labels
 POINT = -1  # the bootstrap of an estimate from all cells
@@ -173,6 +176,7 @@ def _distances(judge: Judge, *, divergence: bool) -> dict[str, _Value]:
         "w2": lambda weights: estimated_wasserstein(x, y, p=2, weights_x=weights),
         "mmd": lambda weights: estimated_mmd(x, y, bandwidth=width, weights_x=weights),
         "energy": lambda weights: estimated_energy_distance(x, y, weights_x=weights),
+        "energy_about_mean": lambda weights: estimated_energy_distance(x, y, weights_x=weights, about_mean=True),
     }
     found = {name: _Value(*distance(mass)[:2]) for name, distance in estimated.items()}
     if divergence and max(len(x), len(y)) <= LARGEST_EXACT:

@@ -23,6 +23,7 @@ PRINTED = ("energy", "w1")  # by held-out time, like papers do; the others fold 
 BLOCK = ["data", "task", "strict", "start", "space"]
 MEANINGS = {
     "energy": "energy distance, unbiased",
+    "energy_about_mean": "energy distance about the means: what is off in shape",
     "w1": "Wasserstein-1 distance",
     "w2": "Wasserstein-2 distance",
     "mmd": "squared MMD, unbiased",

@@ -74,6 +74,11 @@ def as_double(values: ArrayLike) -> Tensor:
     return torch.from_numpy(np.array(array, dtype=np.float64))
 
 
+def centred(cloud: Cloud) -> Cloud:
+    """Return a cloud moved so that its mean is at the origin."""
+    return cloud._replace(points=cloud.points - cloud.mass @ cloud.points)
+
+
 def distinct(cloud: Cloud) -> float:
     """Probability that two draws are distinct points: ``1 - 1/n`` for equal masses."""
     share = 1 - float(cloud.mass.square().sum())

@@ -18,7 +18,7 @@ from .pairwise_estimates import estimated_pairwise, within
 from .restoration import Restoration
 from .threads import at_once
 
-METRICS = ("w1", "w2", "mmd", "energy", "variance_ratio")
+METRICS = ("w1", "w2", "mmd", "energy", "energy_about_mean", "variance_ratio")
 UNWEIGHTED = ("w1", "energy")  # of these also without the restoration's own masses, all its points weighing the same
 JUDGED_ENTRIES = 2**27  # of the cost matrices of restorations judged at once, a GiB; a plan takes a few times that
 
@@ -65,7 +65,7 @@ def judge(restoration: Restoration, observed: Observed, *, rng: int = 0) -> Judg
         weights.append(None)
     plan = restoration_plan(x, y, weights_x=restoration.mass, weights_y=observed.mass, rng=rng)
     both = {"weights_x": restoration.mass, "weights_y": observed.mass}
-    pairwise = estimated_pairwise(
+    pairwise, about_mean = estimated_pairwise(
         x,
         y,
         bandwidth=observed.bandwidth,
@@ -79,6 +79,7 @@ def judge(restoration: Restoration, observed: Observed, *, rng: int = 0) -> Judg
         "w2": estimated_wasserstein(x, y, p=2, rng=rng, **both),
         "mmd": pairwise[0].mmd,
         "energy": pairwise[0].energy,
+        "energy_about_mean": about_mean,
     }
     equal = {name: found[name] for name in UNWEIGHTED}
     if len(weights) > 1:

@@ -9,12 +9,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from .clouds import (
     Cloud,
     Estimate,
     Kernel,
     as_cloud,
+    centred,
     distinct_means,
     gaussian,
     identity,
@@ -35,6 +37,7 @@ def estimated_energy_distance(
     rng: int | np.random.Generator = 0,
     weights_x: ArrayLike | None = None,
     weights_y: ArrayLike | None = None,
+    about_mean: bool = False,
 ) -> Estimate:
     """Energy distance of clouds of any size: all pairs up to ``LARGEST_PAIRWISE`` points a side, else pairs in blocks.
 
@@ -49,12 +52,16 @@ def estimated_energy_distance(
         Seed or Generator of the blocks.
     weights_x, weights_y
         ``(n,)`` and ``(m,)``.
+    about_mean
+        As in `energy_distance`.
 
     Returns
     -------
     Value, in units of x, its standard error (between partitions), and the points a side of a block.
     """
     a, b = as_cloud(x, weights_x), as_cloud(y, weights_y, like=x)
+    if about_mean:
+        a, b = centred(a), centred(b)
     return _pairwise([a], [b], [identity], rng)[0][0]
 
 
@@ -105,7 +112,7 @@ def estimated_pairwise(
     weights_y: ArrayLike | None,
     rng: int | np.random.Generator,
     within_y: NDArray[np.float64] | None,
-) -> list[Pairwise]:
+) -> tuple[list[Pairwise], Estimate]:
     """Energy distance and MMD under several weightings of ``x``, as each alone would be, every pair being met once.
 
     Parameters
@@ -125,11 +132,14 @@ def estimated_pairwise(
 
     Returns
     -------
-    One for each weighting.
+    One for each weighting; and the energy distance about the mean under the first, for which pairs between the clouds
+    are met once more.
     """
     us, b = [as_cloud(x, weights) for weights in weights_x], as_cloud(y, weights_y, like=x)
-    energy, mmd = _pairwise(us, [b] * len(us), [identity, gaussian(bandwidth)], rng, within_y)
-    return [Pairwise(one, _negated(other)) for one, other in zip(energy, mmd)]
+    shift = b.mass @ b.points - us[0].mass @ us[0].points
+    kernels = [identity, gaussian(bandwidth)]
+    energy, mmd, shape = _pairwise(us, [b] * len(us), kernels, rng, within_y, shift=shift)
+    return [Pairwise(one, _negated(other)) for one, other in zip(energy, mmd)], shape[0]
 
 
 def within(y: ArrayLike, *, bandwidth: float, weights: ArrayLike | None) -> NDArray[np.float64] | None:
@@ -149,39 +159,67 @@ def _pairwise(
     kernels: Sequence[Kernel],
     rng: int | np.random.Generator,
     within_v: NDArray[np.float64] | None = None,
+    *,
+    shift: Tensor | None = None,
 ) -> list[list[Estimate]]:
-    """``2 E k(X, Y) - E k(X, X') - E k(Y, Y')`` over distinct points, of each kernel under each weighting."""
+    """``2 E k(X, Y) - E k(X, X') - E k(Y, Y')`` over distinct points: of each kernel a list of one per weighting.
+
+    With a ``shift`` ``(d,)`` a last list has one estimate: of the first kernel and weighting, ``X`` being shifted.
+    """
     sides = [points_a_side(u, v) for u, v in zip(us, vs, strict=True)]
     if max(sides) <= LARGEST_PAIRWISE:
         of_v = distinct_means(vs[:1], kernels) if within_v is None else within_v
-        values = 2 * mean_kernels(us, vs, kernels) - distinct_means(us, kernels) - of_v
+        values = _differences(*_cross(us, vs, kernels, shift), distinct_means(us, kernels), of_v)
         return [[Estimate(float(v), 0.0, round(side)) for v, side in zip(row, sides)] for row in values]
-    found = np.stack(list(_partitioned(us, vs[0], kernels, round(max(sides) / PAIR_BLOCK), rng)))
-    error = found.std(0, ddof=1) / math.sqrt(PARTITIONS)
-    return [[Estimate(float(v), float(e), PAIR_BLOCK) for v, e in zip(*rows)] for rows in zip(found.mean(0), error)]
+    n_blocks = round(max(sides) / PAIR_BLOCK)
+    rows = [np.stack(row) for row in zip(*_partitioned(us, vs[0], kernels, shift, n_blocks, rng))]
+    found = [(row.mean(0), row.std(0, ddof=1) / math.sqrt(PARTITIONS)) for row in rows]
+    return [[Estimate(float(v), float(e), PAIR_BLOCK) for v, e in zip(*row)] for row in found]
+
+
+def _cross(
+    us: Sequence[Cloud], vs: Sequence[Cloud], kernels: Sequence[Kernel], shift: Tensor | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Means over pairs between the clouds ``(kernels, weightings)``, and those with the shift, ``(1,)``, or none."""
+    means = mean_kernels(us, vs, kernels)
+    if shift is None:
+        return means, np.zeros(0)
+    return means, mean_kernels([us[0]._replace(points=us[0].points + shift)], vs[:1], kernels[:1])[0]
+
+
+def _differences(cross: NDArray, shifted: NDArray, of_u: NDArray, of_v: NDArray) -> list[NDArray[np.float64]]:
+    """``2 E k(X, Y) - E k(X, X') - E k(Y, Y')``: a row per kernel, and one more with the shift."""
+    rows = list(2 * cross - of_u - of_v)
+    return [*rows, 2 * shifted - of_u[0, 0] - of_v[0, 0]] if len(shifted) else rows
 
 
 def _partitioned(
-    us: Sequence[Cloud], v: Cloud, kernels: Sequence[Kernel], n_blocks: int, rng: int | np.random.Generator
-) -> Iterator[NDArray[np.float64]]:
-    """Yield the same ``(kernels, weightings)`` for each of the partitions, from the pairs within its blocks alone."""
+    us: Sequence[Cloud],
+    v: Cloud,
+    kernels: Sequence[Kernel],
+    shift: Tensor | None,
+    n_blocks: int,
+    rng: int | np.random.Generator,
+) -> Iterator[list[NDArray[np.float64]]]:
+    """Yield `_differences` for each of the partitions, from the pairs within its blocks alone."""
     stream = np.random.default_rng(rng)
     itself = np.array([float(kernel(torch.zeros(1, dtype=torch.float64))) for kernel in kernels])[:, None]
     for _ in range(PARTITIONS):
-        totals, pairs = [np.zeros(1)] * 3, [np.zeros(1)] * 3  # of the pairs x-y, x-x, y-y within blocks
+        # of the pairs x-y within blocks, those with x shifted, x-x, y-y
+        totals, pairs = [np.zeros(1)] * 4, [np.zeros(1)] * 4
         for part_u, part_v in zip(*(_by_number(clouds, n_blocks, stream) for clouds in (us, [v]))):
             masses, squares = (
                 [np.array([float(f(part.mass)) for part in parts]) for parts in (part_u, part_v)]
                 for f in (torch.sum, lambda mass: mass.square().sum())
             )
-            cross = mean_kernels(part_u, part_v * len(part_u), kernels)
+            cross, shifted = _cross(part_u, part_v * len(part_u), kernels, shift)
             of_u, of_v = (mean_kernels(part, part, kernels) for part in (part_u, part_v))
-            inside = (cross, of_u - itself * squares[0], of_v - itself * squares[1])
-            weight = (masses[0] * masses[1], masses[0] ** 2 - squares[0], masses[1] ** 2 - squares[1])
+            inside = (cross, shifted, of_u - itself * squares[0], of_v - itself * squares[1])
+            met = masses[0] * masses[1]
+            weight = (met, met[: len(shifted)], masses[0] ** 2 - squares[0], masses[1] ** 2 - squares[1])
             totals = [total + part for total, part in zip(totals, inside)]
             pairs = [total + part for total, part in zip(pairs, weight)]
-        cross, of_u, of_v = (total / weight for total, weight in zip(totals, pairs))
-        yield 2 * cross - of_u - of_v
+        yield _differences(*(total / weight for total, weight in zip(totals, pairs)))
 
 
 def _by_number(clouds: Sequence[Cloud], n_blocks: int, rng: np.random.Generator) -> Iterator[list[Cloud]]:

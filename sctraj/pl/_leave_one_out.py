@@ -32,6 +32,7 @@ LABELS = {
     "w2": "Wasserstein-2 distance",
     "mmd": "squared MMD",
     "energy": "energy distance",
+    "energy_about_mean": "energy distance about the means",
     "variance_ratio": "variance, restored / observed",
 }
 
@@ -53,7 +54,7 @@ def leave_one_out(
     adata
         Annotated cells, after :func:`sctraj.tl.leave_one_out`.
     metric
-        What to draw over time: "w1", "w2", "mmd", "energy" or "variance_ratio".
+        What to draw over time: "w1", "w2", "mmd", "energy", "energy_about_mean" or "variance_ratio".
     kind
         "distances": the metric at every held-out time. A method's line is its mean over seeds, the bars reach from the
         lowest seed to the highest. Baselines are grey and dashed. The solid grey line and band are the noise

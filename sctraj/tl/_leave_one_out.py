@@ -78,7 +78,9 @@ def leave_one_out(
 
     Restored cells carry masses: those of the snapshot before weigh ``1 - s`` in all and those after ``s``, at the
     fraction ``s`` of the gap, and where the flow grows each gains or loses. Distances are weighted by them; beside
-    them stand ``w1_unweighted`` and ``energy_unweighted``, all restored cells weighing the same.
+    them stand ``w1_unweighted`` and ``energy_unweighted``, all restored cells weighing the same. What the energy
+    distance has beyond ``energy_about_mean``, which takes both populations about their own means, is that the restored
+    one is off as a whole, as where a sample has an age or a batch of its own; a composition of its own is in both.
 
     The held-out cells enter no coupling, no sigma, no scaling and no weight. But a representation computed on all
     cells (a PCA, a standardisation) has itself seen them; the distances are then a little too good, for every
@@ -126,9 +128,9 @@ def leave_one_out(
     ``uns["leave_one_out"]`` : DataFrame
         Tidy: ``method`` (methods; baselines ``previous``, ``next``, ``ot-interpolation``; ``noise-reference``, two
         random halves of the held-out snapshot), ``time``, ``seed``, ``metric`` (``w1``, ``w2``, ``mmd`` (squared),
-        ``energy``, ``variance_ratio``, ``w1_unweighted``, ``energy_unweighted``), ``value``. Distances between many
-        thousand cells are estimated; their standard errors then stand beside them (``w1_error``, ...). Under
-        ``{key_added}_leave_one_out`` if `key_added` is not "flow".
+        ``energy``, ``energy_about_mean``, ``variance_ratio``, ``w1_unweighted``, ``energy_unweighted``), ``value``.
+        Distances between many thousand cells are estimated; their standard errors then stand beside them
+        (``w1_error``, ...). Under ``{key_added}_leave_one_out`` if `key_added` is not "flow".
     ``uns["leave_one_out_protocol"]`` : dict
         How the table came about, with the sizes of the halves.
     ``obsm[key_added + "_w1"]`` : DataFrame, n_obs x methods

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sctraj.flow import distance_estimates, pairwise_estimates
-from sctraj.flow.distance import median_distance, mmd, wasserstein
+from sctraj.flow.distance import energy_distance, median_distance, mmd, wasserstein
 from sctraj.flow.judgement import METRICS, UNWEIGHTED, Observed, judge, judge_all
 from sctraj.flow.restoration import CONTROLS, Restoration
 
@@ -28,6 +28,9 @@ def test_the_judge_measures_what_it_says(weighted):
     weights = {"weights_x": a, "weights_y": b}
     assert judgement.values["w1"] == wasserstein(x, y, **weights)
     assert judgement.values["w1"] <= judgement.values["w2"] == wasserstein(x, y, p=2, **weights)
+    assert judgement.values["energy"] == energy_distance(x, y, **weights)
+    about_mean = energy_distance(x, y, about_mean=True, **weights)
+    assert judgement.values["energy_about_mean"] == pytest.approx(about_mean, rel=1e-10)  # rounding
     assert judgement.values["mmd"] == mmd(x, y, bandwidth=median_distance(y), **weights)
     assert np.average(judgement.share, weights=b) == pytest.approx(judgement.values["w1"], rel=1e-12)  # rounding
 
@@ -53,7 +56,8 @@ def test_every_estimate_says_its_error(monkeypatch, weighted):
     monkeypatch.setattr(pairwise_estimates, "LARGEST_PAIRWISE", 300)
     x, y = clouds(700, 600)
     judgement = judge(Restoration(x, torch.arange(1.0, 701) if weighted else None), Observed(y))
-    assert set(judgement.errors) == {"w1", "w2", "mmd", "energy", "w1_unweighted", "energy_unweighted"}
+    estimated = {"w1", "w2", "mmd", "energy", "energy_about_mean", "w1_unweighted", "energy_unweighted"}
+    assert set(judgement.errors) == estimated
     assert (judgement.errors["w1"] != judgement.errors["w1_unweighted"]) == weighted
 
 

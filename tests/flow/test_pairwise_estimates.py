@@ -59,31 +59,47 @@ def test_estimates_over_pairs_are_unbiased_and_say_their_error(estimated, law):
 
 
 def together(x, y, weightings, *, shared, rng=0):
-    """Both distances of all weightings from one call."""
+    """Both distances of all weightings from one call, and the energy distance about the mean."""
     h = median_distance(y)
     own = within(y, bandwidth=h, weights=None) if shared else None
     found = estimated_pairwise(x, y, bandwidth=h, weights_x=weightings, weights_y=None, rng=rng, within_y=own)
-    return [(one.energy, one.mmd) for one in found]
+    return [(one.energy, one.mmd) for one in found[0]], found[1]
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_weightings_and_kernels_met_together_are_those_met_alone_to_the_bit(shared):
     x, y, weights = large_clouds("weighted", 0, n=200)
     weightings = [weights["weights_x"], None]
-    for (energy, squared), mass in zip(together(x, y, weightings, shared=shared), weightings, strict=True):
+    both, shape = together(x, y, weightings, shared=shared)
+    for (energy, squared), mass in zip(both, weightings, strict=True):
         assert energy == (energy_distance(x, y, weights_x=mass), 0.0, energy.n_points)
         assert squared == (mmd(x, y, weights_x=mass), 0.0, squared.n_points)
+    # rounding: clouds that are both about the origin, or the one moved to the other's mean
+    alone = energy_distance(x, y, weights_x=weightings[0], about_mean=True)
+    assert shape == (pytest.approx(alone, rel=1e-10), 0.0, both[0][0].n_points)
 
 
 @pytest.mark.usefixtures("small_blocks")
 def test_estimates_met_together_are_those_met_alone():
     x, y, weights = large_clouds("weighted", 0)
     weightings = [weights["weights_x"], None]
-    for (energy, squared), mass in zip(together(x, y, weightings, shared=False, rng=5), weightings, strict=True):
+    both, shape = together(x, y, weightings, shared=False, rng=5)
+    for (energy, squared), mass in zip(both, weightings, strict=True):
         alone = (f(x, y, weights_x=mass, rng=5) for f in (estimated_energy_distance, estimated_mmd))
         assert energy == pytest.approx(next(alone), rel=1e-10)  # the order of a sum
         assert squared == pytest.approx(next(alone), rel=1e-10)
+    alone = estimated_energy_distance(x, y, weights_x=weightings[0], rng=5, about_mean=True)
+    assert shape == pytest.approx(alone, rel=1e-10)
     assert within(y, bandwidth=1.0, weights=None) is None  # whose pairs are never all met
+
+
+@pytest.mark.parametrize("law", ["near", "far", "weighted"])
+@pytest.mark.usefixtures("small_blocks")
+def test_an_estimate_about_the_mean_is_that_of_clouds_moved_to_one_mean(law):
+    x, y, weights = large_clouds(law, 0)
+    centred = [v - np.average(v, axis=0, weights=weights.get(f"weights_{name}")) for name, v in (("x", x), ("y", y))]
+    found = estimated_energy_distance(x + 3, y - 2, rng=1, about_mean=True, **weights)
+    assert found == pytest.approx(estimated_energy_distance(*centred, rng=1, **weights), rel=1e-9)  # rounding
 
 
 @pytest.mark.usefixtures("small_blocks")
