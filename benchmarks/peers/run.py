@@ -42,13 +42,7 @@ PEERS = {
     "mioflow": f"{HERE}.mioflow_peer:restore",
     "cytobridge": f"{HERE}.cytobridge_peer:restore",
 }
-SHOWN = {
-    "energy": "energy",
-    "energy_about_mean": "about the mean",
-    "energy_unweighted": "unweighted",
-    "variance_ratio": "V",
-    "w1": "W1",
-}
+SHOWN = {"energy": "energy", "energy_unweighted": "energy, unweighted", "variance_ratio": "V", "w1": "W1"}
 KEYS = ["data", "task", "method", "strict", "start", "space", "metric"]
 
 

@@ -75,8 +75,14 @@ def as_double(values: ArrayLike) -> Tensor:
 
 
 def centred(cloud: Cloud) -> Cloud:
-    """Return a cloud moved so that its mean is at the origin."""
-    return cloud._replace(points=cloud.points - cloud.mass @ cloud.points)
+    """Return a cloud about its mean, every point's deviation stretched to the variance that it has about its law's.
+
+    About the mean of all, which has its own mass ``w`` in it, a point of a law of variance 1 has one of
+    ``1 - 2 w + sum w^2``: of equal masses ``1 - 1/n``, as in an unbiased variance.
+    """
+    deviation = cloud.points - cloud.mass @ cloud.points
+    variance = 1 - 2 * cloud.mass + cloud.mass.square().sum()
+    return cloud._replace(points=deviation / variance.sqrt()[:, None])
 
 
 def distinct(cloud: Cloud) -> float:

@@ -145,13 +145,12 @@ def energy_distance(
     weights_x, weights_y
         ``(n,)`` and ``(m,)``.
     about_mean
-        Whether each cloud is taken about its own mean, so that they differ in shape alone. Two samples of one law then
-        mostly give a little less than zero, since chance moves their means too: normal ones about
-        ``-2/3 s (1/n + 1/m)``, where ``s`` is the root of the trace of their covariance and weighted points count
-        ``1 / sum(mass^2)``; a few separate groups in few dimensions nearer to zero, or more.
+        Whether each cloud is taken about its own mean, so that they differ in shape alone. A sample is narrower about
+        its own mean than about its law's; deviations are stretched by as much, as for an unbiased variance, where X
+        meets Y. So two samples of one normal law give zero on average, those of others nearly so.
     """
     a, b = as_cloud(x, weights_x), as_cloud(y, weights_y, like=x)
-    return _difference(centred(a), centred(b), identity) if about_mean else _difference(a, b, identity)
+    return _difference(a, b, identity, about_mean=about_mean)
 
 
 def mmd(
@@ -247,7 +246,8 @@ def variance_ratio(
     return of_a / of_b
 
 
-def _difference(a: Cloud, b: Cloud, kernel: Kernel) -> float:
+def _difference(a: Cloud, b: Cloud, kernel: Kernel, *, about_mean: bool = False) -> float:
     """Return ``2 E k(X, Y) - E k(X, X') - E k(Y, Y')`` over distinct points."""
-    cross, of_a, of_b = mean_kernels([a], [b], [kernel]), distinct_means([a], [kernel]), distinct_means([b], [kernel])
+    of_a, of_b = distinct_means([a], [kernel]), distinct_means([b], [kernel])
+    cross = mean_kernels(*([centred(a)], [centred(b)]) if about_mean else ([a], [b]), [kernel])
     return float((2 * cross - of_a - of_b)[0, 0])

@@ -60,9 +60,7 @@ def estimated_energy_distance(
     Value, in units of x, its standard error (between partitions), and the points a side of a block.
     """
     a, b = as_cloud(x, weights_x), as_cloud(y, weights_y, like=x)
-    if about_mean:
-        a, b = centred(a), centred(b)
-    return _pairwise([a], [b], [identity], rng)[0][0]
+    return _pairwise([a], [b], [identity], rng, about_mean=about_mean)[-1][0]
 
 
 def estimated_mmd(
@@ -136,9 +134,8 @@ def estimated_pairwise(
     are met once more.
     """
     us, b = [as_cloud(x, weights) for weights in weights_x], as_cloud(y, weights_y, like=x)
-    shift = b.mass @ b.points - us[0].mass @ us[0].points
     kernels = [identity, gaussian(bandwidth)]
-    energy, mmd, shape = _pairwise(us, [b] * len(us), kernels, rng, within_y, shift=shift)
+    energy, mmd, shape = _pairwise(us, [b] * len(us), kernels, rng, within_y, about_mean=True)
     return [Pairwise(one, _negated(other)) for one, other in zip(energy, mmd)], shape[0]
 
 
@@ -160,44 +157,44 @@ def _pairwise(
     rng: int | np.random.Generator,
     within_v: NDArray[np.float64] | None = None,
     *,
-    shift: Tensor | None = None,
+    about_mean: bool = False,
 ) -> list[list[Estimate]]:
     """``2 E k(X, Y) - E k(X, X') - E k(Y, Y')`` over distinct points: of each kernel a list of one per weighting.
 
-    With a ``shift`` ``(d,)`` a last list has one estimate: of the first kernel and weighting, ``X`` being shifted.
+    With ``about_mean`` a last list has one estimate: of the first kernel and weighting, both clouds being `centred`
+    where they meet each other.
     """
     sides = [points_a_side(u, v) for u, v in zip(us, vs, strict=True)]
+    both = [centred(us[0]), centred(vs[0])] if about_mean else []
     if max(sides) <= LARGEST_PAIRWISE:
         of_v = distinct_means(vs[:1], kernels) if within_v is None else within_v
-        values = _differences(*_cross(us, vs, kernels, shift), distinct_means(us, kernels), of_v)
+        values = _differences(*_cross(us, vs, kernels, both), distinct_means(us, kernels), of_v)
         return [[Estimate(float(v), 0.0, round(side)) for v, side in zip(row, sides)] for row in values]
     n_blocks = round(max(sides) / PAIR_BLOCK)
-    rows = [np.stack(row) for row in zip(*_partitioned(us, vs[0], kernels, shift, n_blocks, rng))]
+    rows = [np.stack(row) for row in zip(*_partitioned(us, vs[0], kernels, both, n_blocks, rng))]
     found = [(row.mean(0), row.std(0, ddof=1) / math.sqrt(PARTITIONS)) for row in rows]
     return [[Estimate(float(v), float(e), PAIR_BLOCK) for v, e in zip(*row)] for row in found]
 
 
 def _cross(
-    us: Sequence[Cloud], vs: Sequence[Cloud], kernels: Sequence[Kernel], shift: Tensor | None
+    us: Sequence[Cloud], vs: Sequence[Cloud], kernels: Sequence[Kernel], both: Sequence[Cloud]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Means over pairs between the clouds ``(kernels, weightings)``, and those with the shift, ``(1,)``, or none."""
+    """Means over pairs between the clouds ``(kernels, weightings)``, and of the two centred ones, ``(1,)``, or none."""
     means = mean_kernels(us, vs, kernels)
-    if shift is None:
-        return means, np.zeros(0)
-    return means, mean_kernels([us[0]._replace(points=us[0].points + shift)], vs[:1], kernels[:1])[0]
+    return means, mean_kernels(both[:1], both[1:], kernels[:1])[0] if both else np.zeros(0)
 
 
-def _differences(cross: NDArray, shifted: NDArray, of_u: NDArray, of_v: NDArray) -> list[NDArray[np.float64]]:
-    """``2 E k(X, Y) - E k(X, X') - E k(Y, Y')``: a row per kernel, and one more with the shift."""
+def _differences(cross: NDArray, shape: NDArray, of_u: NDArray, of_v: NDArray) -> list[NDArray[np.float64]]:
+    """``2 E k(X, Y) - E k(X, X') - E k(Y, Y')``: a row per kernel, and one more about the mean."""
     rows = list(2 * cross - of_u - of_v)
-    return [*rows, 2 * shifted - of_u[0, 0] - of_v[0, 0]] if len(shifted) else rows
+    return [*rows, 2 * shape - of_u[0, 0] - of_v[0, 0]] if len(shape) else rows
 
 
 def _partitioned(
     us: Sequence[Cloud],
     v: Cloud,
     kernels: Sequence[Kernel],
-    shift: Tensor | None,
+    both: Sequence[Cloud],
     n_blocks: int,
     rng: int | np.random.Generator,
 ) -> Iterator[list[NDArray[np.float64]]]:
@@ -205,28 +202,34 @@ def _partitioned(
     stream = np.random.default_rng(rng)
     itself = np.array([float(kernel(torch.zeros(1, dtype=torch.float64))) for kernel in kernels])[:, None]
     for _ in range(PARTITIONS):
-        # of the pairs x-y within blocks, those with x shifted, x-x, y-y
+        # of the pairs x-y within blocks, those about the means, x-x, y-y
         totals, pairs = [np.zeros(1)] * 4, [np.zeros(1)] * 4
-        for part_u, part_v in zip(*(_by_number(clouds, n_blocks, stream) for clouds in (us, [v]))):
+        for rows in zip(*(_in_blocks(len(cloud.mass), n_blocks, stream) for cloud in (us[0], v))):
+            part_u, (part_v,) = _rows(us, rows[0]), _rows([v], rows[1])
             masses, squares = (
-                [np.array([float(f(part.mass)) for part in parts]) for parts in (part_u, part_v)]
+                [np.array([float(f(part.mass)) for part in parts]) for parts in (part_u, [part_v])]
                 for f in (torch.sum, lambda mass: mass.square().sum())
             )
-            cross, shifted = _cross(part_u, part_v * len(part_u), kernels, shift)
-            of_u, of_v = (mean_kernels(part, part, kernels) for part in (part_u, part_v))
-            inside = (cross, shifted, of_u - itself * squares[0], of_v - itself * squares[1])
+            parts_of_both = [one for cloud, own in zip(both, rows) for one in _rows([cloud], own)]
+            cross, shape = _cross(part_u, [part_v] * len(part_u), kernels, parts_of_both)
+            of_u, of_v = (mean_kernels(part, part, kernels) for part in (part_u, [part_v]))
+            inside = (cross, shape, of_u - itself * squares[0], of_v - itself * squares[1])
             met = masses[0] * masses[1]
-            weight = (met, met[: len(shifted)], masses[0] ** 2 - squares[0], masses[1] ** 2 - squares[1])
+            weight = (met, met[: len(shape)], masses[0] ** 2 - squares[0], masses[1] ** 2 - squares[1])
             totals = [total + part for total, part in zip(totals, inside)]
             pairs = [total + part for total, part in zip(pairs, weight)]
         yield _differences(*(total / weight for total, weight in zip(totals, pairs)))
 
 
-def _by_number(clouds: Sequence[Cloud], n_blocks: int, rng: np.random.Generator) -> Iterator[list[Cloud]]:
-    """Cut weightings of a cloud in random order into equal numbers of points: all pairs are met equally likely."""
-    for rows in torch.from_numpy(rng.permutation(len(clouds[0].mass))).tensor_split(n_blocks):
-        points = clouds[0].points[rows]
-        yield [Cloud(points, cloud.mass[rows]) for cloud in clouds]
+def _in_blocks(n: int, n_blocks: int, rng: np.random.Generator) -> tuple[Tensor, ...]:
+    """Cut ``n`` points in random order into equal numbers: all pairs are met equally likely."""
+    return torch.from_numpy(rng.permutation(n)).tensor_split(n_blocks)
+
+
+def _rows(clouds: Sequence[Cloud], rows: Tensor) -> list[Cloud]:
+    """Return some rows of the weightings of one cloud."""
+    points = clouds[0].points[rows]
+    return [Cloud(points, cloud.mass[rows]) for cloud in clouds]
 
 
 def _negated(estimate: Estimate) -> Estimate:

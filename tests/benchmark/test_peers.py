@@ -54,7 +54,7 @@ def test_a_peer_that_is_absent_is_left_out_with_the_reason_and_the_others_meet_o
     monkeypatch.setattr(sys, "argv", ["run", "--table", "out", "out"])
     run.main()
     lines = capsys.readouterr().out.splitlines()
-    assert "energy | about the mean | unweighted | V | W1 |" in lines[0]
+    assert "energy | energy, unweighted | V | W1 |" in lines[0]
     assert sorted(line.split(" | ")[0][2:] for line in lines[2:]) == sorted(
         ["there", "previous", "next", "ot-interpolation", "noise-reference"]
     )

@@ -182,25 +182,31 @@ def test_weighted_energy_is_an_expectation_over_distinct_draws():
     assert energy_distance(x, y, weights_x=a, weights_y=b) == pytest.approx(truth, rel=1e-10)  # rounding
 
 
-def test_energy_about_the_mean_is_that_of_clouds_moved_to_one_mean():
+def test_energy_about_the_mean_stretches_what_meets_as_an_unbiased_variance_does():
     x, y = two_clouds()
     mass = np.random.default_rng(1).exponential(size=len(x))
-    centred = x - np.average(x, axis=0, weights=mass), y - y.mean(0)
+    mass /= mass.sum()
+    a = (x - mass @ x) / np.sqrt(1 - 2 * mass + np.sum(mass**2))[:, None]
+    b = (y - y.mean(0)) * math.sqrt(30 / 29)
+    within = (mass @ cdist(x, x) @ mass) / (1 - np.sum(mass**2)) + pdist(y).mean()
     found = energy_distance(x + SHIFT, y, weights_x=mass, about_mean=True)
-    assert found == pytest.approx(energy_distance(*centred, weights_x=mass), rel=1e-9)  # rounding
+    assert found == pytest.approx(2 * mass @ cdist(a, b).mean(1) - within, rel=1e-9)  # rounding
     assert 0 < found < energy_distance(x, y, weights_x=mass)  # one is wider, and off by one in every dimension
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("d", [1, 5])
-def test_energy_about_the_mean_is_below_zero_by_what_chance_moves_means(d):
+def test_energy_about_the_mean_of_two_samples_of_one_normal_law_is_zero_on_average(d, weighted):
     rng = np.random.default_rng(0)
-    n, m = 30, 20
-    draws = [(rng.normal(size=(n, d)), rng.normal(size=(m, d))) for _ in range(2000)]
-    values = [energy_distance(x, y, about_mean=True) for x, y in draws]
-    # of normal clouds -E|Z| / 2 per unit of variance, Z a normal vector of covariance 2; to first order in 1/n and 1/m
-    truth = -math.gamma((d + 1) / 2) / math.gamma(d / 2) * (1 / n + 1 / m)
-    assert np.mean(values) == pytest.approx(truth, abs=3 * np.std(values) / math.sqrt(2000) + 0.04 * abs(truth))
-    assert truth == pytest.approx(-2 / 3 * math.sqrt(d) * (1 / n + 1 / m), rel=0.2)  # what the docstring says
+    weights = {"weights_x": rng.exponential(size=12), "weights_y": rng.exponential(size=9)} if weighted else {}
+
+    def draws(times):
+        return ((rng.normal(size=(12, d)), rng.normal(size=(9, d))) for _ in range(times))
+
+    values = [energy_distance(x, y, about_mean=True, **weights) for x, y in draws(2000)]
+    assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(2000)  # three standard errors
+    narrow = [energy_distance(x, 0.5 * y, about_mean=True) for x, y in draws(200)]
+    assert np.mean(narrow) > 5 * np.std(narrow) / math.sqrt(200)
 
 
 def test_mmd_of_gaussians_in_closed_form():
