@@ -94,9 +94,9 @@ def fit_flow(
     block
         Cells a side of the blocks in which ``"uot-cfm"`` and ``"ot-cfm"`` couple snapshots with more cells than that
         (the geometric mean of both) and curved paths find kin, of each at most 6,000 (or a block); what is done is
-        logged. By default snapshots of
-        up to 1,500 cells (for ``"ot-cfm"`` 3,000) are coupled whole, larger ones in blocks of at most 1,000 (3,000).
-        Larger blocks come nearer to optimal transport, and take a time that grows as their square or more.
+        logged. By default snapshots of up to 1,500 cells (for ``"ot-cfm"`` 3,000) are coupled whole, larger ones in
+        blocks of at most 1,000 (3,000). Larger blocks come nearer to optimal transport, and take a time that grows as
+        their square or more.
     module
         Your own network instead of the built-in one: maps standardised times ``(B, 1)`` and points ``(B, d)`` to
         ``(B, d)``, or ``(B, 2 d)`` (velocity, score) for ``"sb-cfm"``. Without randomness of its own (dropout).
