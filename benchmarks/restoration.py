@@ -52,6 +52,13 @@ REAL = {
     "eb-50d": "embryoid_body_2750.h5ad",
     "ipsc-5d": "ipsc_cardiomyocyte_1081.h5ad",
 }
+UNSEEN = {  # by any choice; made by other_courses.py
+    "myoblast-5d": "myoblast_271.h5ad",
+    "myoblast-20d": "myoblast_271.h5ad",
+    "embryo-5d": "mouse_embryo_428.h5ad",
+    "embryo-20d": "mouse_embryo_428.h5ad",
+}
+FILES = REAL | UNSEEN
 SIMULATED = [f"{family}{effects}" for family in get_args(Family) for effects in ("", "+effects")] + ["differentiation"]
 COUNTS = (3, 4, 12)  # snapshots of the same families at even times, as many cells in all
 RESAMPLED = [f"{family}:{n}{effects}" for n in COUNTS for family in get_args(Family) for effects in ("", "+effects")]
@@ -76,7 +83,7 @@ MEASURES = {  # and their decimals
 # --- data
 def load(name: str, seed: int, n_cells: int, real: Path) -> tuple[ad.AnnData, Snapshots]:
     """Read or draw one data set; those without a file are simulated."""
-    if name not in REAL:
+    if name not in FILES:
         family, _, effects = name.partition("+")
         family, _, count = family.partition(":")
         if family == "differentiation":
@@ -87,14 +94,15 @@ def load(name: str, seed: int, n_cells: int, real: Path) -> tuple[ad.AnnData, Sn
             times = np.linspace(course[0], course[-1], int(count)) if count else None
             adata = simulated_course(family, n_cells, times=times, sample_effects=float(bool(effects)), rng=rng)
         return adata, read_snapshots(adata, "time", "X_pca", least=3).snapshots
-    adata = ad.read_h5ad(real / REAL[name])
-    if name == "ipsc-5d":
+    adata, n_dims = ad.read_h5ad(real / FILES[name]), int(name.rpartition("-")[2].removesuffix("d"))
+    if "time" not in adata.obs:
         pp.parse_time(adata, "day")
-        sc.pp.pca(adata, n_comps=5, svd_solver="full", dtype="float32")  # in float64, as the command line does
-    if name == "eb-50d":
-        adata.obsm["X_std"] = adata.obsm["X_pca"][:, :50]
+    if "X_pca" not in adata.obsm:  # in float64, as the command line does
+        sc.pp.pca(adata, n_comps=n_dims, svd_solver="full", dtype="float32")
+    if n_dims == 5:
+        pp.standardize(adata, n_dims=n_dims)
     else:
-        pp.standardize(adata, n_dims=5)
+        adata.obsm["X_std"] = adata.obsm["X_pca"][:, :n_dims]
     return adata, read_snapshots(adata, "time", "X_std", least=3).snapshots
 
 
@@ -190,7 +198,7 @@ def judged(name: str, seed: int, n_seeds: int, n_cells: int, real: Path, trainin
         for number, one in enumerate(seeds):
             first, second = hold_out.halves(snapshots.points[k], torch.Generator().manual_seed(one + k))
             judge(NOISE_REFERENCE, number, k, Restoration(first), Observed(second))
-        if name not in REAL and not name.startswith(DIFFUSE):
+        if name not in FILES and not name.startswith(DIFFUSE):
             judge(TRUTH, 0, k, truth(adata, snapshots.times, k), observed[k])
     for row, number, k, restoration in restorations(snapshots, seeds, training):
         judge(row, number, k, restoration, observed[k])
@@ -241,7 +249,7 @@ def with_spread(mean: pd.DataFrame, sd: pd.DataFrame, columns: Sequence[str]) ->
 
 def differences(frame: pd.DataFrame, name: str, other: str) -> np.ndarray:
     """Energy of the default less that of another row: over held-out snapshots x seeds, of real data over snapshots."""
-    keys = ["time"] if name in REAL else ["time", "seed"]
+    keys = ["time"] if name in FILES else ["time", "seed"]
     of = frame[frame["data"] == name].groupby(["method", *keys])["energy"].mean()
     return (of[DEFAULT] - of[other]).to_numpy()
 
@@ -284,7 +292,7 @@ def report(frame: pd.DataFrame) -> None:
         "alone, too few for an interval to mean much.\n"
     )
     print(paired(frame))
-    simulated = [name for name in mean.index if name not in REAL]
+    simulated = [name for name in mean.index if name not in FILES]
     for other in COMPARED if simulated else ():
         values = np.concatenate([differences(frame, name, other) for name in simulated])
         p, below = wilcoxon(values).pvalue, int((values < 0).sum())
@@ -309,7 +317,7 @@ def check_default(rows: pd.DataFrame, name: str, n_cells: int, training: Trainin
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [*REAL, *SIMULATED, *RESAMPLED]
+    names = [*REAL, *UNSEEN, *SIMULATED, *RESAMPLED]
     parser.add_argument("--quick", action="store_true", help="one small simulated set, short training")
     parser.add_argument(
         "--data", nargs="+", choices=names, default=[*REAL, *SIMULATED], metavar="NAME", help=", ".join(names)
@@ -335,12 +343,12 @@ def main() -> None:
         training = replace(training, n_steps=QUICK_STEPS)
     tasks = []
     for name in names:
-        if name not in REAL:
+        if name not in FILES:
             tasks += [(name, seed, 1) for seed in range(n_seeds)]
-        elif (args.real / REAL[name]).exists():
+        elif (args.real / FILES[name]).exists():
             tasks.append((name, 0, n_seeds))
         else:
-            print(f"skipped {name}: no {args.real / REAL[name]}; pass --real FOLDER\n")
+            print(f"skipped {name}: no {args.real / FILES[name]}; pass --real FOLDER\n")
     if not tasks:
         return
     began = time.perf_counter()
