@@ -9,9 +9,9 @@ so it is for a bridge; elsewhere, with a local bandwidth, it is a kernel estimat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from .metric_path import MetricPath
 from .probability_path import BrownianBridge, Hermite, Moments, Pairs, ProbabilityPath, Straight, Trigonometric
 from .problem import Problem
+from .snapshots import applied
 from .vector_field import FieldSample, VectorField, scaling
 
 NEIGHBOURS = 5  # the bandwidth is the distance to the path point that is so near
@@ -27,7 +28,6 @@ FLOOR = 0.05  # least bandwidth, as a fraction of the interval's rms displacemen
 TILE = 2**22  # queries times pairs met at once on a CPU
 TILE_ON_GPU = 2**26  # there: of a million pairs dozens of queries still fill it
 BLOCK = 64  # pairs among which the least distance is found first
-_Record = TypeVar("_Record")
 KINDS = {kind.__name__: kind for kind in (Straight, Hermite, BrownianBridge, Trigonometric, MetricPath)}
 
 
@@ -84,7 +84,7 @@ class ClosedFormField(VectorField):
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Move the strands with the module (``to``, ``cpu``, ``cuda``, ``double``)."""
         super()._apply(fn, recurse)
-        self._parts = _applied(self._parts, fn)
+        self._parts = applied(self._parts, fn)
         return self
 
     @property
@@ -277,17 +277,6 @@ def _nearest(distance2: Tensor, k: int) -> Tensor:
 def _local(path: ProbabilityPath) -> bool:
     """Whether the bandwidth is a local one: where the path's own spread is constant, a mere smoothing."""
     return not path.margin > 0
-
-
-def _applied(record: _Record, fn: Callable[[Tensor], Tensor]) -> _Record:
-    """Return a record with a function applied to all of its tensors, those of nested records and tuples too."""
-    if isinstance(record, Tensor):
-        return fn(record)  # type: ignore[return-value]
-    if isinstance(record, tuple):
-        return tuple(_applied(value, fn) for value in record)  # type: ignore[return-value]
-    if is_dataclass(record) and not isinstance(record, type):
-        return replace(record, **{f.name: _applied(getattr(record, f.name), fn) for f in fields(record)})
-    return record
 
 
 def _values(record: object) -> dict[str, np.ndarray]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
@@ -176,15 +177,29 @@ def _cells(snapshots: Snapshots, chosen: Sequence[Tensor | None]) -> Snapshots:
     return Snapshots(snapshots.times, *columns)
 
 
+def applied(record: _Record, fn: Callable[[Tensor], Tensor]) -> _Record:
+    """Return a record with a function applied to all of its tensors, those of nested records and tuples too.
+
+    What is kept of them is not checked again: checks have the host wait for a GPU, and reckon in float64.
+    """
+    if isinstance(record, Tensor):
+        return fn(record)  # type: ignore[return-value]
+    if isinstance(record, tuple):
+        return tuple(applied(value, fn) for value in record)  # type: ignore[return-value]
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        other = copy.copy(record)
+        for name, value in vars(record).items():  # what was computed of them once, too
+            object.__setattr__(other, name, applied(value, fn))
+        return other
+    return record
+
+
 def to_device(record: _Record, device: torch.device) -> _Record:
     """Move every tensor of a record (nested records and tuples too) to a device; the rest stays as it is."""
-    if isinstance(record, Tensor):
+
+    def moved(values: Tensor) -> Tensor:
         # mps has no float64
-        single = device.type == "mps" and record.dtype == torch.float64
-        return record.to(device, torch.float32 if single else record.dtype)  # type: ignore[return-value]
-    if isinstance(record, tuple):
-        return tuple(to_device(value, device) for value in record)  # type: ignore[return-value]
-    if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        moved = {f.name: to_device(getattr(record, f.name), device) for f in dataclasses.fields(record) if f.init}
-        return type(record)(**moved)
-    return record
+        single = device.type == "mps" and values.dtype == torch.float64
+        return values.to(device, torch.float32 if single else values.dtype)
+
+    return applied(record, moved)

@@ -7,16 +7,15 @@ sliced where PyTorch was built without CUDA.)
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from sctraj.flow import flow_matching, integrate
 from sctraj.flow.closed_form import closed_form
@@ -24,7 +23,7 @@ from sctraj.flow.coupling import entropic, exact, growing, independent, kernel
 from sctraj.flow.coupling.sinkhorn import Mixing
 from sctraj.flow.flow_matching import Training
 from sctraj.flow.problem import METHODS, Problem, make_problems
-from sctraj.flow.snapshots import Snapshots
+from sctraj.flow.snapshots import Snapshots, to_device
 from sctraj.flow.vector_field import MLP, NeuralField, scaling
 
 aten = torch.ops.aten
@@ -72,18 +71,17 @@ class Watched(TorchDispatchMode):
         return found
 
 
-def there(record: Any) -> Any:
-    """A copy of a record, or of nested ones, with every tensor on the pretend GPU; without the checks of values."""
-    if isinstance(record, Tensor):
-        return record.to(GPU)
-    if isinstance(record, (tuple, list)):
-        return type(record)(there(value) for value in record)
-    if dataclasses.is_dataclass(record):
-        moved = copy.copy(record)
-        for name, value in record.__dict__.items():
-            object.__setattr__(moved, name, there(value))
-        return moved
-    return record
+class Single(TorchFunctionMode):
+    """The pretend GPU stands in for mps, which refuses float64."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        def pretend(value):
+            return GPU if isinstance(value, torch.device) and value.type == "mps" else value
+
+        found = function(*tree_map(pretend, args), **tree_map(pretend, kwargs or {}))
+        if any(isinstance(v, Tensor) and (v.device, v.dtype) == (GPU, torch.float64) for v in tree_leaves(found)):
+            raise TypeError(f"mps has no float64, asked for by {function}")
+        return found
 
 
 @pytest.fixture(autouse=True)
@@ -113,11 +111,15 @@ def neural(made: list[Problem]) -> NeuralField:
     return NeuralField(network, [scaling(p.snapshots, std=p.std) for p in made]).float()
 
 
+def moved(made: list[Problem], device: torch.device = GPU) -> list[Problem]:
+    return [to_device(problem, device) for problem in made]
+
+
 def trained(method: str, plant: Any = None) -> set[torch.device]:
     """Run the training loop on the pretend GPU; return where the losses are."""
     made = problems(method)
     streams = [torch.Generator().manual_seed(k) for k in range(len(made))]
-    field, made = neural(made).to(GPU), there(made)
+    field, made = neural(made).to(GPU), moved(made)
     if plant is not None:
         plant(field, made)
     with Watched():
@@ -135,6 +137,24 @@ def test_training_never_leaves_the_device_nor_waits(method):
 def test_training_draws_rows_of_a_large_entropic_plan_without_waiting(monkeypatch):
     monkeypatch.setattr(kernel, "WHOLE", 20)
     assert trained("sb-cfm") == {GPU}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_on_mps_asks_for_no_float64(method):
+    made = problems(method)
+    streams, field, mps = [torch.Generator() for _ in made], neural(made), torch.device("mps")
+    with Single():
+        field, made = field.to(mps, torch.float32), moved(made, mps)
+    with Single(), Watched():
+        batches = flow_matching._batches(made, streams, field, 8, TRAINING.n_steps)
+        losses, _ = flow_matching._train(field, batches, None, training=TRAINING, progress=False)
+    assert {loss.device for loss in losses} == {GPU}
+
+
+@pytest.mark.parametrize("ask", [Tensor.double, lambda x: x.new_ones(2, dtype=torch.float64)])
+def test_float64_on_mps_is_found(ask):
+    with Single(), pytest.raises(TypeError, match="no float64"):
+        ask(torch.ones(3, device=torch.device("mps")))
 
 
 @pytest.mark.parametrize("at", ["tempo", "shift", "x0", "pairs"])
@@ -185,7 +205,7 @@ def test_early_stopping_waits_once_a_look_and_for_no_more(monkeypatch):
     made = problems("ot-cfm")
     streams, looks = [torch.Generator() for _ in made], []
     monkeypatch.setattr(flow_matching.EarlyStopping, "done", lambda self: looks.append(self.waited.device) or False)
-    field, made = neural(made).to(GPU), there(made)
+    field, made = neural(made).to(GPU), moved(made)
     with Watched():
         batches = flow_matching._batches(made, streams, field, 8, 5)
         held_back = next(flow_matching._batches(made, streams, field, 8, 1))
@@ -268,7 +288,7 @@ PLANS = {
 def test_pairs_are_drawn_without_waiting(monkeypatch, name, whole):
     plan = PLANS[name](problems("ot-cfm")[0].snapshots.intervals()[0])
     monkeypatch.setattr(kernel, "WHOLE", 2**24 if whole else 20)
-    plan = there(plan)
+    plan = to_device(plan, GPU)
     with Watched():
         i, j = plan.sample(50, torch.Generator())
     assert i.device == j.device == GPU
