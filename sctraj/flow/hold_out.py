@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .integrate import Field, Integration
 from .plans import Plans
-from .problem import DATA_SEED, DISPLACEMENT_CELLS, Problem, make_problems, taking_part
+from .problem import DISPLACEMENT_CELLS, Problem, make_problems, taking_part
 from .restoration import Restoration, gathered, interpolated
 from .snapshots import Interval, Snapshots
 from .starts import Start, origins
@@ -95,21 +95,13 @@ def restore(
     -------
     One per member; masses are None where all cells weigh the same.
     """
-    rng = torch.Generator().manual_seed(DATA_SEED)
     asked = []
     for k, share in zip(held_out, farther or [0.0] * len(held_out), strict=True):
         kept = [i for i in range(len(snapshots)) if i != k]
         found = origins([snapshots.times[i] for i in kept], snapshots.times[k], start, farther=share)
         asked.append([origin._replace(snapshot=kept[origin.snapshot]) for origin in found])
-    return gathered(
-        field,
-        [snapshots] * len(asked),
-        asked,
-        [snapshots.times[k] for k in held_out],
-        how,
-        jitter=jitter,
-        rng=rng,
-    )
+    times = [snapshots.times[k] for k in held_out]
+    return gathered(field, [snapshots] * len(asked), asked, times, how, jitter=jitter)
 
 
 def baseline(snapshots: Snapshots, k: int, name: str, plans: Plans | None = None) -> Restoration:

@@ -31,7 +31,7 @@ DISPLACEMENT_CELLS = 1000  # cells a side at most from which the displacement is
 SLOW = 1 / 16  # tempo of a network's clock on a growing plan: the faster, the more of one snapshot's own it learns
 ROUNDS = 2  # of finding velocities and pairing by them: further ones changed little
 LONG = 8.0  # times the shorter gap beside it, an interval's length from which on velocities fade: at 6 they still tell
-DATA_SEED = 0  # of cells held back and of jitter: they belong to the data, whoever is trained on it
+DATA_SEED = 0  # of cells held back: they belong to the data, whoever is trained on it
 DRAWN_PAIRS = 4  # per cell, where a coupling has too many pairs to list
 
 

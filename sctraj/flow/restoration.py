@@ -40,7 +40,6 @@ def gathered(
     how: Integration,
     *,
     jitter: float = 0.0,
-    rng: torch.Generator | None = None,
 ) -> list[Restoration]:
     """Move each member's snapshots to its time and put them together by their shares, all members at once.
 
@@ -52,8 +51,8 @@ def gathered(
         M each: a member's snapshots, which of them are moved and how much each counts, and the time they are moved to.
     how
         Solver, steps in each gap that is crossed, tolerance.
-    jitter, rng
-        See `moved`.
+    jitter
+        See `moved`. Each snapshot has noise of its own, the same for all members.
     """
     parts: list[list[Restoration]] = [[] for _ in asked]
     # by way and side, which is the order of `origins`, so that no member's steps depend on another's
@@ -66,7 +65,7 @@ def gathered(
         cells = [(own.points[origin.snapshot], own.mass[origin.snapshot]) for own, origin in zip(snapshots, now)]
         t0 = [own.times[origin.snapshot] for own, origin in zip(snapshots, now)]
         all_the_way = replace(how, n_steps=how.n_steps * way[0])
-        there = moved(field, cells, t0, times, all_the_way, jitter=jitter, rng=rng)
+        there = moved(field, cells, t0, times, all_the_way, jitter=jitter, seeds=[origin.snapshot for origin in now])
         for part, own, restoration in zip(parts, ways, there):
             if way in own:
                 part.append(restoration)
@@ -89,7 +88,7 @@ def moved(
     how: Integration,
     *,
     jitter: float = 0.0,
-    rng: torch.Generator | None = None,
+    seeds: Sequence[int] = (),
 ) -> list[Restoration]:
     """Move each member's cells from its time ``t0`` to ``t1``, all members at once.
 
@@ -106,8 +105,8 @@ def moved(
     jitter
         Standard deviation of normal noise on the cells, in bandwidths of a closed-form field. Its flow keeps the law of
         its pairs from starts as wide as its kernel, 1; cells themselves, 0, end up a little too close together.
-    rng
-        Of the jitter, on the CPU; there must be one if there is jitter.
+    seeds
+        Of the members' jitter, M if there is any: a snapshot's number, as it belongs to the data.
 
     Returns
     -------
@@ -120,7 +119,9 @@ def moved(
     padded = torch.stack([torch.cat([x, x[:1].expand(largest - len(x), -1)]) for x in points])
     start, end = (torch.tensor(times).double() for times in (t0, t1))
     if jitter:
-        noise = torch.randn(padded.shape, generator=rng, dtype=dtype)
+        noise = torch.zeros(padded.shape, dtype=dtype)
+        for own, x, seed in zip(noise, points, seeds, strict=True):
+            own[: len(x)] = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
         padded = padded + jitter * field.bandwidth(start[:, None, None], padded) * noise.to(device)
     there = transport(field, padded, start, end, how)
     restorations = []

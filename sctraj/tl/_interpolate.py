@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import pandas as pd
-import torch
 
 from .. import _adata
 from .._log import logger
 from ..flow.flow_matching import pick_device
 from ..flow.integrate import Integration, Solver
-from ..flow.problem import DATA_SEED
 from ..flow.restoration import Restoration, mixed, moved
 from ..flow.starts import Start, origins
 from ._field import check_jitter
@@ -112,13 +110,12 @@ def interpolate(
     check_jitter(jitter, flow.params["field"])
     decoder = _decoder(adata, use_rep) if decode else None
     field = flow.vector_field.to(where).ensemble()
-    stream = torch.Generator().manual_seed(DATA_SEED)
 
     def from_snapshot(k: int) -> Restoration:
         gap = abs(time - snapshots.times[k])
         cells = [(snapshots.points[k], snapshots.mass[k])]
         how = Integration(solver, max(1, math.ceil(per_gap * gap / snapshots.mean_gap)), tolerance)
-        (there,) = moved(field, cells, [snapshots.times[k]], [time], how, jitter=jitter, rng=stream)
+        (there,) = moved(field, cells, [snapshots.times[k]], [time], how, jitter=jitter, seeds=[k])
         return there
 
     if time in snapshots.times:

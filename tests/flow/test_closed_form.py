@@ -448,7 +448,7 @@ def test_jittered_starts_are_as_wide_as_the_kernel():
             [4.0],
             Integration("rk4", 1),
             jitter=jitter,
-            rng=torch.Generator().manual_seed(0),
+            seeds=[0],
         )
         wanted = jitter * float(field.bandwidth(1.5, start[None, :1]))
         assert float(there.points.std(0).square().mean().sqrt()) == pytest.approx(wanted, rel=0.03)  # 8,000 numbers
@@ -462,6 +462,21 @@ def test_both_sides_jitter_on_their_own():
     (there,) = restore(field, snapshots, [1], Integration("rk4", 1, 1e-5), start="both", jitter=1.0)
     before, after = ((there.points[rows] - still).flatten() for rows in (slice(30), slice(30, 60)))
     assert abs(float(torch.corrcoef(torch.stack([before, after]))[0, 1])) < 0.5  # of 60 numbers, 4 sd; the same: 1
+
+
+def test_jitter_is_the_same_alone_and_beside_larger_snapshots():
+    snapshots = make((0.0, 1.5, 4.0, 5.0, 6.0), (40, 30, 50, 7, 35))
+    asked = {"method": "ot-cfm", "path": None, "sigma": None, "seeds": (0,), "validate": False}
+    held_out, problems, _ = hold_out_problems(snapshots, **asked)
+    how = Integration("rk4", 20, 1e-6)
+    together = restore(field_of(*problems), snapshots, held_out, how, start="both", jitter=1.0)
+    for k, problem, found in zip(held_out, problems, together, strict=True):
+        alone, plain = (
+            restore(field_of(problem), snapshots, [k], how, start="both", jitter=jitter)[0] for jitter in (1.0, 0.0)
+        )
+        # distances to pairs are rounded otherwise among other numbers of cells
+        torch.testing.assert_close(found.points, alone.points, rtol=0, atol=1e-9)
+        assert float((alone.points - plain.points).abs().mean()) > 0.1
 
 
 @pytest.mark.parametrize("method", METHODS)
