@@ -49,9 +49,9 @@ def hold_out_problems(
     intervals = [interval for kept in folds.values() for interval in kept.intervals()]
     if sigma is None:
         measured = [i for i in intervals if max(len(i.x0), len(i.x1)) <= DISPLACEMENT_CELLS]
-        plans.prepare(measured, "ot-cfm", torch.get_num_threads())
+        plans.prepare(measured, "ot-cfm")
     if not validate and method in ("ot-cfm", "uot-cfm"):
-        plans.prepare(intervals, method, torch.get_num_threads())
+        plans.prepare(intervals, method)
     for k, kept in folds.items():
         members, held_back = make_problems(
             kept, method=method, path=path, sigma=sigma, seeds=seeds, validate=validate, plans=plans

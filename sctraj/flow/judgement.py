@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -104,4 +103,4 @@ def judge_all(tasks: Sequence[tuple[Restoration, Tensor]]) -> list[Judgement]:
     observed = {id(cells): Observed(cells) for _, cells in tasks}
     largest = max((len(restoration.points) * len(cells) for restoration, cells in tasks), default=1)
     parts = [(restoration, observed[id(cells)]) for restoration, cells in tasks]
-    return at_once(judge, parts, max(1, min(torch.get_num_threads(), JUDGED_ENTRIES // largest)))
+    return at_once(judge, parts, most=max(1, JUDGED_ENTRIES // largest))

@@ -140,14 +140,14 @@ class Plans:
         """Let go of what `by_velocity` found: kin, ``(n, d)`` float64 a side, of no more use once problems are made."""
         self._anew.clear()
 
-    def prepare(self, intervals: Sequence[Interval], method: str, n_threads: int) -> None:
+    def prepare(self, intervals: Sequence[Interval], method: str) -> None:
         """Solve couplings of small snapshots on several threads at once; those of large ones are of blocks that are."""
         distinct: list[Interval] = []
         for interval in intervals:
             small = cells_a_side(interval) <= (self.block or (WHOLE if method == "uot-cfm" else BLOCK))
             if small and not any(_same(interval, other) for other in distinct):
                 distinct.append(interval)
-        at_once(self.couple, [(interval, None, method) for interval in distinct], n_threads)
+        at_once(self.couple, [(interval, None, method) for interval in distinct])
 
 
 @dataclass(frozen=True)

@@ -313,7 +313,7 @@ def _by_velocity(snapshots: Snapshots, kin: Sequence[GrowingPlan], plans: Plans)
         ends = tuple(pairwise(velocities(snapshots, kin)))
         solve = partial(plans.by_velocity, kin_alone=left > 0)
         if all(len(plan.meetings) == 1 for plan in kin):
-            kin = at_once(solve, list(zip(kin, intervals, *zip(*ends), times)), torch.get_num_threads())
+            kin = at_once(solve, list(zip(kin, intervals, *zip(*ends), times)))
         else:  # blocks of an interval are solved at once
             kin = [solve(*asked) for asked in zip(kin, intervals, *zip(*ends), times)]
     return tuple(kin)

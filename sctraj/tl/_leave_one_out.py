@@ -338,7 +338,7 @@ def _references(snapshots: Snapshots, seeds: Sequence[int], plans: Plans) -> tup
     """Return the baselines and the noise reference, and the sizes of the latter's halves."""
     found, sizes = [], []
     bridges = [hold_out.across(snapshots, k, plans) for k in hold_out.interior(snapshots)]
-    plans.prepare(bridges, "ot-cfm", torch.get_num_threads())
+    plans.prepare(bridges, "ot-cfm")
     for name in hold_out.BASELINES:
         for k in hold_out.interior(snapshots):
             found.append(_Found(name, k, 0, hold_out.baseline(snapshots, k, name, plans), snapshots.points[k]))

@@ -125,11 +125,10 @@ def test_few_cells_beside_many_are_met_whole_or_by_some_in_every_block(caplog):
     assert [len(part.x0) >= 10 and len(part.x1) >= 1000 for _, _, part, _ in parts] == [True] * 3
 
 
-def test_the_number_of_workers_changes_no_bit_and_torch_keeps_its_threads():
+def test_the_number_of_threads_changes_no_bit(threads_of_torch):
     interval = make_interval(300, 260, weighted=True)
-    before = torch.get_num_threads()
-    one, three = (blocked(interval, torch.Generator().manual_seed(0), block=40, workers=n) for n in (1, 3))
-    assert torch.get_num_threads() == before
+    rngs = [torch.Generator().manual_seed(0) for _ in range(2)]
+    one, three = (threads_of_torch(n, lambda rng=rng: blocked(interval, rng, block=40)) for n, rng in zip((1, 3), rngs))
     for name in ("i", "j", "mass"):
         assert torch.equal(getattr(one, name), getattr(three, name))
 

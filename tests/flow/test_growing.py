@@ -192,9 +192,9 @@ def test_most_cells_may_be_at_one_place(block, seed, share):
         torch.testing.assert_close(sums(index, mass, 20), torch.full((20,), 0.05, dtype=torch.float64))
 
 
-def test_the_number_of_workers_changes_no_bit():
+def test_the_number_of_threads_changes_no_bit(threads_of_torch):
     interval = cloud(150, 130)
-    one, three = (grown(interval, block=30, workers=n) for n in (1, 3))
+    one, three = (threads_of_torch(n, lambda: grown(interval, block=30)) for n in (1, 3))
     for name in ("i", "j", "mass0", "mass1"):
         assert torch.equal(getattr(one.pairs, name), getattr(three.pairs, name))
     assert torch.equal(one.descendants, three.descendants)

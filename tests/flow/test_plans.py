@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 
 from sctraj.flow import plans as plans_module
-from sctraj.flow.coupling import blocked, entropic, growing
+from sctraj.flow.coupling import entropic, growing
 from sctraj.flow.hold_out import across, baseline, hold_out_problems
 from sctraj.flow.plans import Plans
 from sctraj.flow.probability_path import BrownianBridge
@@ -135,8 +134,6 @@ def test_a_block_may_be_larger_than_what_takes_part_otherwise(monkeypatch):
 
 
 def test_blocks_are_drawn_as_if_folds_were_alone(monkeypatch):
-    small = {"block": 9, "workers": 1}
-    monkeypatch.setattr(plans_module, "blocked", partial(blocked, **small))
     monkeypatch.setattr(plans_module, "BLOCK", 9)
     snapshots = make(times=(0.0, 1.0, 4.0, 6.0, 9.0), sizes=(20, 15, 25, 30, 10))
     same = {"method": "ot-cfm", "path": None, "sigma": 0.1, "seeds": [0], "validate": False}

@@ -19,15 +19,14 @@ logger = logging.getLogger(__name__)
 BLOCK = 3000  # cells: above this the network simplex over the whole snapshot takes longer than a fit
 
 
-def blocked(interval: Interval, rng: torch.Generator, *, block: int = BLOCK, workers: int = -1) -> SparsePlan:
+def blocked(interval: Interval, rng: torch.Generator, *, block: int = BLOCK) -> SparsePlan:
     """Couple exactly within random blocks of about ``block`` cells a side (more where weights are uneven).
 
     Both marginals are kept exactly, whatever the weights. The cost is at least the optimal one (Fatras et al. 2021 on
-    mini-batch optimal transport). Snapshots of at most ``block`` cells get the exact plan. ``workers`` blocks are
-    solved at once, -1: as many as there are processors.
+    mini-batch optimal transport). Snapshots of at most ``block`` cells get the exact plan.
     """
     parts = list(blocks(interval, rng, block=block))
-    plans = at_once(exact, [(part,) for _, _, part, _ in parts], workers)
+    plans = at_once(exact, [(part,) for _, _, part, _ in parts])
     i, j, mass, cost = [], [], [], 0.0
     for (rows, columns, _, share), plan in zip(parts, plans):
         i.append(rows[plan.i])

@@ -103,7 +103,6 @@ def growing(
     penalty: float = PENALTY,
     kin_penalty: float = KIN_PENALTY,
     block: int | None = None,
-    workers: int = -1,
     exact_cost: float | None = None,
 ) -> GrowingPlan:
     """Couple an interval's ends where parts of the population grow or shrink relative to each other.
@@ -127,8 +126,6 @@ def growing(
     block
         Cells a side; by default snapshots of up to 1,500 cells are met whole, larger ones in blocks of at
         most 1,000.
-    workers
-        Blocks solved at once; -1: as many as there are processors.
     exact_cost
         Of the exact plan, where it is known; it serves where snapshots are met whole and without a prior of growth.
     """
@@ -136,12 +133,12 @@ def growing(
         block = WHOLE if cells_a_side(interval) <= WHOLE else BLOCK
     cut = list(blocks(interval, rng, block=block))
     held = [_held(part) for _, _, part, _ in cut]
-    unit = _unit(held, epsilon, workers, exact_cost if held[0] is interval else None)
+    unit = _unit(held, epsilon, exact_cost if held[0] is interval else None)
     solve = partial(_taking_part, epsilon=epsilon * unit, penalty=penalty * unit)
-    taking = at_once(solve, [(own, part) for own, (_, _, part, _) in zip(held, cut)], workers)
+    taking = at_once(solve, [(own, part) for own, (_, _, part, _) in zip(held, cut)])
     meetings = tuple(Meeting(*one, *both) for one, both in zip(cut, taking))
-    kin = _kin(interval, meetings, held, epsilon * unit, kin_penalty * unit, workers)
-    return GrowingPlan(_pairs(meetings, held, workers), *kin, meetings)
+    kin = _kin(interval, meetings, held, epsilon * unit, kin_penalty * unit)
+    return GrowingPlan(_pairs(meetings, held), *kin, meetings)
 
 
 def paired_by_velocity(
@@ -154,7 +151,6 @@ def paired_by_velocity(
     kin_alone: bool = False,
     epsilon: float = EPSILON,
     kin_penalty: float = KIN_PENALTY,
-    workers: int = -1,
 ) -> GrowingPlan:
     """Couple the same cells anew by where they go as well as by where they are: the cost is `in_phase_space`.
 
@@ -176,8 +172,6 @@ def paired_by_velocity(
     epsilon, kin_penalty
         Of the plan that mean ancestors and descendants are taken from, in units of the exact plan's cost in the first
         phase space.
-    workers
-        Blocks solved at once; -1: as many as there are processors.
 
     Raises
     ------
@@ -188,13 +182,13 @@ def paired_by_velocity(
         raise ValueError("expected a plan as `growing` makes it, found one of pairs alone; couple the interval first")
     space = in_phase_space(interval, velocity0, velocity1, time=time)
     held = [_within(space, meeting) for meeting in plan.meetings]
-    unit = _unit(held, epsilon, workers, plan.unit)
-    kin = _kin(interval, plan.meetings, held, epsilon * unit, kin_penalty * unit, workers)
-    pairs = plan.pairs if kin_alone else _pairs(plan.meetings, held, workers)
+    unit = _unit(held, epsilon, plan.unit)
+    kin = _kin(interval, plan.meetings, held, epsilon * unit, kin_penalty * unit)
+    pairs = plan.pairs if kin_alone else _pairs(plan.meetings, held)
     return GrowingPlan(pairs, *kin, plan.meetings, unit)
 
 
-def _unit(held: Sequence[Interval], epsilon: float, workers: int, known: float | None) -> float:
+def _unit(held: Sequence[Interval], epsilon: float, known: float | None) -> float:
     """Return the unit of entropy and penalties: the cost of the exact plan, of blocks the median of a few of them.
 
     A few do, since blocks are of one law, and by the (lower) median a cell far away in one of them changes nothing;
@@ -203,7 +197,7 @@ def _unit(held: Sequence[Interval], epsilon: float, workers: int, known: float |
     """
     largest = max(len(held[0].x0), len(held[0].x1))
     few = held[: max(UNIT_BLOCKS, BLOCK // largest)]
-    costs = [known] if known is not None else at_once(_cost, [(part,) for part in few], workers)
+    costs = [known] if known is not None else at_once(_cost, [(part,) for part in few])
     least = 2 * SHARPEST / epsilon * max(map(_spread, held))
     return max(median_low(costs) or max(costs), least) or 1.0  # all in one place: any will do
 
@@ -235,12 +229,12 @@ def _within(space: Interval, meeting: Meeting) -> Interval:
     return _held(replace(meeting.part, x0=space.x0[meeting.i], x1=space.x1[meeting.j]))
 
 
-def _pairs(meetings: Sequence[Meeting], held: Sequence[Interval], workers: int) -> WeightedPairs:
+def _pairs(meetings: Sequence[Meeting], held: Sequence[Interval]) -> WeightedPairs:
     """Pair what takes part of each cell by the exact plan within every meeting, as indices of all cells.
 
     ``held`` are the meetings' cells where squared distances are the cost.
     """
-    found = at_once(_paired, list(zip(meetings, held)), workers)
+    found = at_once(_paired, list(zip(meetings, held)))
     columns = zip(*((p.i, p.j, p.mass0 * m.share, p.mass1 * m.share) for p, m in zip(found, meetings)))
     return WeightedPairs(*map(torch.cat, columns))
 
@@ -257,14 +251,13 @@ def _kin(
     held: Sequence[Interval],
     epsilon: float,
     penalty: float,
-    workers: int,
 ) -> tuple[Tensor, Tensor]:
     """Return the mean descendants ``(n0, d)`` and ancestors ``(n1, d)`` of an interval's cells by an unbalanced plan.
 
     ``held`` are the meetings' cells where squared distances are the cost, with the marginals that plans are held to;
     epsilon and penalty are in units of it.
     """
-    found = at_once(partial(_related, epsilon=epsilon, penalty=penalty), list(zip(meetings, held)), workers)
+    found = at_once(partial(_related, epsilon=epsilon, penalty=penalty), list(zip(meetings, held)))
     descendants, ancestors = zip(*found)
     return (
         _averaged([(m.i, m.part.mass0) for m in meetings], descendants, interval.x0),
