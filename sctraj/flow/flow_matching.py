@@ -7,6 +7,7 @@ is one batched matmul per layer. No member's numbers enter another's.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -70,15 +71,20 @@ def pick_device(name: str) -> torch.device:
     ValueError
         If the device is unknown or not there: it never falls back in silence.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = {"cuda": n_cuda, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
-        return torch.device(next(kind for kind, there in available.items() if there))
-    kind = name.split(":")[0]
-    if kind not in available:
-        raise ValueError(f"expected a device of auto, cpu, cuda, mps, found {name!r}")
-    if not available[kind]:
-        raise ValueError(f"expected a working {kind} device, found none; pass device='cpu' or device='auto'")
-    return torch.device(name)
+        return torch.device(next(kind for kind, n in there.items() if n))
+    asked = re.fullmatch("(cpu|cuda|mps)(?::([0-9]+))?", name)
+    if asked is None:
+        raise ValueError(f"expected a device of auto, cpu, cuda, mps, found {name!r}; of several take one as cuda:1")
+    kind, index = asked[1], None if asked[2] is None else int(asked[2])
+    if (index or 0) >= there[kind]:
+        raise ValueError(
+            f"expected a working {name} device, found {there[kind] or 'none'} of {kind}; pass device='cpu' or "
+            "device='auto'"
+        )
+    return torch.device(kind) if index is None else torch.device(kind, index)
 
 
 @dataclass(frozen=True)

@@ -535,7 +535,7 @@ def test_nothing_to_fit():
 def test_devices():
     assert pick_device("cpu") == CPU
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
-    for name in ("gpu", "CPU", "", "cuda0"):
+    for name in ("gpu", "CPU", "", "cuda0", "cpu:x", "cpu:", "cuda:-1", "cuda:1:2", "auto:0", " cpu", "cpu\n"):
         with pytest.raises(ValueError, match="device of auto"):
             pick_device(name)
 
@@ -545,6 +545,22 @@ def test_devices():
 def test_a_missing_device_is_an_error_not_the_cpu(name):
     with pytest.raises(ValueError, match="working cuda"):
         pick_device(name)
+
+
+def test_a_number_is_that_of_a_device_which_is_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, found in {
+        "auto": "cuda",
+        "cuda": "cuda",
+        "cuda:1": "cuda:1",
+        "cuda:01": "cuda:1",
+        "cpu:0": "cpu:0",
+    }.items():
+        assert str(pick_device(name)) == found
+    for name in ("cuda:2", "cpu:3"):
+        with pytest.raises(ValueError, match=rf"working {name} device, found [12] of"):
+            pick_device(name)
 
 
 # ---- against PyTorch's own
