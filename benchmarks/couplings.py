@@ -50,6 +50,8 @@ from sctraj.flow.coupling import (
     optimal_plan,
     unbalanced,
 )
+from sctraj.flow.coupling.conditional import partners
+from sctraj.flow.coupling.independent import draw
 from sctraj.flow.coupling.kernel import Kernel
 from sctraj.flow.plans import MOST_CELLS
 from sctraj.flow.snapshots import Interval, Snapshots, sampled
@@ -89,10 +91,21 @@ def whole(plan: EntropicPlan | UnbalancedPlan) -> Pairs:
     """All pairs of a plan that fits, else draws; an unbalanced plan's as they are, not weighted anew."""
     if len(plan.x0) * len(plan.x1) <= DENSE**2:
         return dense(plan.matrix().cpu().numpy())
-    i, j = plan.sample(DRAWN, torch.Generator(plan.x0.device).manual_seed(0))
+    i, j = drawn(plan, torch.Generator(plan.x0.device).manual_seed(0))
     mass = torch.full((DRAWN,), 1 / DRAWN, dtype=torch.float64)
     error = off_potentials(plan) if isinstance(plan, EntropicPlan) else math.nan
     return Pairs(i.cpu(), j.cpu(), mass, mass, error)
+
+
+def drawn(plan: EntropicPlan | UnbalancedPlan, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Pairs by their mass, of an unbalanced plan by that at mid-interval: half by where source cells' mass goes."""
+    if isinstance(plan, EntropicPlan):
+        return plan.sample(DRAWN, rng)
+    i0 = draw(plan.log_mass0.exp().cumsum(0), DRAWN // 2, rng)
+    j0 = partners(plan.x0[i0], plan.x1, plan.g / plan.epsilon + plan.log_mass1, plan.epsilon, rng)
+    j1 = draw(plan.log_mass1.exp().cumsum(0), DRAWN // 2, rng)
+    i1 = partners(plan.x1[j1], plan.x0, plan.f / plan.epsilon + plan.log_mass0, plan.epsilon, rng)
+    return torch.cat([i0, i1]), torch.cat([j0, j1])
 
 
 def off_potentials(plan: EntropicPlan) -> float:
@@ -108,7 +121,7 @@ def off_potentials(plan: EntropicPlan) -> float:
 
 
 def sparse(plan: SparsePlan | GrowingPlan) -> Pairs:
-    pairs = plan.pairs if isinstance(plan, GrowingPlan) else plan.pairs()
+    pairs = plan.pairs
     return Pairs(pairs.i, pairs.j, pairs.mass0, pairs.mass1)
 
 

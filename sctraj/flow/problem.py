@@ -97,10 +97,8 @@ class Problem:
     def listed(self, k: int) -> WeightedPairs:
         """Return the pairs of interval ``k``: all that the coupling lists, else a sample with equal masses."""
         coupling, interval = self.couplings[k], self.snapshots.intervals()[k]
-        if isinstance(coupling, GrowingPlan):
+        if isinstance(coupling, (GrowingPlan, SparsePlan)):
             return coupling.pairs
-        if isinstance(coupling, SparsePlan):
-            return coupling.pairs()
         n = DRAWN_PAIRS * (len(interval.x0) + len(interval.x1))
         rng = torch.Generator(interval.x0.device).manual_seed(self.seed)
         i, j = coupling.sample(n, rng)

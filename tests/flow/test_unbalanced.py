@@ -1,4 +1,4 @@
-"""Laws of the unbalanced coupling: its optimum, its limits, what grows, and the pairs and draws made of it."""
+"""Laws of the unbalanced plan: its optimum, its limits, and how much of each cell takes part."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from scipy.spatial.distance import cdist
 
 from sctraj.flow.coupling import blocked, entropic, exact, kernel, sinkhorn, unbalanced
-from sctraj.flow.snapshots import Interval, to_device
+from sctraj.flow.snapshots import Interval
 
 
 def make_interval(n0=30, n1=41, *, d=2, seed=0) -> Interval:
@@ -39,13 +39,6 @@ def clusters(weights0, weights1, gap, n=60) -> Interval:
 
 def squared(interval: Interval) -> np.ndarray:
     return cdist(interval.x0.numpy(), interval.x1.numpy(), "sqeuclidean")
-
-
-def masses(plan, interval: Interval) -> tuple[np.ndarray, np.ndarray]:
-    """``m0`` and ``m1`` from their definitions."""
-    q, a, b = (x.numpy() for x in (plan.matrix(), interval.mass0, interval.mass1))
-    with np.errstate(invalid="ignore"):
-        return np.nan_to_num(q * (a / q.sum(1))[:, None]), np.nan_to_num(q * (b / q.sum(0))[None, :])
 
 
 def dense(i, j, mass, shape) -> np.ndarray:
@@ -100,9 +93,6 @@ def test_between_two_cells_the_mass_that_moves_is_known(epsilon, penalty):
     plan = unbalanced(Interval(0.0, 1.0, x0, x1, one, one), epsilon=epsilon, penalty=penalty, tolerance=1e-12)
     # p C + (epsilon + 2 penalty) (p log p - p + 1) is least at log p = -C / (epsilon + 2 penalty); C = 4
     assert float(plan.matrix().log()) == pytest.approx(-4 / (epsilon + 2 * penalty), rel=1e-9)
-    pairs = plan.pairs()
-    assert float(pairs.mass0) == float(pairs.mass1) == 1.0  # relative to the total, nothing grows
-    assert float(plan.log_growth0) == pytest.approx(0, abs=1e-9)
 
 
 def test_a_large_penalty_gives_the_entropic_plan_at_first_order():
@@ -124,46 +114,29 @@ def test_a_penalty_of_200_epsilon_takes_no_more_iterations_than_a_small_one(make
     assert max(iterations) <= 50
 
 
-def test_growth_is_the_log_ratio_of_the_weights_of_far_groups():
+def test_of_far_groups_the_geometric_mean_of_their_weights_takes_part():
     weights0, weights1, penalty, n = (0.3, 0.7), (0.6, 0.4), 3000.0, 60
     interval = clusters(weights0, weights1, 300.0)
     plan = unbalanced(interval, epsilon=0.5, penalty=penalty)
     q = plan.matrix().numpy()
     assert q[:n, n:].sum() + q[n:, :n].sum() < 1e-12  # moving between them costs 9e4, making and destroying 6e3
-    # within a group f and g vary by at most the largest difference of costs, and growth by that over the penalty
+    # within a group f and g vary by at most the largest difference of costs, and the ratios by that over the penalty
     cost = squared(interval)
     bound = 2 * max(cost[:n, :n].max(), cost[n:, n:].max()) / penalty
     assert bound < 0.05
-    expected = np.repeat(np.log(np.array(weights1) / weights0), n)
-    for growth in (plan.log_growth0, plan.log_growth1):
-        np.testing.assert_allclose(growth, expected, rtol=0, atol=bound)
-    m0, m1 = masses(plan, interval)
-    np.testing.assert_allclose([m0[:n].sum(), m1[:n].sum()], [0.3, 0.6], rtol=1e-9)  # a group's, exactly
-    pairs = plan.pairs(share=0.9)
-    group = pairs.i // n
-    assert torch.equal(group, pairs.j // n)
-    # leaving out a tenth of a row's or column's mass moves a pair's growth by -log(0.9) at most
-    np.testing.assert_allclose(np.log(pairs.mass1 / pairs.mass0), expected[::n][group], atol=bound - math.log(0.9))
+    growth = np.repeat(np.log(np.array(weights1) / weights0), n)
+    np.testing.assert_allclose(plan.log_ratio0, growth / 2, rtol=0, atol=bound)
+    np.testing.assert_allclose(plan.log_ratio1, -growth / 2, rtol=0, atol=bound)
 
 
-def test_growth_is_the_masses_of_the_pairs_of_a_cell():
-    interval = make_interval()
-    plan = unbalanced(interval, epsilon=0.1, penalty=1.0, tolerance=1e-9)
-    m0, m1 = masses(plan, interval)
-    assert m0.sum() == pytest.approx(1, rel=1e-12)
-    assert m1.sum() == pytest.approx(1, rel=1e-12)
-    np.testing.assert_allclose(plan.log_growth0, np.log(m1.sum(1) / interval.mass0.numpy()), atol=1e-10)  # rounding
-    np.testing.assert_allclose(plan.log_growth1, np.log(interval.mass1.numpy() / m0.sum(0)), atol=1e-10)
-    assert plan.log_growth0.std() > 0.1  # there is something to compare
-
-
-def test_backwards_in_time_the_plan_is_transposed_and_growth_is_decay():
+def test_backwards_in_time_the_plan_is_transposed():
     interval = make_interval()
     mirrored = Interval(-4.1, -1.3, interval.x1, interval.x0, interval.mass1, interval.mass0)
     there, back = (unbalanced(x, epsilon=0.1, penalty=2.0, tolerance=1e-10) for x in (interval, mirrored))
     np.testing.assert_allclose(back.matrix().T, there.matrix(), rtol=1e-6)  # penalty/epsilon x tolerance x cells
-    np.testing.assert_allclose(back.log_growth0, -there.log_growth1, atol=1e-6)
-    np.testing.assert_allclose(back.log_growth1, -there.log_growth0, atol=1e-6)
+    np.testing.assert_allclose(back.log_ratio0, there.log_ratio1, atol=1e-6)
+    np.testing.assert_allclose(back.log_ratio1, there.log_ratio0, atol=1e-6)
+    np.testing.assert_allclose(back.descendants(interval.x0), there.ancestors(interval.x0), atol=1e-6)
 
 
 def test_units_of_length_do_not_matter():
@@ -172,63 +145,19 @@ def test_units_of_length_do_not_matter():
     plan = unbalanced(interval, epsilon=0.1, penalty=2.0, tolerance=1e-9)
     other = unbalanced(scaled, epsilon=0.1 * c**2, penalty=2.0 * c**2, tolerance=1e-9)
     np.testing.assert_allclose(other.matrix(), plan.matrix(), rtol=1e-6)  # penalty/epsilon x tolerance x cells
-    np.testing.assert_allclose(other.log_growth0, plan.log_growth0, atol=1e-6)
+    np.testing.assert_allclose(other.log_ratio0, plan.log_ratio0, atol=1e-6)
 
 
-def test_where_nearly_all_mass_is_destroyed_growth_is_still_known():
+def test_where_nearly_all_mass_is_destroyed_its_shares_and_kin_are_still_known():
     interval = clusters((0.5, 0.5), (0.5, 0.5), 5.0)
     interval.x1[:] += 40.0  # every cost is at least 1600: the plan's mass is below e^-1600, no float64
     plan = unbalanced(interval, epsilon=0.02, penalty=0.5)
     assert float(plan.matrix().sum()) == 0.0
     assert plan.n_iterations <= 20  # by the best shift; without it 61
     assert plan.log_ratio0.max() < -1000
-    pairs = plan.pairs()
-    rows = torch.zeros(120, dtype=torch.float64).index_add_(0, pairs.i, pairs.mass0)
-    np.testing.assert_allclose(rows, interval.mass0, rtol=1e-12)  # rounding
-    # descendants' masses sum to one, as the ancestors' do
-    assert float((plan.log_growth0 + plan.log_mass0).logsumexp(0)) == pytest.approx(0, abs=1e-6)  # the tolerance
-
-
-@pytest.mark.parametrize("share", [0.5, 0.99, 1.0])
-def test_pairs_have_both_marginals_and_keep_their_share(share):
-    interval = with_empty_cells(make_interval())
-    plan = unbalanced(interval, epsilon=0.3, penalty=2.0)
-    pairs, shape = plan.pairs(share=share), (30, 41)
-    sparse0, sparse1 = dense(pairs.i, pairs.j, pairs.mass0, shape), dense(pairs.i, pairs.j, pairs.mass1, shape)
-    np.testing.assert_allclose(sparse0.sum(1), interval.mass0, rtol=1e-13)  # rounding, and exact zeros
-    np.testing.assert_allclose(sparse1.sum(0), interval.mass1, rtol=1e-13)
-    kept = dense(pairs.i, pairs.j, torch.ones(len(pairs.i)), shape)
-    assert kept.max() == 1  # no pair twice
-    assert kept[2].sum() == kept[:, 0].sum() == kept[:, 5].sum() == 0  # cells without mass
-    m0, m1 = masses(plan, interval)
-    assert ((m0 * kept).sum(1) >= share * m0.sum(1) * (1 - 1e-12)).all()
-    assert ((m1 * kept).sum(0) >= share * m1.sum(0) * (1 - 1e-12)).all()
-    i, j = pairs.i.numpy(), pairs.j.numpy()
-    growth = (pairs.mass1 / pairs.mass0).log().numpy()
-    bound = -math.log(share) + 1e-10  # what renormalising can do, and rounding
-    np.testing.assert_allclose(growth, np.log(m1[i, j] / m0[i, j]), rtol=0, atol=bound)
-    if share == 1:
-        np.testing.assert_allclose(sparse0, m0, atol=1e-15)
-        np.testing.assert_allclose(sparse1, m1, atol=1e-15)
-    else:
-        assert kept.mean() < 0.75  # something is left out
-
-
-def test_no_pair_kept_could_be_done_without():
-    interval = make_interval()
-    plan = unbalanced(interval, epsilon=0.3, penalty=2.0)
-    pairs = plan.pairs(share=0.8)
-    m0, m1 = masses(plan, interval)
-
-    def needed(mass):  # the fewest of each row, by their definition
-        order = np.argsort(-mass, 1)
-        ordered = np.take_along_axis(mass, order, 1).cumsum(1)
-        keep = np.zeros(mass.shape, bool)
-        np.put_along_axis(keep, order, ordered - np.take_along_axis(mass, order, 1) < 0.8 * ordered[:, -1:], 1)
-        return keep
-
-    kept = dense(pairs.i, pairs.j, torch.ones(len(pairs.i)), m0.shape) > 0
-    assert (kept == (needed(m0) | needed(m1.T).T)).all()
+    plane = torch.ones(120, 1, dtype=torch.float64)
+    for kin in (plan.descendants(plane), plan.ancestors(plane)):
+        torch.testing.assert_close(kin, plane, rtol=1e-12, atol=0)  # rounding
 
 
 # tiles in float64 alone go the same way; with those in float32 they come to the same end
@@ -238,61 +167,31 @@ def test_tiles_give_the_whole(monkeypatch, whole, rounding, tolerance):
     interval = with_empty_cells(make_interval(60, 45))
     monkeypatch.setattr(sinkhorn, "ROUNDING", rounding)
     kept = unbalanced(interval, epsilon=0.2, penalty=4.0, tolerance=tolerance)
-    assert kept.cumulative is not None
     monkeypatch.setattr(kernel, "WHOLE", whole)
     tiled = unbalanced(interval, epsilon=0.2, penalty=4.0, tolerance=tolerance)
-    assert tiled.cumulative is None
+    assert not kernel.fits(tiled.x0, tiled.x1)
     assert rounding or tiled.n_iterations == kept.n_iterations
     np.testing.assert_allclose(tiled.matrix(), kept.matrix(), rtol=1e-8, atol=1e-16)  # rounding of exponents
-    np.testing.assert_allclose(tiled.log_growth0, kept.log_growth0, atol=1e-8)
-    np.testing.assert_allclose(tiled.log_growth1, kept.log_growth1, atol=1e-8)
-    few, whole_pairs = tiled.pairs(), kept.pairs()
-    assert torch.equal(few.i, whole_pairs.i)
-    assert torch.equal(few.j, whole_pairs.j)
-    np.testing.assert_allclose(few.mass1, whole_pairs.mass1, rtol=1e-8)
+    for name in ("log_ratio0", "log_ratio1"):
+        np.testing.assert_allclose(getattr(tiled, name), getattr(kept, name), atol=1e-8)
+    np.testing.assert_allclose(tiled.descendants(interval.x1), kept.descendants(interval.x1), rtol=1e-8)
+    np.testing.assert_allclose(tiled.ancestors(interval.x0), kept.ancestors(interval.x0), rtol=1e-8)
 
 
-@pytest.mark.parametrize("whole", [2**24, 16])
-def test_draws_follow_the_mass_at_mid_interval(monkeypatch, whole):
-    monkeypatch.setattr(kernel, "WHOLE", whole)
-    interval = with_empty_cells(make_interval(8, 6))
-    plan = unbalanced(interval, epsilon=0.3, penalty=0.5)
-    n = 40_000
-    i, j = plan.sample(n, torch.Generator().manual_seed(3))
-    assert i.dtype == j.dtype == torch.int64
-    middle = sum(masses(plan, interval)) / 2
-    assert middle.sum() == pytest.approx(1, rel=1e-12)
-    for size in (n // 4, n):  # a first part of the draws is as good as all
-        counts = dense(i[:size], j[:size], torch.ones(size), middle.shape)
-        deviation = 4 * np.sqrt(size * middle * (1 - middle)) + 1  # four standard errors; one draw where none is due
-        assert (np.abs(counts - size * middle) <= deviation).all()
-        assert (counts[middle == 0] == 0).all()
-
-
-@pytest.mark.parametrize("whole", [2**24, 16])
-def test_same_generator_same_draws_and_any_number_of_them(monkeypatch, whole):
-    monkeypatch.setattr(kernel, "WHOLE", whole)
-    plan = unbalanced(make_interval(8, 6), epsilon=0.3, penalty=0.5)
-    first, second, other = (torch.stack(plan.sample(200, torch.Generator().manual_seed(s))) for s in (5, 5, 6))
-    assert torch.equal(first, second)
-    assert not torch.equal(first, other)
-    assert [len(plan.sample(n, torch.Generator())[0]) for n in (0, 1, 2)] == [0, 1, 2]  # one side may get none
-
-
-def test_cells_without_mass_have_a_growth_and_change_nothing():
+def test_cells_without_mass_have_a_ratio_and_change_nothing():
     interval = with_empty_cells(make_interval())
     some0, some1 = interval.mass0 > 0, interval.mass1 > 0
     fewer = Interval(1.3, 4.1, interval.x0[some0], interval.x1[some1], interval.mass0[some0], interval.mass1[some1])
     plan, without = (unbalanced(x, epsilon=0.2, penalty=1.0, tolerance=1e-9) for x in (interval, fewer))
     np.testing.assert_allclose(plan.matrix()[some0][:, some1], without.matrix(), rtol=1e-6)  # both within tolerance
-    np.testing.assert_allclose(plan.log_growth0[some0], without.log_growth0, atol=1e-7)
-    assert torch.isfinite(plan.log_growth0).all()
-    assert torch.isfinite(plan.log_growth1).all()
-    # a cell's growth is a function of where it is: the same as that of a cell with mass in its place
+    np.testing.assert_allclose(plan.log_ratio0[some0], without.log_ratio0, atol=1e-7)
+    assert torch.isfinite(plan.log_ratio0).all()
+    assert torch.isfinite(plan.log_ratio1).all()
+    # a cell's ratio is a function of where it is: the same as that of a cell with mass in its place
     moved = dataclasses.replace(interval, x0=interval.x0.clone())
     moved.x0[2] = moved.x0[7]
-    growth = unbalanced(moved, epsilon=0.2, penalty=1.0, tolerance=1e-9).log_growth0
-    assert float(growth[2]) == pytest.approx(float(growth[7]), abs=1e-10)
+    ratio = unbalanced(moved, epsilon=0.2, penalty=1.0, tolerance=1e-9).log_ratio0
+    assert float(ratio[2]) == pytest.approx(float(ratio[7]), abs=1e-10)
 
 
 def test_far_from_the_origin_and_in_float32_the_plan_is_the_same():
@@ -306,33 +205,14 @@ def test_far_from_the_origin_and_in_float32_the_plan_is_the_same():
     np.testing.assert_allclose(plans[1].matrix(), plans[0].matrix(), rtol=0, atol=1e-10)  # rounding in float64
 
 
-def test_records_move_between_devices_whole():
-    plan = unbalanced(make_interval(8, 6), epsilon=0.3, penalty=0.5)
-    moved = to_device(plan, torch.device("cpu"))
-    assert torch.equal(moved.cumulative, plan.cumulative)
-    pairs = to_device(plan.pairs(), torch.device("cpu"))
-    assert torch.equal(pairs.mass1, plan.pairs().mass1)
-
-
-@pytest.mark.parametrize("whole", [2**24, 100])
-def test_pairs_of_balanced_plans_do_not_grow_and_have_both_marginals(monkeypatch, whole):
-    monkeypatch.setattr(kernel, "WHOLE", whole)
+@pytest.mark.parametrize("couple", [exact, lambda interval: blocked(interval, torch.Generator(), block=10)])
+def test_pairs_of_balanced_plans_do_not_grow_and_have_both_marginals(couple):
     interval = with_empty_cells(make_interval())
-    plans = {
-        "entropic": (entropic(interval, epsilon=0.3, tolerance=1e-4), 1e-4),  # as nearly as the plan itself
-        "exact": (exact(interval), 1e-13),  # rounding
-        "blocked": (blocked(interval, torch.Generator().manual_seed(0), block=10), 1e-13),
-    }
-    for name, (plan, tolerance) in plans.items():
-        pairs = plan.pairs(share=0.99)
-        assert torch.equal(pairs.mass0, pairs.mass1), name
-        matrix = dense(pairs.i, pairs.j, pairs.mass0, (30, 41))
-        np.testing.assert_allclose(matrix.sum(1), interval.mass0, rtol=0, atol=1e-13, err_msg=name)
-        assert np.abs(matrix.sum(0) - interval.mass1.numpy()).sum() <= tolerance, name
-    few, all_of_it = plans["entropic"][0].pairs(share=0.99), plans["entropic"][0].pairs(share=1)
-    assert len(few.i) < 0.8 * len(all_of_it.i)
-    whole_plan = dense(all_of_it.i, all_of_it.j, all_of_it.mass0, (30, 41))
-    assert np.abs(whole_plan - plans["entropic"][0].matrix().numpy()).sum() <= 1e-4
+    pairs = couple(interval).pairs
+    assert torch.equal(pairs.mass0, pairs.mass1)
+    matrix = dense(pairs.i, pairs.j, pairs.mass0, (30, 41))
+    np.testing.assert_allclose(matrix.sum(1), interval.mass0, rtol=0, atol=1e-13)  # rounding
+    np.testing.assert_allclose(matrix.sum(0), interval.mass1, rtol=0, atol=1e-13)
 
 
 def test_bad_arguments_are_refused_by_name():
@@ -344,10 +224,6 @@ def test_bad_arguments_are_refused_by_name():
             unbalanced(interval, epsilon=0.1, penalty=bad)
     with pytest.raises(ValueError, match="larger epsilon"):
         unbalanced(interval, epsilon=1e-8, penalty=1.0)
-    plan = unbalanced(interval, epsilon=0.1, penalty=1.0)
-    for share in (0.0, 1.1, math.nan):
-        with pytest.raises(ValueError, match="share"):
-            plan.pairs(share=share)
 
 
 def test_no_convergence_is_an_error_not_a_plan():

@@ -1,7 +1,8 @@
 """Couplings: joint laws of (x0, x1) over one interval, computed once and sampled many times.
 
 Each is a record with a method ``sample(n, rng) -> (i, j)``: ``n`` pairs of cells, as indices into the snapshots at the
-interval's two ends. All but the independent one have, or are, ``pairs``: those that carry the plan's mass.
+interval's two ends. Exact and growing ones list their ``pairs``, those that carry the plan's mass. (The unbalanced plan
+is none: from it growing ones are made.)
 """
 
 from typing import Protocol

@@ -48,8 +48,9 @@ class SparsePlan:
         pairs = draw(self.cumulative, n, rng)
         return self.i[pairs], self.j[pairs]
 
-    def pairs(self, *, share: float = 1.0) -> WeightedPairs:
-        """Return every pair that carries mass, whatever the share asked for; ``mass0`` is ``mass1``."""
+    @property
+    def pairs(self) -> WeightedPairs:
+        """Every pair that carries mass; ``mass0`` is ``mass1``."""
         return WeightedPairs(self.i, self.j, self.mass, self.mass)
 
 

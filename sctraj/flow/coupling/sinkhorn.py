@@ -59,8 +59,6 @@ class Potentials:
 
     Attributes
     ----------
-    kernel
-        Of the last epsilon.
     f, g
         Potentials ``(n0,)`` and ``(n1,)``; ``f`` is the best for ``g``.
     best
@@ -71,7 +69,6 @@ class Potentials:
         At the last epsilon.
     """
 
-    kernel: Kernel
     f: Tensor
     g: Tensor
     best: Tensor
@@ -145,8 +142,7 @@ def sinkhorn(
                 then = then - penalty / 2 * (log_masses[0] - log_masses[1])
             plain = then
             g = then if mix is None else mix(g, then)
-    kernel.rounding = ROUNDING * tolerance
-    return Potentials(kernel, f, g, best, error, iterations)
+    return Potentials(f, g, best, error, iterations)
 
 
 class Mixing:
@@ -193,9 +189,7 @@ def _extended(
     best = columns.soft_minimum(found.f, epsilon, rows=False)
     g = softness * best
     f[held[0]], best[held[1]], g[held[1]] = found.f, found.best, found.g
-    kernel = Kernel(ends.x0, ends.x1, ends.log_a, ends.log_b, keep=False)
-    kernel.rounding = found.kernel.rounding
-    return replace(found, kernel=kernel, f=f, g=g, best=best)
+    return replace(found, f=f, g=g, best=best)
 
 
 def _sample(ends: Ends) -> Ends:

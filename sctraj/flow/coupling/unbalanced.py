@@ -5,17 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..exponential import exp_
 from ..snapshots import Interval
-from .conditional import conditional_means, partners
-from .independent import draw
-from .kernel import fits, squared_distances, tiles
-from .pairs import WeightedPairs, heaviest, rescaled
+from .conditional import conditional_means
+from .kernel import squared_distances, tiles
 from .sinkhorn import SHARPEST, prepare, sinkhorn
 
 logger = logging.getLogger(__name__)
@@ -28,9 +25,7 @@ class UnbalancedPlan:
     """An unbalanced plan as its dual potentials: ``Q_ij = a_i b_j exp((f_i + g_j - |x0_i - x1_j|^2) / epsilon)``.
 
     Its marginals ``r = Q 1`` and ``c = Q^T 1`` are not those of the snapshots: what lacks was cheaper to make and to
-    destroy than to move. Weighted anew at both ends, ``m0 = diag(a / r) Q`` (where a source cell's mass goes) and
-    ``m1 = Q diag(b / c)`` (where a target cell's mass comes from), its pairs carry one population to the other: at
-    the fraction ``s`` of the interval a pair has the mass ``(1 - s) m0 + s m1``.
+    destroy than to move. So it is no coupling of theirs, but says how much of each cell takes part in one (`growing`).
 
     Attributes
     ----------
@@ -42,11 +37,6 @@ class UnbalancedPlan:
         Potentials ``(n0,)`` and ``(n1,)``, float64, in units of cost.
     log_ratio0, log_ratio1
         ``log(r / a)`` ``(n0,)`` and ``log(c / b)`` ``(n1,)``: the plan's marginals against the snapshots'.
-    log_growth0
-        ``log(sum_j m1_ij / a_i)`` ``(n0,)``: by how much a source cell's descendants outweigh it, over the interval
-        and relative to the population's total; known for cells without mass too.
-    log_growth1
-        ``log(b_j / sum_i m0_ij)`` ``(n1,)``: by how much a target cell outweighs its ancestors.
     epsilon, penalty
         Strengths of the entropy and of the marginals, in units of cost.
     residual
@@ -63,60 +53,14 @@ class UnbalancedPlan:
     g: Tensor
     log_ratio0: Tensor
     log_ratio1: Tensor
-    log_growth0: Tensor
-    log_growth1: Tensor
     epsilon: float
     penalty: float
     residual: float
     n_iterations: int
 
-    @cached_property
-    def cumulative(self) -> Tensor | None:
-        """Masses at mid-interval, row by row, summed up ``(n0 n1,)``; None where they do not fit."""
-        if not fits(self.x0, self.x1):
-            return None
-        return torch.cat([self._middle(rows) for rows in tiles(self.x0, self.x1)]).flatten().cumsum(0)
-
     def matrix(self) -> Tensor:
         """Return the whole plan ``Q``, ``(n0, n1)`` float64."""
         return torch.cat([exp_(self._log_rows(rows)) for rows in tiles(self.x0, self.x1)])
-
-    def pairs(self, *, share: float = 0.99) -> WeightedPairs:
-        """Return the pairs that carry a share of every row's ``m0`` and of every column's ``m1``.
-
-        What is left out is made up by the pairs of the same row (``m0``) or column (``m1``), so that both marginals
-        are the snapshots' to rounding; it changes a pair's ``log(m1 / m0)`` by at most ``-log(share)``.
-
-        Parameters
-        ----------
-        share
-            Fraction of the mass of each row and column; above 0, at most 1, which leaves out rounding alone.
-
-        Raises
-        ------
-        ValueError
-            If the share is not in that range.
-        """
-        cells = tiles(self.x0, self.x1), tiles(self.x1, self.x0)
-        i, j, log_mass = heaviest(self._log_rows, self._log_columns, cells, share=share)
-        mass0 = rescaled((log_mass - self.log_ratio0[i]).exp(), i, self.log_mass0.exp())
-        mass1 = rescaled((log_mass - self.log_ratio1[j]).exp(), j, self.log_mass1.exp())
-        return WeightedPairs(i, j, mass0, mass1)
-
-    def sample(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw ``n`` pairs by their mass at mid-interval, ``(m0 + m1) / 2``: indices at both ends, each ``(n,)``."""
-        if self.cumulative is not None:
-            pairs = draw(self.cumulative, n, rng)
-            return pairs // len(self.x1), pairs % len(self.x1)
-        device = self.x0.device
-        # half of the mass is m0, a source cell and where it goes; half m1, a target cell and where it comes from
-        forwards = torch.rand(n, generator=rng, device=device) < 0.5
-        i, j = (torch.empty(n, dtype=torch.int64, device=device) for _ in range(2))
-        i[forwards] = draw(self.log_mass0.exp().cumsum(0), int(forwards.sum()), rng)
-        j[forwards] = partners(self.x0[i[forwards]], self.x1, self._weight1, self.epsilon, rng)
-        j[~forwards] = draw(self.log_mass1.exp().cumsum(0), int((~forwards).sum()), rng)
-        i[~forwards] = partners(self.x1[j[~forwards]], self.x0, self._weight0, self.epsilon, rng)
-        return i, j
 
     def descendants(self, values: Tensor) -> Tensor:
         """Return the mean of target cells' values ``(n1, k)`` over where each source cell's mass goes, ``(n0, k)``."""
@@ -136,21 +80,10 @@ class UnbalancedPlan:
         """Target cells' log mass, up to their distances, in where a source cell goes, ``(n1,)``."""
         return self.g / self.epsilon + self.log_mass1
 
-    def _middle(self, rows: Tensor) -> Tensor:
-        """Return the rows' masses at mid-interval, ``(len(rows), n1)``."""
-        log_mass = self._log_rows(rows)
-        return (exp_(log_mass - self.log_ratio0[rows, None]) + exp_(log_mass - self.log_ratio1[None, :])) / 2
-
     def _log_rows(self, rows: Tensor) -> Tensor:
         """Return the logarithm of the plan's rows, ``(len(rows), n1)``."""
         exponent = (self.f[rows, None] + self.g[None, :] - squared_distances(self.x0[rows], self.x1)) / self.epsilon
         return exponent + self.log_mass0[rows, None] + self.log_mass1[None, :]
-
-    def _log_columns(self, columns: Tensor) -> Tensor:
-        """Return the logarithm of the plan's columns, ``(len(columns), n0)``."""
-        cost = squared_distances(self.x1[columns], self.x0)
-        exponent = (self.g[columns, None] + self.f[None, :] - cost) / self.epsilon
-        return exponent + self.log_mass1[columns, None] + self.log_mass0[None, :]
 
 
 def unbalanced(
@@ -221,10 +154,6 @@ def unbalanced(
         )
     logger.debug("unbalanced Sinkhorn: residual %.2g after %d iterations", found.error, found.n_iterations)
     f, g, best = found.f, found.g, found.best
-    # m0 has the potentials (f (penalty + epsilon) / penalty, g), m1 (f, best): their other marginals are one soft
-    # minimum away
-    growth0 = (f - found.kernel.soft_minimum(best, epsilon, rows=True)) / epsilon
-    growth1 = (found.kernel.soft_minimum(f * (penalty + epsilon) / penalty, epsilon, rows=False) - g) / epsilon
     return UnbalancedPlan(
         ends.x0,
         ends.x1,
@@ -234,8 +163,6 @@ def unbalanced(
         g,
         log_ratio0=-f / penalty,
         log_ratio1=(g - best) / epsilon,
-        log_growth0=growth0,
-        log_growth1=growth1,
         epsilon=epsilon,
         penalty=penalty,
         residual=found.error,
