@@ -60,7 +60,7 @@ class _Batch(NamedTuple):
     noise: Tensor  # minus std times the score target; (S, M, B, 0) without a score
     growth: Tensor  # target, per mean gap; (S, M, B, 0) where nothing grows
     weight: Tensor  # of the velocity's and the growth's error
-    std: Tensor  # of the path, over the member's largest
+    std: Tensor  # of the path, over `Problem.std`: at most the root of the interval's length over the mean gap
 
 
 def pick_device(name: str) -> torch.device:

@@ -62,7 +62,10 @@ class Problem:
 
     @property
     def std(self) -> float:
-        """Largest standard deviation of the path over the mean gap; what the score is measured in."""
+        """What the score is measured in: a bridge's largest standard deviation on an interval as long as the mean gap.
+
+        On a longer one it has a larger. Zero for other paths, of which no score is learned.
+        """
         if isinstance(self.path, BrownianBridge):
             return self.path.sigma * math.sqrt(self.snapshots.mean_gap) / 2
         return 0.0

@@ -73,14 +73,14 @@ def farther_share(n_snapshots: int, reliability: float | None) -> float:
     the more cancels the more evenly they count; over a longer way the field's own errors grow. Where all that snapshots
     tell is noise, they count the same, and where it is the course, the nearest alone: the share is that of the
     population's accelerations which is noise, ``1 - reliability`` (`tangents.reliability`), or 0 where that is below
-    ``FAINT``.
+    ``FAINT`` or snapshots are too few to `reach` beyond the nearest.
 
     Parameters
     ----------
     n_snapshots
-        That the field was made from; 0 where they are too few to `reach` beyond the nearest.
+        That the field was made from.
     reliability
-        None where it was not asked for, as for straight paths: 0.
+        None where it was not asked for, as for straight paths; the share is then 0.
     """
     if reliability is None or reach(n_snapshots) == 1 or 1.0 - reliability < FAINT:
         return 0.0
