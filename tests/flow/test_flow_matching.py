@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from sctraj.flow import flow_matching
+from sctraj.flow.coupling import GrowingPlan, WeightedPairs
 from sctraj.flow.flow_matching import EVALUATE_EVERY, Fit, Training, fit, pairs_a_step, pick_device
 from sctraj.flow.hold_out import hold_out_problems
 from sctraj.flow.integrate import Integration, push, simulate, transport
-from sctraj.flow.problem import METHODS, make_problems
+from sctraj.flow.probability_path import Straight
+from sctraj.flow.problem import METHODS, Problem, make_problems
 from sctraj.flow.snapshots import Snapshots
 from sctraj.flow.vector_field import MLP, NeuralField, VectorField
 
@@ -248,6 +250,52 @@ def test_all_of_a_long_course_is_learnt():
     field = quick(Snapshots(times, points), method="ot-cfm", training=training).vector_field
     found = [field.velocity(k + 0.5, points[k][None] + speeds[k] / 2)[0].mean() for k in range(12)]
     torch.testing.assert_close(torch.stack(found).double(), speeds.double(), rtol=0, atol=0.1)
+
+
+class Constant(nn.Module):
+    """The same velocity, and growth, everywhere: what is least wrong on the whole."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(columns))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.value.expand(len(x), -1) + 0 * x[:, :1]
+
+
+AT_REST = replace(QUICK, n_steps=400, batch_size=512, learning_rate=0.03, weight_decay=0.0, ema_decay=0.99)
+
+
+def test_an_interval_counts_by_the_square_of_its_length():
+    # a cloud that moves at one speed for one unit of time, and back at the same for three
+    start = make(sizes=(40, 1, 1, 1)).points[0]
+    places = torch.tensor([[0.0, 0.0], [1.0, 2.0], [-2.0, -4.0]]).double()
+    snapshots = Snapshots((0.0, 1.0, 4.0), tuple(start + place for place in places))
+    field = quick(snapshots, training=replace(AT_REST, module=Constant(2))).vector_field
+    expected = (1 - 9) / (1 + 9) * places[1]
+    torch.testing.assert_close(field.velocity(0.5, start[None, :1])[0, 0], expected, rtol=1e-2, atol=0)
+
+
+def test_growth_counts_by_the_mass_that_grows():
+    # half the population becomes nearly all of it, the rest goes: relative to the whole, the whole does not grow
+    index, mass0, mass1 = torch.arange(2), torch.tensor([0.5, 0.5]).double(), torch.tensor([0.98, 0.02]).double()
+    x = torch.tensor([[0.0, 0.0], [1.0, 0.0]]).double()
+    plan = GrowingPlan(WeightedPairs(index, index, mass0, mass1), x, x)
+    problem = Problem(Snapshots((1.5, 4.0), (x, x), (mass0, mass1)), (plan,), Straight(0.1), 0)
+    field = train([problem], training=replace(AT_REST, module=Constant(3))).vector_field
+    # if all pairs drawn counted the same: sum of (m0 + m1) / 2 log(m1 / m0) / 2.5, -0.14
+    assert float(field.growth(2.0, x[None, :1])) == pytest.approx(0, abs=0.02)  # batches of 512, some hundred of them
+
+
+def test_the_mean_of_a_short_fits_weights_is_near_the_last():
+    short = [
+        replace(QUICK, ema_decay=decay, learning_rate=rate) for decay, rate in ((0.999, 1e-2), (0, 1e-2), (0, 1e-12))
+    ]
+    mean, last, first = (
+        nn.utils.parameters_to_vector(quick(make(), training=t).vector_field.parameters()) for t in short
+    )
+    # a memory of 1000 steps would have 0.94 of the first weights after 60
+    assert float((mean - last).norm() / (first - last).norm()) < 0.05
 
 
 # ---- members
