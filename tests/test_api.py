@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -98,6 +99,15 @@ def test_every_name_resolves():
     for name in sctraj.__all__:
         assert getattr(sctraj, name) is not None
     assert {*sctraj.__all__} <= {*dir(sctraj), "__version__"}
+
+
+def test_every_subpackage_of_the_reference_is_there_after_import_sctraj():
+    reference = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+    named = set(re.findall(r"^\.\. auto\w+:: sctraj\.([a-z]\w*)\.", reference, re.M))
+    assert "benchmark" in named
+    code = f"import sctraj; print(*(getattr(sctraj, name).__name__ for name in {sorted(named)!r}))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == [f"sctraj.{name}" for name in sorted(named)]
 
 
 def test_importing_sctraj_imports_nothing_heavy():
