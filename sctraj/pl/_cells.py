@@ -51,10 +51,10 @@ def times_of(adata: AnnData, time_key: str) -> np.ndarray:
 
 
 def time_label(adata: AnnData, time_key: str) -> str:
-    """The time column's name, with its unit where ``adata.uns[time_key]`` holds one."""
+    """The time column's name, with its unit where ``adata.uns[time_key]`` holds one that is known."""
     record = adata.uns.get(time_key)
-    unit = str(record.get("unit") or "") if isinstance(record, Mapping) else ""
-    return f"{time_key} ({unit})" if unit else time_key
+    unit = str(record.get("unit") or "unknown") if isinstance(record, Mapping) else "unknown"
+    return time_key if unit == "unknown" else f"{time_key} ({unit})"
 
 
 def check_color(adata: AnnData, color: str | None) -> None:

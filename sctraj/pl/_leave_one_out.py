@@ -34,6 +34,8 @@ LABELS = {
     "energy": "energy distance",
     "energy_about_mean": "energy distance about the means",
     "variance_ratio": "variance, restored / observed",
+    "w1_unweighted": "Wasserstein-1 distance, cells weighing the same",
+    "energy_unweighted": "energy distance, cells weighing the same",
 }
 
 
@@ -54,13 +56,14 @@ def leave_one_out(
     adata
         Annotated cells, after :func:`sctraj.tl.leave_one_out`.
     metric
-        What to draw over time: "w1", "w2", "mmd", "energy", "energy_about_mean" or "variance_ratio".
+        What to draw over time: "w1", "w2", "mmd", "energy", "energy_about_mean", "variance_ratio", or "w1_unweighted"
+        or "energy_unweighted", for which all restored cells weigh the same.
     kind
         "distances": the metric at every held-out time. A method's line is its mean over seeds, the bars reach from the
         lowest seed to the highest. Baselines are grey and dashed. The solid grey line and band are the noise
         reference, mean and standard deviation over its seeds: what two halves of the held-out snapshot are apart.
-        "map": every held-out cell, coloured by its share of its snapshot's W1; cells of snapshots that were never held
-        out (the first and the last) are grey.
+        "map": every held-out cell, coloured by how far from it the restored cells lie that it is paired with (the mean
+        over a snapshot is its W1); cells of snapshots that were never held out (the first and the last) are grey.
     method
         Which method; if None all of them ("distances") or the first ("map").
     basis
@@ -189,7 +192,7 @@ def _draw_map(adata: AnnData, method: str | None, basis: str | None, key: str, a
         norm = Normalize(share[held_out].min(), np.percentile(share[held_out], 99))
         cmap = matplotlib.colormaps["plasma"]
         draw_points(ax, plane, share, rows=np.flatnonzero(held_out), norm=norm, cmap=cmap)
-        color_bar(ax, norm, cmap, f"share of held-out W1, {method}", extend="max")
+        color_bar(ax, norm, cmap, f"distance to the restored cells, {method}", extend="max")
     if not held_out.all():
         dot = legend_dot("first and last snapshot", GREY)
         place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.01), "borderaxespad": 0.0}
