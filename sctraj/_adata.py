@@ -45,6 +45,8 @@ _TIME_NAME = re.compile(
 SMALLEST_SNAPSHOT = 3  # cells: fewer have no spread to speak of
 SLAB = 2**24  # numbers read, checked or hashed at once
 FURTHEST = 1e4  # times the cells' extent that they may be from the origin
+FEW = 256  # cells whose stored velocities are computed again, to see whether they belong to a flow
+APART = 2e-3  # relative difference of velocities beyond rounding, be it that of coordinates kept in float16
 
 
 def table_name(key: str) -> str:
@@ -467,21 +469,85 @@ def read_flow(adata: AnnData, key: str, *, module: Any = None) -> StoredFlow:
     ValueError
         If it was fitted on other cells or another representation.
     """
-    from .flow.closed_form import ClosedFormField
-    from .flow.vector_field import NeuralField
-
     flow = stored(adata, key)
     params = flow["params"]
     cells = read_snapshots(adata, str(params["time_key"]), str(params["use_rep"]), least=1)
     if cells.fingerprint != str(flow["fingerprint"]):
-        found = f"{adata.n_obs} cells" if adata.n_obs != int(params["n_obs"]) else "other times or coordinates"
-        raise ValueError(
-            f'Expected the {int(params["n_obs"])} cells, times and "{params["use_rep"]}" that uns["{key}"] was fitted '
-            f"on, found {found}. Call sctraj.tl.fit_flow again, or go back to the AnnData it was fitted on."
+        raise _other_cells(adata, key, module)
+    return StoredFlow(params, _field_of(flow, module), cells)
+
+
+def _field_of(flow: Mapping[str, Any], module: Any = None) -> VectorField:
+    from .flow.closed_form import ClosedFormField
+    from .flow.vector_field import NeuralField
+
+    if flow["params"].get("field") == "closed-form":
+        return ClosedFormField.from_arrays(flow["weights"])
+    return NeuralField.from_arrays(flow["weights"], module)
+
+
+def _other_cells(adata: AnnData, key: str, module: Any) -> ValueError:
+    """Return the error for a flow of other cells, which says in what they differ."""
+    params = stored(adata, key)["params"]
+    if adata.n_obs != int(params["n_obs"]):
+        found = f"{adata.n_obs} cells"
+    elif _velocities_belong(adata, key, module):
+        found = "the same cells by other names or in another order"
+        return ValueError(
+            f'Expected the cells that uns["{key}"] was fitted on by their names and in their order, found {found}. Put '
+            f"adata.obs_names and the order back, or call sctraj.tl.fit_flow again."
         )
-    field: VectorField
-    if params.get("field") == "closed-form":
-        field = ClosedFormField.from_arrays(flow["weights"])
     else:
-        field = NeuralField.from_arrays(flow["weights"], module)
-    return StoredFlow(params, field, cells)
+        found = "other times or coordinates"
+    return ValueError(
+        f'Expected the {int(params["n_obs"])} cells, times and "{params["use_rep"]}" that uns["{key}"] was fitted '
+        f"on, found {found}. Call sctraj.tl.fit_flow again, or go back to the AnnData it was fitted on."
+    )
+
+
+def check_cells(adata: AnnData, key: str) -> None:
+    """Raise a ValueError where cells, all or a part of those fitted, have other times or coordinates than at the fit.
+
+    All of them in their order have the flow's fingerprint. Of others the times must be the flow's, and the velocities
+    stored at a few of them those that the flow's own field has at their times and coordinates. Cells without a
+    velocity, and of a field that is a user's module all coordinates of a part, are taken as they are.
+    """
+    flow = stored(adata, key)
+    params = flow["params"]
+    time_key, use_rep = str(params["time_key"]), str(params["use_rep"])
+    if VELOCITY.format(key=key) not in adata.obsm or time_key not in adata.obs or not _kind(adata.obs[time_key])[1]:
+        return  # what is missing is said by who reads it
+    times, values = _column(adata, time_key).astype(np.float64).to_numpy(), read_rep(adata, use_rep)
+    whole = adata.n_obs == int(params["n_obs"])
+    if whole and np.isfinite(times).all() and _fingerprint(adata, times, values) == str(flow["fingerprint"]):
+        return
+    if _velocities_belong(adata, key, None) is False:
+        raise ValueError(
+            f'Expected cells with the times and "{use_rep}" that uns["{key}"] was fitted on, found other times or '
+            f"coordinates, beside which its velocities and trajectories mean nothing. Call sctraj.tl.fit_flow again, "
+            f"or put them back."
+        )
+
+
+def _velocities_belong(adata: AnnData, key: str, module: Any) -> bool | None:
+    """Whether times are the flow's and stored velocities its field's at the cells; None where that cannot be told."""
+    import torch
+
+    flow = stored(adata, key)
+    name = VELOCITY.format(key=key)
+    if name not in adata.obsm:
+        return None
+    times = _column(adata, str(flow["params"]["time_key"])).astype(np.float64).to_numpy()
+    points, velocity = read_rep(adata, str(flow["params"]["use_rep"])), np.asarray(adata.obsm[name])
+    known = np.flatnonzero(np.isfinite(velocity).all(axis=1) & np.isfinite(times))
+    if not np.isin(times[known], np.asarray(flow["times"])).all() or points.shape[1] != velocity.shape[1]:
+        return False
+    if not known.size or ("module" in flow["params"] and module is None):
+        return None
+    rows = known[np.linspace(0, known.size - 1, min(FEW, known.size)).astype(int)]
+    field, expected = _field_of(flow, module), np.empty((len(rows), points.shape[1]))
+    with torch.no_grad():
+        for t in np.unique(times[rows]):
+            at = times[rows] == t
+            expected[at] = field(float(t), points[rows[at]])
+    return bool(np.linalg.norm(velocity[rows] - expected) <= APART * np.linalg.norm(expected))

@@ -76,6 +76,18 @@ def test_names_for_a_flow_are_checked_before_there_is_one(cells: AnnData) -> Non
     _adata.check_flow_key(cells, "flow")  # a flow may take a flow's place
 
 
+def test_cells_by_other_names_or_in_another_order_are_told_from_other_cells(cells: AnnData) -> None:
+    tl.fit_flow(cells, **QUICK)
+    renamed = cells.copy()
+    renamed.obs_names = [f"other {name}" for name in cells.obs_names]
+    for same in (renamed, cells[::-1].copy()):
+        with pytest.raises(ValueError, match=r"found the same cells by other names or in another order\. Put"):
+            _adata.read_flow(same, "flow")
+    renamed.obsm["X_pca"] = renamed.obsm["X_pca"][::-1]
+    with pytest.raises(ValueError, match="found other times or coordinates"):
+        _adata.read_flow(renamed, "flow")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_cells_far_from_their_origin_are_refused(cells: AnnData, dtype) -> None:
     cells.obsm["far"] = cells.obsm["X_pca"].astype(dtype) + np.array(1e6, dtype)

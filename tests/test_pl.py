@@ -5,6 +5,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -12,7 +13,8 @@ from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_rgba
 from matplotlib.quiver import Quiver
 
-from sctraj import get, pl
+from sctraj import _adata, get, pl, pp, tl
+from sctraj.flow.vector_field import MLP, NeuralField, Scaling
 from sctraj.pl._basis import MOST_CELLS, find_basis, project_velocity, projection, thin
 from sctraj.pl._cells import GREY
 from sctraj.pl._velocity import grid_average
@@ -40,6 +42,15 @@ def nothing_left_behind():
     assert dict(matplotlib.rcParams) == before  # noqa: TID251
 
 
+def constant_field() -> NeuralField:
+    """A field that is `VELOCITY` everywhere."""
+    network = MLP([5, 4], [torch.Generator()])
+    with torch.no_grad():
+        network.weights[0].zero_()
+        network.biases[0].copy_(torch.from_numpy(VELOCITY))
+    return NeuralField(network, [Scaling(torch.zeros(4), 1.0, 0.0, 1.0, 0.0)]).float()
+
+
 @pytest.fixture
 def adata() -> anndata.AnnData:
     """A cloud that drifts along a known constant velocity, with every slot that the plots read."""
@@ -58,12 +69,14 @@ def adata() -> anndata.AnnData:
     share[np.isin(day, DAYS[[0, -1]])] = np.nan
     a.obsm["flow_w1"] = pd.DataFrame(share, index=cells, columns=["ot-cfm", "i-cfm"])
     a.uns["flow"] = {
-        "params": {"use_rep": "X_pca", "time_key": "day", "method": "ot-cfm"},
+        "params": {"use_rep": "X_pca", "time_key": "day", "method": "ot-cfm", "n_obs": n},
         "trajectory_times": TIMES,
-        "weights": {},
+        "weights": constant_field().to_arrays(),
+        "times": DAYS,
         "loss": np.array([1, 2]) + rng.random((200, 2)),
         "validation_loss": np.full((8, 2), 1.5),
     }
+    a.uns["flow"]["fingerprint"] = _adata.read_snapshots(a, "day", "X_pca", least=1).fingerprint
     a.uns["day"] = {"unit": "days"}
     seeds = {"ot-cfm": 3, "i-cfm": 3, "previous": 1, "next": 1, "ot-interpolation": 1, "noise-reference": 4}
     rows = [
@@ -412,6 +425,21 @@ def test_methods_are_their_means_and_bars_reach_over_the_seeds(adata):
     assert ax.get_xlabel() == "held-out day (days)"
 
 
+def test_a_unit_that_nobody_knows_is_left_out(adata):
+    pp.parse_time(adata, "day")
+    assert adata.uns["time"]["unit"] == "unknown"
+    adata.uns["flow"]["params"]["time_key"] = adata.uns["leave_one_out_protocol"]["time_key"] = "time"
+    assert pl.leave_one_out(adata).get_xlabel() == "held-out time"
+    assert [other.get_ylabel() for other in pl.velocity(adata).figure.axes[1:]] == ["time"]
+
+
+def test_every_distance_that_is_written_has_words_on_its_axis(cells):
+    tl.leave_one_out(cells, methods=("uot-cfm",), field="closed-form", n_seeds=1)
+    for metric in cells.uns["leave_one_out"]["metric"].unique():
+        if not metric.endswith("_error"):
+            assert " " in pl.leave_one_out(cells, metric=metric).get_ylabel()
+
+
 def test_baselines_are_dashed_and_the_noise_reference_is_a_band(adata):
     ax = pl.leave_one_out(adata, metric="energy")
     for name in ("previous", "next", "ot-interpolation"):
@@ -451,7 +479,7 @@ def test_one_method_keeps_its_colour_when_drawn_alone(adata):
 
 @pytest.mark.parametrize("basis", [None, "linear"])
 @pytest.mark.parametrize("method", [None, "i-cfm"])
-def test_the_map_shows_the_shares_of_w1_and_greys_the_ends(adata, method, basis):
+def test_the_map_shows_each_cells_distance_and_greys_the_ends(adata, method, basis):
     ax = pl.leave_one_out(adata, kind="map", method=method, basis=basis)
     ends, held_out = artists(ax, PathCollection)
     share = adata.obsm["flow_w1"][method or "ot-cfm"].to_numpy()
@@ -461,6 +489,7 @@ def test_the_map_shows_the_shares_of_w1_and_greys_the_ends(adata, method, basis)
         np.column_stack([held_out.get_offsets(), held_out.get_array()]), np.column_stack([cells, share])[known]
     )
     assert same_points(np.asarray(ends.get_offsets()), cells[~known])
+    assert [bar.get_ylabel() for bar in ax.figure.axes[1:]] == [f"distance to the restored cells, {method or 'ot-cfm'}"]
     assert held_out.get_rasterized()
     assert held_out.get_sizes()[0] == ends.get_sizes()[0]
 
@@ -485,6 +514,62 @@ def test_the_map_needs_no_fit_where_the_protocol_names_the_representation(adata)
     assert pl.leave_one_out(adata, kind="map", basis="linear").has_data()
     adata.uns["leave_one_out_protocol"]["use_rep"] = "X_pca"
     assert pl.leave_one_out(adata, kind="map").get_xlabel() == "PC1"
+
+
+# --- cells that changed after the fit ------------------------------------------------------------------------------
+@pytest.fixture(scope="module", params=["neural", "closed-form"])
+def fitted(request, _simulated) -> anndata.AnnData:
+    made = _simulated.copy()
+    tl.fit_flow(made, field=request.param, n_members=2, n_steps=50)
+    tl.trajectories(made, 4, solver="euler", n_steps=2)
+    return made
+
+
+def flip(a):
+    a.obsm["X_pca"] = a.obsm["X_pca"] * np.where(np.arange(a.obsm["X_pca"].shape[1]) == 0, -1, 1)
+
+
+def double(a):
+    a.obs["time"] = a.obs["time"] * 2
+
+
+def mix(a):
+    a.obs["time"] = np.random.default_rng(0).permutation(a.obs["time"])
+
+
+def narrow(a):
+    a.obsm["X_pca"] = a.obsm["X_pca"][:, :3]
+
+
+PARTS = {
+    "all": slice(None),
+    "some": slice(100, 400),
+    "shuffled": np.random.default_rng(0).permutation(600),
+    "one snapshot": np.arange(600) >= 550,
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("draw", [pl.velocity, pl.trajectories])
+def test_cells_are_drawn_as_they_were_fitted_and_refused_as_they_were_not(fitted, draw, part):
+    there = fitted[PARTS[part]].copy()
+    assert draw(there).has_data()
+    plt.close("all")
+    for change in (flip, double, mix, narrow):
+        if change is mix and there.obs["time"].nunique() == 1:
+            continue
+        stale = there.copy()
+        change(stale)
+        with pytest.raises(ValueError, match=r"other times or coordinates.*tl\.fit_flow again"):
+            draw(stale)
+        assert plt.get_fignums() == []
+
+
+def test_cells_by_other_names_are_drawn_and_cells_without_a_velocity_left_out(fitted):
+    there = fitted.copy()
+    there.obs_names = [f"other {name}" for name in there.obs_names]
+    there.obsm["flow_velocity"][:5] = np.nan
+    assert pl.velocity(there).has_data()
 
 
 # --- errors --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 
 from sctraj import get
+from sctraj._adata import check_cells
 
 from ._basis import find_basis, fit_params, projection
 from ._cells import check_color, color_bar, draw_cells, time_colormap, time_label, times_of
@@ -33,6 +34,10 @@ def trajectories(
 
     The paths are coloured by time along the way. In another basis than the flow's own they are the kernel-weighted
     mean place of the nearest cells; read no more into them than that, for an embedding has no paths of its own.
+
+    Cells with other times or coordinates than at the fit are refused. Of a part of the cells, or of shuffled ones, the
+    stored velocities of some are computed again; with a field that is your own module this cannot be done, and only
+    their times are checked.
 
     Parameters
     ----------
@@ -63,12 +68,14 @@ def trajectories(
     KeyError
         No such fit, trajectories, basis or column of ``adata.obs``.
     ValueError
-        A `color` without a finite value; `dims` that the basis lacks; an `n_cells` that is no whole number from 0 up.
+        Other times or coordinates than at the fit; a `color` without a finite value; `dims` that the basis lacks; an
+        `n_cells` that is no whole number from 0 up.
     """
     if not isinstance(n_cells, Integral) or n_cells < 0:
         raise ValueError(f"n_cells={n_cells!r} should be a whole number of at least 0, of cells to show the paths of.")
     params = fit_params(adata, key)
     check_color(adata, color)
+    check_cells(adata, key)
     time_key = params["time_key"]
     plane = find_basis(adata, basis, dims=dims, use_rep=params["use_rep"])
     chosen = np.sort(np.random.default_rng(rng).choice(adata.n_obs, size=min(n_cells, adata.n_obs), replace=False))

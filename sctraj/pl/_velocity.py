@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.colors import Normalize
 
 from sctraj import get
+from sctraj._adata import check_cells
 
 from ._basis import find_basis, fit_params, project_velocity, projection, thin
 from ._cells import check_color, draw_cells, ink, make_room, times_of
@@ -37,6 +38,10 @@ def velocity(
     """Draw the velocity of the cells, averaged on a grid, over the cells.
 
     The average is over the cells of all times, with Gaussian weights about as wide as the grid's spacing.
+
+    Cells with other times or coordinates than at the fit are refused. Of a part of the cells, or of shuffled ones, the
+    stored velocities of some are computed again; with a field that is your own module this cannot be done, and only
+    their times are checked.
 
     Parameters
     ----------
@@ -71,8 +76,8 @@ def velocity(
     KeyError
         No such fit, basis or column of ``adata.obs``.
     ValueError
-        An unknown `kind`; a `color` without a finite value; `dims` that the basis lacks; a `density` or `min_mass` out
-        of range.
+        Other times or coordinates than at the fit; an unknown `kind`; a `color` without a finite value; `dims` that the
+        basis lacks; a `density` or `min_mass` out of range.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind={kind!r} should be one of {list(get_args(Kind))}.")
@@ -82,6 +87,7 @@ def velocity(
         raise ValueError(f"min_mass={min_mass!r} should be a fraction from 0 to 1; 0.03 is the default.")
     params = fit_params(adata, key)
     check_color(adata, color)
+    check_cells(adata, key)
     plane = find_basis(adata, basis, dims=dims, use_rep=params["use_rep"])
     velocities = get.velocity(adata, key=key).to_numpy()
     representation = get.representation(adata, key=key)
