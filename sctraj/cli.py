@@ -20,10 +20,27 @@ if TYPE_CHECKING:
 EXPECTED = (ValueError, KeyError, TypeError, OSError, RuntimeError)
 PLOTS: dict[str, tuple[str, dict[str, str]]] = {
     "velocity": ("velocity", {}),
+    "stream": ("velocity", {"kind": "stream"}),
     "trajectories": ("trajectories", {}),
     "loss": ("loss", {}),
     "leave-one-out": ("leave_one_out", {"kind": "distances"}),
     "map": ("leave_one_out", {"kind": "map"}),
+}
+# the commands that write what a plot misses, by the function that its error says to call
+WRITERS = {
+    "tl.fit_flow": "sctraj fit IN -o OUT",
+    "tl.trajectories": "sctraj fit IN -o OUT --trajectories",
+    "tl.leave_one_out": "sctraj benchmark IN -o FOLDER, and plot FOLDER/benchmark.h5ad",
+}
+# of parameters that share an entry of a docstring, what is said there of each
+ALONE = {
+    "width": "Units of a hidden layer of the built-in network. This and the next six are of the neural field.",
+    "depth": "Hidden layers of the built-in network.",
+    "n_steps": "Steps of the optimiser.",
+    "batch_size": "Pairs of cells per interval in each step; of more than five intervals as many in all as of five.",
+    "learning_rate": "AdamW's highest rate (one-cycle schedule).",
+    "weight_decay": "AdamW's weight decay.",
+    "ema_decay": "Decay of the weights' moving average.",
 }
 NEEDS_PYTHON = {"module", "copy"}  # arguments that a command line cannot give
 
@@ -92,7 +109,7 @@ def options(*functions: Callable[..., Any], skip: Iterable[str] = (), only: Iter
                 type=click_type(hint),
                 default=parameter.default,
                 show_default=True,
-                help=helps.get(name),
+                help=ALONE.get(name, helps.get(name)),
             )
     return list(made.values())
 
@@ -329,14 +346,17 @@ def _refuse(names: Iterable[str], where: str) -> None:
 
 
 def _plot_options() -> list[click.Option]:
-    drawn = (pl.loss, pl.trajectories, pl.velocity, pl.leave_one_out)
+    drawn = (pl.leave_one_out, pl.loss, pl.trajectories, pl.velocity)  # what they share is described by the last
     return options(*drawn, only=("basis", "color", "metric", "method", "key"))
+
+
+KINDS = "velocity: as arrows; stream: as streamlines; leave-one-out: distances over time; map: each held-out cell's distance."
 
 
 @main.command("plot", cls=Verb, reads=_plot_options)
 @click.argument("source", metavar="IN", type=A_FILE)
 @click.option("-o", "--output", metavar="PNG", type=A_FILE, required=True, help="The picture to write.")
-@click.option("--kind", type=click.Choice(list(PLOTS)), default=next(iter(PLOTS)), show_default=True)
+@click.option("--kind", type=click.Choice(list(PLOTS)), default=next(iter(PLOTS)), show_default=True, help=KINDS)
 @click.pass_context
 def plot_command(ctx: click.Context, /, source: Path, output: Path, kind: str, **arguments: Any) -> None:
     """Draw the cells of IN (h5ad), as written by fit or benchmark."""
@@ -352,7 +372,11 @@ def plot_command(ctx: click.Context, /, source: Path, output: Path, kind: str, *
 
     adata = read(source)
     figure = Figure(figsize=(7, 5), layout="constrained")  # needs no display
-    draw(adata, ax=figure.subplots(), **fixed, **arguments)
+    try:
+        draw(adata, ax=figure.subplots(), **fixed, **arguments)
+    except KeyError as error:
+        writer = next((command for verb, command in WRITERS.items() if f"sctraj.{verb}(" in str(error)), None)
+        raise error if writer is None else KeyError(f"{error.args[0]} Here: {writer}.") from error
     with benchmark.written_whole(output) as path:
         figure.savefig(path, dpi=150)
     click.echo(f"wrote {output}")

@@ -91,6 +91,17 @@ def test_help_is_the_docstrings():
     assert "As in" not in shown
 
 
+@pytest.mark.parametrize("command", ["fit", "benchmark", "plot"])
+def test_every_option_has_a_help_of_its_own(command):
+    helps = [one.help for one in options_of(command).values() if isinstance(one, click.Option)]
+    assert None not in helps
+    assert sorted({*helps}) == sorted(helps)
+
+
+def test_the_basis_is_not_said_to_be_of_one_plot_alone():
+    assert options_of("plot")["basis"].help.startswith("A matrix in adata.obsm")
+
+
 def test_a_method_that_does_not_exist_is_a_usage_error():
     result = sctraj("fit", "cells.h5ad", "-o", "out.h5ad", "--method", "cfm")
     assert result.exit_code == 2
@@ -389,15 +400,30 @@ def drawn(path: Path) -> bool:
 
 def test_plots_are_written(source, benchmarked, here):
     well(sctraj("fit", source, "-o", "out.h5ad", "--trajectories", *QUICK))
-    for kind in ("velocity", "trajectories", "loss"):
+    for kind in ("velocity", "stream", "trajectories", "loss"):
         well(sctraj("plot", "out.h5ad", "-o", f"{kind}.png", "--kind", kind))
     for kind in ("leave-one-out", "map"):
         well(sctraj("plot", benchmarked[1] / "benchmark.h5ad", "-o", f"{kind}.png", "--kind", kind))
     well(sctraj("plot", "out.h5ad", "-o", "fates.png", "--basis", "latent", "--color", "fate"))
     pictures = list(here.glob("*.png"))
-    assert len(pictures) == 6
+    assert len(pictures) == 7
     assert all(drawn(path) for path in pictures)
     assert drawn(benchmarked[1] / "leave_one_out.png")
+
+
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    [
+        ("stream", "sctraj fit IN -o OUT."),
+        ("loss", "sctraj fit IN -o OUT."),
+        ("leave-one-out", "sctraj benchmark IN -o FOLDER, and plot FOLDER/benchmark.h5ad."),
+        ("map", "sctraj benchmark IN -o FOLDER, and plot FOLDER/benchmark.h5ad."),
+    ],
+)
+def test_what_a_plot_misses_is_said_with_the_command_that_writes_it(source, kind, command):
+    result = sctraj("plot", source, "-o", "a.png", "--kind", kind)
+    assert result.exit_code == 1
+    assert result.stderr.strip().endswith(f"Here: {command}")
 
 
 def test_an_option_that_a_plot_does_not_take_is_a_usage_error(source):
