@@ -171,6 +171,13 @@ def _in_memory(values: Any, use_rep: str) -> np.ndarray:
     return out
 
 
+def is_ours(adata: AnnData, name: str) -> bool:
+    """Whether a matrix in ``obsm`` is what a flow or leave-one-out wrote, rather than a representation."""
+    keys = {str(key) for key in adata.uns if _is_flow(adata.uns[key])}
+    keys |= {key.removesuffix(LEAVE_ONE_OUT)[:-1] or FLOW for key in adata.uns if key.endswith(LEAVE_ONE_OUT)}
+    return any(name == slot.format(key=key) for key in keys for slot in (VELOCITY, TRAJECTORIES, WEIGHTS, W1, RESTORED))
+
+
 def read_rep(adata: AnnData, use_rep: str) -> np.ndarray:
     """Return a representation as a dense, finite n_obs x d array; ``"X"`` is the matrix itself.
 
@@ -178,10 +185,12 @@ def read_rep(adata: AnnData, use_rep: str) -> np.ndarray:
     """
     values: Any = adata.X if use_rep == "X" else adata.obsm.get(use_rep)
     if values is None:
-        there = ", ".join(f'"{name}"' for name in adata.obsm) or ("none" if adata.X is None else "none but X")
-        advice = f"there are: {there}. Pass one of them as use_rep."
+        there = ", ".join(f'"{name}"' for name in adata.obsm if not is_ours(adata, name))
+        advice = f"there are: {there}. Pass one of them as use_rep." if there else "there are: none."
         if use_rep == "X":
             raise ValueError(f"Expected a matrix in adata.X, found none; in adata.obsm {advice}")
+        if adata.X is not None:
+            advice += ' Call scanpy.pp.pca(adata), which writes "X_pca", or pass use_rep="X" for the matrix itself.'
         raise KeyError(f'No representation "{use_rep}" in adata.obsm; {advice}')
     values = _in_memory(values, use_rep)
     if not values.dtype.isnative:  # of a file from another machine: torch takes none

@@ -20,6 +20,19 @@ def test_no_matrix_is_said(cells: AnnData) -> None:
         tl.fit_flow(AnnData(obs=cells.obs), use_rep="X_pca", **QUICK)
 
 
+def test_without_components_they_are_offered_and_what_a_flow_wrote_is_not(cells: AnnData) -> None:
+    tl.fit_flow(cells, field="closed-form", key_added="first")
+    tl.trajectories(cells, 2, solver="euler", n_steps=1, key="first")
+    tl.leave_one_out(cells, field="closed-form", n_seeds=1)
+    cells.obsm["X_other"] = cells.obsm.pop("X_pca")
+    others = ", ".join(f'"{name}"' for name in cells.obsm if not name.startswith(("first_", "flow_")))
+    assert len(cells.obsm) > others.count(",") + 4
+    with pytest.raises(KeyError) as caught:
+        tl.fit_flow(cells, **QUICK)
+    assert f"there are: {others}. Pass one of them as use_rep." in caught.value.args[0]
+    assert 'scanpy.pp.pca(adata), which writes "X_pca", or pass use_rep="X"' in caught.value.args[0]
+
+
 def test_the_byte_order_of_another_machine_changes_nothing(cells: AnnData) -> None:
     native = cells.obsm["X_pca"]
     other = native.astype(native.dtype.newbyteorder("S"))

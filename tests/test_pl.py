@@ -612,6 +612,14 @@ def test_an_unknown_option_lists_the_valid_ones(adata, draw, message):
     assert plt.get_fignums() == []
 
 
+@pytest.mark.parametrize("name", EVERY_PLOT)
+def test_axes_that_are_several_are_refused(adata, name):
+    axes = plt.subplots(2, 2)[1]
+    with pytest.raises(TypeError, match=r"one Axes, found ndarray of shape \(2, 2\)"):
+        EVERY_PLOT[name](adata, ax=axes)
+    assert not any(ax.has_data() for ax in axes.flat)
+
+
 def test_an_unknown_colour_lists_the_columns(adata):
     with pytest.raises(KeyError, match=r"color='gene'.*day.*kind.*amount"):
         pl.velocity(adata, color="gene")

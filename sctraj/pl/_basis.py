@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from sklearn.neighbors import NearestNeighbors
 
+from sctraj._adata import is_ours
+
 if TYPE_CHECKING:
     from anndata import AnnData
 
@@ -59,7 +61,8 @@ def find_basis(adata: AnnData, basis: str | None, *, dims: tuple[int, int], use_
     wanted = use_rep if basis is None else basis
     name = next((name for name in (wanted, f"X_{wanted}") if name in present or name == "X" == use_rep), None)
     if name is None:
-        raise KeyError(f"basis={wanted!r} is not in adata.obsm; present are {present}.")
+        offered = [one for one in present if not is_ours(adata, one)]
+        raise KeyError(f"basis={wanted!r} is not in adata.obsm; present are {offered}.")
     matrix = adata.X if name == "X" else adata.obsm[name]
     n = matrix.shape[1]
     if np.size(dims) != 2 or not all(isinstance(one, Integral) and 0 <= one < n for one in dims):

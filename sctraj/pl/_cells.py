@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.cm import ScalarMappable
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, told apart by colour-blind readers too; the yellow comes last, as it is faint on white
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
 GREY = "#d4d4d4"
+
+
+def axes_or_new(ax: Axes | None) -> Axes:
+    """The axes to draw in: those given, or a new figure's."""
+    if ax is None:
+        return plt.subplots(layout="constrained")[1]
+    if not isinstance(ax, matplotlib.axes.Axes):
+        shape = f" of shape {ax.shape}" if isinstance(ax, np.ndarray) else ""
+        raise TypeError(f"ax should be one Axes, found {type(ax).__name__}{shape}. Pass one of them, such as axes[0].")
+    return ax
 
 
 def ink(ax: Axes) -> Any:

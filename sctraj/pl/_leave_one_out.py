@@ -4,7 +4,6 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.colors import Normalize
@@ -13,7 +12,7 @@ from sctraj import get
 from sctraj._adata import FLOW, LEAVE_ONE_OUT, PROTOCOL, W1
 
 from ._basis import find_basis
-from ._cells import GREY, color_bar, draw_points, legend_dot, make_room, palette, time_label
+from ._cells import GREY, axes_or_new, color_bar, draw_points, legend_dot, make_room, palette, time_label
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -95,8 +94,7 @@ def leave_one_out(
     if method is not None:
         _check("method", method, known)
     table = table[table["metric"] == metric]
-    if ax is None:
-        ax = plt.subplots(layout="constrained")[1]
+    ax = axes_or_new(ax)
     _draw_noise(ax, table[table["method"] == NOISE])
     _draw_baselines(ax, table)
     looks = zip(known, cycle(palette(ax)), cycle(MARKERS))  # a method keeps its own when drawn alone
@@ -183,8 +181,7 @@ def _draw_map(adata: AnnData, method: str | None, basis: str | None, key: str, a
     plane = find_basis(adata, basis, dims=(0, 1), use_rep=_use_rep(adata, basis, key))
     share = shares[method].to_numpy(dtype=float)
     held_out = np.isfinite(share)
-    if ax is None:
-        ax = plt.subplots(layout="constrained")[1]
+    ax = axes_or_new(ax)
     if not held_out.all():
         draw_points(ax, plane, GREY, rows=np.flatnonzero(~held_out))
     if held_out.any():

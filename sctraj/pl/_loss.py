@@ -3,13 +3,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
 
 from sctraj import get
 
-from ._cells import PALETTE, ink, make_room, palette
+from ._cells import PALETTE, axes_or_new, ink, make_room, palette
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -43,8 +42,7 @@ def loss(adata: AnnData, *, key: str = "flow", ax: Axes | None = None) -> Axes:
     table = get.loss(adata, key=key)
     members = [name for name in table.columns if not name.startswith(VALIDATION)]
     smooth = table[members].rolling(max(1, len(table) // WINDOW), center=True, min_periods=1).mean()
-    if ax is None:
-        ax = plt.subplots(layout="constrained")[1]
+    ax = axes_or_new(ax)
     for member, color in zip(members, _colors(ax, len(members))):
         ax.plot(table.index, table[member], color=color, lw=0.6, alpha=0.2, rasterized=True)
         ax.plot(table.index, smooth[member], color=color, lw=1.6, label=f"member {member}")

@@ -3,7 +3,6 @@ from __future__ import annotations
 from numbers import Integral
 from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
@@ -12,7 +11,7 @@ from sctraj import get
 from sctraj._adata import check_cells
 
 from ._basis import find_basis, fit_params, projection
-from ._cells import check_color, color_bar, draw_cells, time_colormap, time_label, times_of
+from ._cells import axes_or_new, check_color, color_bar, draw_cells, time_colormap, time_label, times_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -86,8 +85,7 @@ def trajectories(
 
     observed = times_of(adata, time_key)
     norm = Normalize(np.nanmin([*times, np.nanmin(observed)]), np.nanmax([*times, np.nanmax(observed)]))
-    if ax is None:
-        ax = plt.subplots(layout="constrained")[1]
+    ax = axes_or_new(ax)
     draw_cells(ax, adata, plane, color=color, time_key=time_key, norm=norm, alpha=0.3)
     _draw_paths(ax, paths, times, norm)
     if color not in (None, time_key):

@@ -3,7 +3,6 @@ from __future__ import annotations
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import Normalize
 
@@ -11,7 +10,7 @@ from sctraj import get
 from sctraj._adata import check_cells
 
 from ._basis import find_basis, fit_params, project_velocity, projection, thin
-from ._cells import check_color, draw_cells, ink, make_room, times_of
+from ._cells import axes_or_new, check_color, draw_cells, ink, make_room, times_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -101,8 +100,7 @@ def velocity(
 
     observed = times_of(adata, params["time_key"])
     norm = Normalize(np.nanmin(observed), np.nanmax(observed))
-    if ax is None:
-        ax = plt.subplots(layout="constrained")[1]
+    ax = axes_or_new(ax)
     draw_cells(ax, adata, plane, color=color, time_key=params["time_key"], norm=norm, alpha=0.35)
     if kind == "arrows":
         _draw_arrows(ax, x, y, mean)
