@@ -350,7 +350,7 @@ def _plot_options() -> list[click.Option]:
     return options(*drawn, only=("basis", "color", "metric", "method", "key"))
 
 
-KINDS = "velocity: as arrows; stream: as streamlines; leave-one-out: distances over time; map: each held-out cell's distance."
+KINDS = "velocity: arrows; stream: streamlines; leave-one-out: distances over time; map: each held-out cell's distance."
 
 
 @main.command("plot", cls=Verb, reads=_plot_options)

@@ -165,6 +165,15 @@ def test_an_ordinary_subplot_keeps_its_legend_off_its_neighbour_and_the_colour_b
     assert drawn.y1 <= whole.y1
 
 
+@pytest.mark.parametrize("name", EVERY_PLOT)
+def test_a_part_of_a_figure_is_drawn_in_as_well(adata, name):
+    left, right = plt.figure(figsize=(9, 4), layout="constrained").subfigures(1, 2)
+    ax = EVERY_PLOT[name](adata, ax=left.subplots())
+    ax.figure.figure.canvas.draw()
+    assert ax.has_data()
+    assert not right.axes
+
+
 def test_axes_placed_by_hand_stay(adata):
     ax = plt.figure().add_axes((0.1, 0.1, 0.5, 0.8))
     pl.loss(adata, ax=ax)
@@ -346,6 +355,70 @@ def test_a_colour_bar_spans_the_finite_values_and_the_others_are_grey(adata):
     assert same_points(points.get_offsets()[grey], adata.obsm["X_pca"][:3, :2])
 
 
+LONG = [f"progenitor of the lineage called {letter}" for letter in "abcdefghijkl"]
+
+
+@pytest.mark.parametrize("layout", [None, "constrained"])
+@pytest.mark.parametrize(
+    ("size", "rows", "names", "least"),
+    [
+        ((9, 7), 2, LONG, 0.42),
+        ((7, 5), 1, LONG, 0.45),
+        ((3.3, 2.5), 1, LONG, 0.37),
+        ((3.3, 2.5), 1, ["a", "b"], 0.5),
+        ((6.4, 4.8), 1, [f"cluster {i}" for i in range(60)], 0.35),
+    ],
+)
+def test_a_legend_and_a_bar_leave_the_axes_room_and_keep_off_each_other(adata, layout, size, rows, names, least):
+    kinds = np.resize(names, adata.n_obs).astype(object)
+    kinds[-1] = None
+    adata.obs["kind"] = pd.Categorical(kinds, categories=names)
+    figure, axes = plt.subplots(rows, rows, figsize=size, layout=layout, squeeze=False)
+    if layout is None:
+        figure.subplots_adjust(left=0.2, right=0.98, bottom=0.2, wspace=0.3, hspace=0.5)
+    cell = axes[0, 0].get_window_extent().frozen()
+    ax = pl.trajectories(adata, color="kind", ax=axes[0, 0])
+    figure.canvas.draw()
+    legend, (bar,) = ax.get_legend(), [other for other in figure.axes if other not in axes]
+    boxes = [ax.get_window_extent(), legend.get_window_extent(), bar.get_tightbbox()]
+    assert boxes[0].width > least * figure.bbox.width / rows
+    assert not any(one.overlaps(other) for one, other in ((boxes[0], boxes[1]), (boxes[1], boxes[2])))
+    assert not boxes[2].overlaps(ax.xaxis.get_tightbbox())
+    assert boxes[1].x1 <= (figure.bbox.x1 if layout else cell.x1) + 2
+    assert boxes[1].y0 >= boxes[2].y0 - 2
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert len({*shown}) == len(names) + 1
+    assert shown[-1] == "missing"
+    assert to_rgba(legend.legend_handles[-1].get_color()) == to_rgba(GREY)
+    assert bar.get_xlabel() == "day (days)"
+
+
+@pytest.mark.parametrize("n", [12, 24, 60])
+def test_many_categories_have_the_colours_that_scanpy_gives_them(adata, n):
+    import scanpy as sc
+
+    adata.obs["kind"] = pd.Categorical(np.resize([f"{i:03}" for i in range(n)], adata.n_obs))
+    ours = [handle.get_color() for handle in pl.velocity(adata, color="kind").get_legend().legend_handles]
+    sc.pl.embedding(adata, "X_pca", color="kind", show=False)
+    assert [to_rgba(one) for one in ours] == [to_rgba(one) for one in adata.uns["kind_colors"]]
+
+
+def test_growth_is_centred_at_none_and_a_few_extreme_cells_take_no_colours(adata):
+    growth = np.random.default_rng(0).normal(0.1, 1, adata.n_obs)
+    growth[:3] = 50, -80, 70
+    adata.obs["flow_growth"], adata.obs["flow_velocity_sd"] = growth, np.abs(growth)
+    (points,) = artists(pl.velocity(adata, color="flow_growth"), PathCollection)
+    assert points.norm.vmin == -points.norm.vmax
+    assert 2 < points.norm.vmax < 3
+    middle = np.array(points.cmap(0.5)[:3])
+    assert np.ptp(middle) < 0.02  # grey, between two hues
+    (points,) = artists(pl.trajectories(adata, color="flow_velocity_sd"), PathCollection)
+    assert (points.norm.vmin, points.norm.vmax < 3) == (np.abs(growth).min(), True)
+    adata.obs["mine"] = growth  # a column of the user's keeps its whole range
+    (points,) = artists(pl.trajectories(adata, color="mine"), PathCollection)
+    assert (points.norm.vmin, points.norm.vmax) == (-80, 70)
+
+
 # --- velocity ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("basis", "truth"), [(None, VELOCITY[:2]), ("linear", VELOCITY @ LINEAR)])
 def test_arrows_point_along_the_known_velocity(adata, basis, truth):
@@ -389,6 +462,16 @@ def test_streamlines_run_along_the_known_velocity_and_keep_every_cell_in_view(ad
     cells = adata.obsm["X_pca"]
     assert ax.get_xlim()[0] < cells[:, 0].min()
     assert ax.get_ylim()[1] > cells[:, 1].max()
+
+
+def test_streamlines_are_as_much_thinner_and_their_heads_smaller_as_a_panel_is(adata):
+    widths, heads = [], []
+    for size in ((6.4, 4.8), (2.6, 2)):
+        ax = pl.velocity(adata, kind="stream", ax=plt.subplots(figsize=size)[1])
+        widths.append(np.max(artists(ax, LineCollection)[0].get_linewidths()))
+        heads.append(max(patch.get_mutation_scale() for patch in ax.patches))
+    assert widths[1] / widths[0] == pytest.approx(0.6, abs=0.05)
+    assert heads[1] / heads[0] == pytest.approx(0.6, abs=0.05)
 
 
 @pytest.mark.parametrize("kind", ["arrows", "stream"])

@@ -11,7 +11,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
+from matplotlib.textpath import TextPath
+
+from sctraj._adata import GROWTH, VELOCITY_SD
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -24,6 +28,13 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, told apart by colour-blind readers too; the yellow comes last, as it is faint on white
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
 GREY = "#d4d4d4"
+OPAQUE = 0.75  # of cells coloured by a column, whose colours are then what is looked at
+ROBUST = 98  # percentile at which the colours of what a flow wrote end
+SMALLEST = 0.6  # of text in small panels, relative to its usual size
+WIDEST = 0.4  # of a panel's width that the names of categories may take
+LINE = 1.5  # height of a line of their legend, relative to the text's
+FEWEST = 6  # letters of a name that are always shown
+BAR = 7.0  # points that a colour bar below the axes is high
 
 
 def axes_or_new(ax: Axes | None) -> Axes:
@@ -112,7 +123,7 @@ def draw_points(
 
 
 def draw_cells(
-    ax: Axes, adata: AnnData, basis: Basis, *, color: str | None, time_key: str, norm: Normalize, alpha: float
+    ax: Axes, adata: AnnData, basis: Basis, *, color: str | None, time_key: str, norm: Normalize, alpha: float, key: str
 ) -> None:
     """Scatter the cells coloured by time (`color` None) or by a column of obs, with a colour bar or a legend."""
     if color is None or color == time_key:
@@ -122,16 +133,30 @@ def draw_cells(
     column = adata.obs[color]
     if _is_numeric(column):
         values = _numbers(column)
-        scale = Normalize(np.nanmin(values), np.nanmax(values))
-        cmap = matplotlib.colormaps["cividis"].with_extremes(bad=GREY)
-        draw_points(ax, basis, values, norm=scale, cmap=cmap, alpha=alpha, plotnonfinite=True)
-        color_bar(ax, scale, cmap, color)
+        scale, name, extend = _scale(values, color, key)
+        cmap = matplotlib.colormaps[name].with_extremes(bad=GREY)
+        draw_points(ax, basis, values, norm=scale, cmap=cmap, alpha=OPAQUE, plotnonfinite=True)
+        color_bar(ax, scale, cmap, color, extend=extend)
         return
     category = pd.Categorical(column)
-    colors = _category_colors(ax, adata, color, category)
-    rgba = matplotlib.colors.to_rgba_array([*colors, GREY])
-    draw_points(ax, basis, rgba[category.codes], alpha=alpha)  # code -1, missing, is the grey at the end
-    category_legend(ax, color, [str(name) for name in category.categories], colors)
+    colors = [*_category_colors(ax, adata, color, category), GREY]
+    draw_points(ax, basis, matplotlib.colors.to_rgba_array(colors)[category.codes], alpha=OPAQUE)  # code -1 is missing
+    names = [*(str(name) for name in category.categories), *["missing"] * bool((category.codes < 0).any())]
+    category_legend(ax, color, names, colors)
+
+
+def _scale(values: np.ndarray, color: str, key: str) -> tuple[Normalize, str, str]:
+    """The range of a column's colours, their map, and where the range is left by some cells.
+
+    What a flow wrote has its few most extreme cells, often at the edges, left out of the range; growth is centred at
+    none. A column of the user's is shown over its whole range.
+    """
+    if color == GROWTH.format(key=key):
+        limit = np.nanpercentile(np.abs(values), ROBUST) or 1.0
+        return Normalize(-limit, limit), "coolwarm", "both"
+    if color == VELOCITY_SD.format(key=key):
+        return Normalize(np.nanmin(values), np.nanpercentile(values, ROBUST)), "cividis", "max"
+    return Normalize(np.nanmin(values), np.nanmax(values)), "cividis", "neither"
 
 
 def _category_colors(ax: Axes, adata: AnnData, color: str, category: pd.Categorical) -> list[str]:
@@ -141,38 +166,108 @@ def _category_colors(ax: Axes, adata: AnnData, color: str, category: pd.Categori
         return [str(one) for one in chosen[:n]]
     if n <= len(PALETTE):
         return palette(ax)[:n]
-    return [matplotlib.colors.to_hex(one) for one in matplotlib.colormaps["turbo"](np.linspace(0.03, 0.97, n))]
+    from scanpy.plotting import palettes  # takes a second or two to load
+
+    many = (palettes.default_20, palettes.default_28, palettes.default_102)
+    colors = next((one for one in many if n <= len(one)), many[-1])
+    return [colors[i % len(colors)] for i in range(n)]
 
 
-def legend_dot(name: str, color: str) -> Line2D:
+def legend_dot(name: str, color: str, size: float = 6) -> Line2D:
     """A dot for a legend, of one size however small the cells are drawn."""
-    return Line2D([], [], ls="", marker="o", ms=6, color=color, label=name)
+    return Line2D([], [], ls="", marker="o", ms=size, color=color, label=name)
 
 
-def category_legend(ax: Axes, title: str, names: list[str], colors: list[str]) -> None:
-    """A legend of coloured dots to the right of the axes, where it covers no cell."""
-    dots = [legend_dot(name, color) for name, color in zip(names, colors)]
+def panel(ax: Axes) -> tuple[float, float]:
+    """Width and height, in inches, that the figure has for the axes."""
+    figure: Any = ax.figure  # or a part of one
+    place = ax.get_subplotspec()
+    box = ax.get_position() if place is None else place.get_position(figure)
+    return box.width * figure.bbox.width / figure.dpi, box.height * figure.bbox.height / figure.dpi
+
+
+def shrinkage(ax: Axes) -> float:
+    """What sizes in points are multiplied by in a panel smaller than that of an ordinary figure, such as a paper's."""
+    width, height = panel(ax)
+    return float(np.clip(min(width / 4.6, height / 3.5), SMALLEST, 1.0))
+
+
+def legend_size(ax: Axes | None) -> float:
+    """Points of a legend's text, smaller in small panels; of None the usual ones."""
+    usual = matplotlib.rcParams["legend.fontsize"]  # noqa: TID251 - read alone
+    return (1.0 if ax is None else shrinkage(ax)) * FontProperties(size=usual).get_size_in_points()
+
+
+def legend_beside(ax: Axes, *handles: Any, size: float | None = None, **style: Any) -> None:
+    """A legend to the right of the axes, where it covers no cell."""
     ax.legend(
-        handles=dots,
-        title=title,
+        handles=list(handles),
         loc="upper left",
         bbox_to_anchor=(1.01, 1.0),
         borderaxespad=0.0,
         frameon=False,
         alignment="left",
-        handletextpad=0.2,
-        ncols=-(-len(dots) // 16),
+        prop={"size": size or legend_size(ax)},
+        title_fontproperties={"size": size or legend_size(ax)},
+        **style,
     )
 
 
+def category_legend(ax: Axes, title: str, names: list[str], colors: list[str]) -> None:
+    """A legend of dots, in columns no longer than the axes, names cut in the middle where it would be too wide."""
+    width, height = (72 * inches for inches in panel(ax))
+    tried = []
+    for size in legend_size(ax) * np.array([1.0, 0.9, 0.8, 0.65, 0.5]):
+        rows = max(1, int(0.8 * height / (LINE * size)) - 1)  # a colour bar below the axes takes the rest
+        columns = -(-len(names) // rows)
+        room = WIDEST * width / columns - 2.5 * size  # for a name, beside its dot
+        tried.append((size, columns, room, max(_width(name, size) for name in names) <= room))
+    whole = (one for one in tried[:3] if one[3])
+    cut = (one for one in tried if one[2] > 5 * one[0])
+    size, columns, room, _ = next(whole, next(cut, tried[-1]))
+    dots = [legend_dot(_shortened(name, room, size), color, 0.6 * size) for name, color in zip(names, colors)]
+    style: dict[str, Any] = {"handletextpad": 0.1, "handlelength": 1.2, "columnspacing": 0.6, "labelspacing": 0.3}
+    legend_beside(ax, *dots, size=size, title=_shortened(title, WIDEST * width, size), ncols=columns, **style)
+
+
+def _shortened(text: str, room: float, size: float) -> str:
+    """The text, its middle left out so that it takes no more than `room` points: names often differ at their ends."""
+    short, kept = text, len(text)
+    while kept > FEWEST and _width(short, size) > room:
+        kept -= 1
+        short = f"{text[: kept - kept // 2].rstrip()}…{text[len(text) - kept // 2 :].lstrip()}"
+    return short
+
+
+def _width(text: str, size: float) -> float:
+    """Points that a text is wide."""
+    return float(TextPath((0, 0), text, size=size).get_extents().width) if text.strip() else 0.0
+
+
 def color_bar(ax: Axes, norm: Normalize, cmap: Colormap, label: str, **bar: Any) -> Colorbar:
-    """An opaque colour bar beside the axes, past their legend."""
-    engine = ax.figure.get_layout_engine()
-    if engine is None or engine.colorbar_gridspec:  # else, in a constrained layout, the bar keeps clear by itself
-        bar["pad"] = min(0.05 + _overhang(ax)[0], 0.5)
-    drawn = ax.figure.colorbar(ScalarMappable(norm, cmap), ax=ax, label=label, shrink=0.7, aspect=22, **bar)
+    """An opaque colour bar beside the axes; below them where there is a legend, which has its room by then."""
+    below, loose = _overhang(ax)[0] > 0, not _arranges(ax)
+    width, height = (72 * pixels / ax.figure.dpi for pixels in ax.bbox.size)
+    bar |= {"location": "bottom" if below else "right", "shrink": 0.8 if below else 0.7, "aspect": 22}
+    if loose and below:  # else, in a constrained layout, the bar keeps clear by itself
+        labels = ax.xaxis.get_tightbbox()
+        reach = 0.0 if labels is None else (ax.bbox.y0 - labels.y0) / ax.bbox.height
+        bar |= {"pad": min(reach + 6 / height, 0.5), "fraction": min(BAR / height, 0.1), "aspect": 0.8 * width / BAR}
+    elif loose:
+        bar["pad"] = 0.05
+    legend = ax.get_legend()  # in the room that it leaves, the panel is no longer as large as the sizes go by
+    small = float(legend.get_texts()[0].get_fontsize()) / legend_size(None) if below and legend else shrinkage(ax)
+    drawn = ax.figure.colorbar(ScalarMappable(norm, cmap), ax=ax, **bar)
+    drawn.set_label(label, size=small * float(ax.xaxis.label.get_fontsize()))
+    drawn.ax.tick_params(labelsize=small * float(drawn.long_axis.get_major_ticks(1)[0].label1.get_fontsize()))
     drawn.outline.set_visible(False)
     return drawn
+
+
+def _arranges(ax: Axes) -> bool:
+    """Whether a layout engine keeps colour bars clear of all else."""
+    engine = ax.figure.get_layout_engine()
+    return engine is not None and not engine.colorbar_gridspec
 
 
 def make_room(ax: Axes) -> None:
@@ -203,3 +298,5 @@ def label_plane(ax: Axes, basis: Basis) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     if basis.is_embedding:
         ax.set(xticks=[], yticks=[])
+    else:  # ticks that do not hang on the axes' size, which a constrained layout changes after it has measured them
+        ax.locator_params(nbins=5, steps=(1, 2, 5, 10))

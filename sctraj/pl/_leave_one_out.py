@@ -12,7 +12,7 @@ from sctraj import get
 from sctraj._adata import FLOW, LEAVE_ONE_OUT, PROTOCOL, W1
 
 from ._basis import find_basis
-from ._cells import GREY, axes_or_new, color_bar, draw_points, legend_dot, make_room, palette, time_label
+from ._cells import GREY, axes_or_new, color_bar, draw_points, legend_beside, legend_dot, make_room, palette, time_label
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -157,17 +157,8 @@ def _finish(ax: Axes, times: np.ndarray, xlabel: str, metric: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     handles, labels = ax.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: (labels[i] in BASELINES, "noise" in labels[i]))
-    ax.legend(
-        [handles[i] for i in order],
-        [labels[i] for i in order],
-        title="mean, range over seeds",
-        loc="upper left",
-        bbox_to_anchor=(1.01, 1.0),
-        borderaxespad=0.0,
-        frameon=False,
-        alignment="left",
-        handlelength=3.0,  # long enough to tell the dashes
-    )
+    # long enough to tell the dashes
+    legend_beside(ax, *(handles[i] for i in order), title="mean, range over seeds", handlelength=3.0)
     make_room(ax)
 
 

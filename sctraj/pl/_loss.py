@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 
 from sctraj import get
 
-from ._cells import PALETTE, axes_or_new, ink, make_room, palette
+from ._cells import PALETTE, axes_or_new, ink, legend_beside, make_room, palette
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -73,4 +73,4 @@ def _legend(ax: Axes, members: list[str], *, validated: bool) -> None:
     handles.append(Line2D([], [], color=colors[0], lw=0.6, alpha=0.4, label="every step"))
     if validated:
         handles.append(Line2D([], [], color=ink(ax), lw=1.6, ls="--", label="validation"))
-    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, frameon=False)
+    legend_beside(ax, *handles)

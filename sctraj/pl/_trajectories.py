@@ -11,7 +11,7 @@ from sctraj import get
 from sctraj._adata import check_cells
 
 from ._basis import find_basis, fit_params, projection
-from ._cells import axes_or_new, check_color, color_bar, draw_cells, time_colormap, time_label, times_of
+from ._cells import axes_or_new, check_color, color_bar, draw_cells, make_room, time_colormap, time_label, times_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -86,7 +86,8 @@ def trajectories(
     observed = times_of(adata, time_key)
     norm = Normalize(np.nanmin([*times, np.nanmin(observed)]), np.nanmax([*times, np.nanmax(observed)]))
     ax = axes_or_new(ax)
-    draw_cells(ax, adata, plane, color=color, time_key=time_key, norm=norm, alpha=0.3)
+    draw_cells(ax, adata, plane, color=color, time_key=time_key, norm=norm, alpha=0.3, key=key)
+    make_room(ax)
     _draw_paths(ax, paths, times, norm)
     if color not in (None, time_key):
         color_bar(ax, norm, time_colormap(), time_label(adata, time_key))

@@ -10,7 +10,7 @@ from sctraj import get
 from sctraj._adata import check_cells
 
 from ._basis import find_basis, fit_params, project_velocity, projection, thin
-from ._cells import axes_or_new, check_color, draw_cells, ink, make_room, times_of
+from ._cells import axes_or_new, check_color, draw_cells, ink, make_room, shrinkage, times_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -101,12 +101,13 @@ def velocity(
     observed = times_of(adata, params["time_key"])
     norm = Normalize(np.nanmin(observed), np.nanmax(observed))
     ax = axes_or_new(ax)
-    draw_cells(ax, adata, plane, color=color, time_key=params["time_key"], norm=norm, alpha=0.35)
+    small = shrinkage(ax)  # before a colour bar or a legend takes some of the panel
+    draw_cells(ax, adata, plane, color=color, time_key=params["time_key"], norm=norm, alpha=0.35, key=key)
+    make_room(ax)
     if kind == "arrows":
         _draw_arrows(ax, x, y, mean)
     else:
-        _draw_stream(ax, x, y, mean, density)
-    make_room(ax)
+        _draw_stream(ax, x, y, mean, density, small)
     return ax
 
 
@@ -162,10 +163,10 @@ def _draw_arrows(ax: Axes, x: np.ndarray, y: np.ndarray, mean: np.ndarray) -> No
     ax.autoscale_view()
 
 
-def _draw_stream(ax: Axes, x: np.ndarray, y: np.ndarray, mean: np.ndarray, density: float) -> None:
+def _draw_stream(ax: Axes, x: np.ndarray, y: np.ndarray, mean: np.ndarray, density: float, small: float) -> None:
     u, v = np.moveaxis(np.ma.masked_invalid(mean), -1, 0)
     speed = np.ma.hypot(u / _spacing(x), v / _spacing(y))
-    width = 0.4 + 1.4 * (speed / (speed.max() or 1.0)).filled(0.0)
+    width = small * (0.4 + 1.4 * (speed / (speed.max() or 1.0)).filled(0.0))
     view = ax.get_xlim(), ax.get_ylim()
-    ax.streamplot(x, y, u, v, density=1.4 * density, linewidth=width, color=ink(ax), arrowsize=1.0, zorder=3)
+    ax.streamplot(x, y, u, v, density=1.4 * density * small, linewidth=width, color=ink(ax), arrowsize=small, zorder=3)
     ax.set(xlim=view[0], ylim=view[1])  # streamplot cuts the view down to its grid
