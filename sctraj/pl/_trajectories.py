@@ -45,7 +45,9 @@ def trajectories(
     basis
         A matrix in ``adata.obsm``, such as "umap"; the representation of the fit if None.
     color
-        A column of ``adata.obs`` that colours the cells; the time of the fit if None.
+        A column of ``adata.obs`` that colours the cells; the time of the fit if None. Colours of the fit's growth are
+        centred at 0, and end, as those of its velocities' spread, at the 98th percentile. Categories have the colours
+        of ``adata.uns[color + "_colors"]``, where they are there.
     n_cells
         How many cells, drawn at random, to show the paths of.
     dims

@@ -52,7 +52,9 @@ def velocity(
         "arrows", their lengths in proportion to the velocity (the few fastest are cut to half as long again as the 95th
         percentile), or "stream", streamlines that are thicker where faster.
     color
-        A column of ``adata.obs`` that colours the cells; the time of the fit if None.
+        A column of ``adata.obs`` that colours the cells; the time of the fit if None. Colours of the fit's growth are
+        centred at 0, and end, as those of its velocities' spread, at the 98th percentile. Categories have the colours
+        of ``adata.uns[color + "_colors"]``, where they are there.
     dims
         Which two columns of the basis.
     key
