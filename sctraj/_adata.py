@@ -32,6 +32,7 @@ GROWTH = "{key}_growth"  # obs: float32, log mass change per unit time relative 
 VELOCITY_SD = "{key}_velocity_sd"  # obs: float32, spread of the members' velocities; with more than one member
 TRAJECTORIES = "{key}_trajectories"  # obsm: n_obs x n_times x d float32; the times in uns[key]["trajectory_times"]
 STORE = "trajectory_store"  # uns[key]: folder of the zarr group that holds trajectories and weights instead of obsm
+STORE_ID = "trajectory_store_id"  # uns[key]: the group's own, which tells whether another flow's took its place
 W1 = "{key}_w1"  # obsm: DataFrame n_obs x methods; NaN at the first and last snapshot
 RESTORED = "{key}_restored"  # obsm: n_obs x d float32; NaN at the first and last snapshot
 WEIGHTS = "{key}_trajectory_weights"  # obsm: n_obs x n_times float32, mass relative to the cell's own; where it grows
@@ -346,14 +347,24 @@ def read_snapshots(adata: AnnData, time_key: str, use_rep: str, *, least: int, g
 
 
 def _fingerprint(adata: AnnData, times: np.ndarray, values: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    names = adata.obs_names
-    for rows in _slabs((len(names), 256)):  # a name is longer than a number
-        digest.update(("\n" if rows.start else "").encode() + "\n".join(map(str, names[rows])).encode())
+    digest = _of_names(adata)
     digest.update(times.tobytes())
     for rows in _slabs(values.shape):
         digest.update(np.ascontiguousarray(values[rows]).data)  # a copy only of slabs out of order
     return digest.hexdigest()[:32]
+
+
+def _of_names(adata: AnnData) -> hashlib._Hash:
+    digest = hashlib.sha256()
+    names = adata.obs_names
+    for rows in _slabs((len(names), 256)):  # a name is longer than a number
+        digest.update(("\n" if rows.start else "").encode() + "\n".join(map(str, names[rows])).encode())
+    return digest
+
+
+def names_digest(adata: AnnData) -> str:
+    """Return what tells whether these are the same cells in the same order, by their names."""
+    return _of_names(adata).hexdigest()[:32]
 
 
 def _some(values: Any, n: int = 5) -> str:
@@ -430,7 +441,7 @@ def read_trajectories(adata: AnnData, key: str, rows: Any = slice(None)) -> np.n
     KeyError
         If there are none.
     ValueError
-        If the store is not there, or holds other cells.
+        If the store is not there, or holds another flow's trajectories or other cells.
     """
     name, flow = TRAJECTORIES.format(key=key), adata.uns.get(key)
     if name in adata.obsm:
@@ -441,16 +452,28 @@ def read_trajectories(adata: AnnData, key: str, rows: Any = slice(None)) -> np.n
     import zarr
 
     try:
-        points: Any = zarr.open_group(str(where), mode="r")["points"]
+        group = zarr.open_group(str(where), mode="r")
+        points: Any = group["points"]
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(
             f'Expected trajectories in {where}, which uns["{key}"]["{STORE}"] names, found none. Move the folder back, '
             f"or call sctraj.tl.trajectories(adata) again."
         ) from error
+    if group.attrs.get("id") != flow.get(STORE_ID):
+        raise ValueError(
+            f'Expected the trajectories of uns["{key}"] in {where}, found others, computed later or by another flow. '
+            f"Call sctraj.tl.trajectories again, with a store that no other flow writes to."
+        )
     if points.shape[0] != adata.n_obs:
         raise ValueError(
             f"Expected the trajectories of {adata.n_obs} cells in {where}, found {points.shape[0]}: those of the "
             f"AnnData that this one is a part of. Take the rows from that one."
+        )
+    names = names_digest(adata)
+    if group.attrs.get("cells", names) != names:  # older stores have none
+        raise ValueError(
+            f"Expected the trajectories of these {adata.n_obs} cells in {where}, found others, or the same ones in "
+            f"another order. Take the rows from the AnnData they were computed for."
         )
     return np.asarray(points[rows] if isinstance(rows, slice) else points.oindex[np.asarray(rows)])
 

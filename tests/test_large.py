@@ -293,3 +293,59 @@ def test_a_store_that_is_gone(fitted: AnnData, tmp_path) -> None:
     (tmp_path / "paths").rename(tmp_path / "moved")
     with pytest.raises(ValueError, match="Move the folder back"):
         _adata.read_trajectories(fitted, "flow")
+
+
+def test_a_store_that_another_flow_took_is_refused(fitted: AnnData, tmp_path) -> None:
+    pytest.importorskip("zarr")
+    sctraj.tl.fit_flow(fitted, rng=1, key_added="other", **QUICK)
+    store = str(tmp_path / "paths")
+    sctraj.tl.trajectories(fitted, times=3, n_steps=2, store=store)
+    earlier = fitted.copy()
+    sctraj.tl.trajectories(fitted, times=3, n_steps=2, store=store, key="other")
+    assert np.isfinite(_adata.read_trajectories(fitted, "other")).all()
+    with pytest.raises(ValueError, match=r'trajectories of uns\["flow"\].*found others'):
+        sctraj.get.trajectories(fitted)
+    # of the same name and cells, too
+    sctraj.tl.trajectories(fitted, times=3, n_steps=2, store=store)
+    assert np.isfinite(_adata.read_trajectories(fitted, "flow")).all()
+    with pytest.raises(ValueError, match="found others, computed later"):
+        _adata.read_trajectories(earlier, "flow")
+
+
+def test_a_store_of_the_same_cells_in_another_order_is_refused(fitted: AnnData, tmp_path) -> None:
+    pytest.importorskip("zarr")
+    sctraj.tl.trajectories(fitted, times=3, n_steps=2, store=str(tmp_path / "paths"))
+    with pytest.raises(ValueError, match="another order"):
+        _adata.read_trajectories(fitted[::-1], "flow")
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_trajectories_that_fail_leave_the_earlier_ones(fitted: AnnData, linked, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("zarr")
+    store = tmp_path / "paths"
+    if linked:
+        (tmp_path / "elsewhere").mkdir()
+        store.symlink_to(tmp_path / "elsewhere" / "paths")
+    sctraj.tl.trajectories(fitted, times=3, n_steps=2, store=str(store))
+    there, record = _adata.read_trajectories(fitted, "flow"), dict(fitted.uns["flow"])
+    monkeypatch.setattr(verb, "SLAB", 4 * 3 * 6 * 4)
+    follow, asked = verb._path, []
+
+    def failing(*arguments: object) -> object:
+        asked.append(arguments)
+        if len(asked) > 5:
+            raise RuntimeError("out of memory")
+        return follow(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "_path", failing)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            sctraj.tl.trajectories(fitted, times=4, n_steps=2, store=str(store))
+    assert np.array_equal(_adata.read_trajectories(fitted, "flow"), there)
+    assert fitted.uns["flow"]["trajectory_store_id"] == record["trajectory_store_id"]
+    sctraj.tl.trajectories(fitted, times=4, n_steps=2, store=str(store))
+    assert _adata.read_trajectories(fitted, "flow").shape[1] > there.shape[1]
+    assert store.is_symlink() == linked
+    # nothing half-done or old is left beside it
+    left = [p.name for p in (*tmp_path.iterdir(), *(tmp_path / "elsewhere").glob("*"))]
+    assert sorted(left) == (["elsewhere", "paths", "paths"] if linked else ["paths"])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -75,8 +77,9 @@ def trajectories(
     store
         Folder for the trajectories where they are too large for memory: a zarr group, written some cells at a time,
         with ``points``, ``times`` and, where the flow grows, ``weights``; ``obsm`` then stays without them. Earlier
-        trajectories in it are replaced. The stochastic flow's noise is drawn for some cells at a time, so that the
-        sample is another one than without a store.
+        trajectories in it, of whatever flow, are replaced once the new ones are complete: until then there is room on
+        the disk for both, and an error leaves the earlier ones. The stochastic flow's noise is drawn for some cells at
+        a time, so that the sample is another one than without a store.
     key
         Name of the flow.
     copy
@@ -91,8 +94,9 @@ def trajectories(
     ``obsm[key + "_trajectory_weights"]`` : float32, n_obs x n_times
         What has become of the cell's mass, relative to the mean over the cells of its snapshot; where the flow grows.
     ``uns[key]["trajectory_times"]`` : float64, n_times
-    ``uns[key]["trajectory_store"]`` : str
-        The store's full path, if there is one; neither of the two in ``obsm`` is then set.
+    ``uns[key]["trajectory_store"]``, ``uns[key]["trajectory_store_id"]`` : str
+        The store's full path, if there is one, and what tells its content from any other; neither of the two in
+        ``obsm`` is then set.
 
     Raises
     ------
@@ -128,7 +132,8 @@ def trajectories(
             f"expected coordinates of at most {LARGEST_HALF} for dtype='float16', which ends at 65504, found "
             f"{largest:.3g}; pass 'float32'"
         )
-    group = None if store is None else _open(Path(store))
+    if store is not None:
+        _check_replaceable(Path(store))
     stream = torch.Generator().manual_seed(seed)
 
     def move(x: torch.Tensor, t0: float, t1: float) -> Moved:
@@ -138,28 +143,41 @@ def trajectories(
             return Moved(there, torch.zeros_like(there[..., 0]))
         return transport(field, x, t0, t1, Integration(solver, steps, tolerance))
 
-    points: Any = np.empty(shape, dtype) if group is None else _array(group, "points", shape, dtype)
-    log_mass = _follow(flow.cells, field, grid, move, points)
-
-    adata = _adata.own(adata, copy=copy)
-    slots = {_adata.TRAJECTORIES.format(key=key): points}
-    if flow.vector_field.grows and not stochastic:
+    def fill(points: Any) -> np.ndarray | None:
+        """Write all paths into an array or a store; return the cells' weights, where the flow grows."""
+        log_mass = _follow(flow.cells, field, grid, move, points)
+        if not flow.vector_field.grows or stochastic:
+            return None
         # relative to the mean of the snapshot's cells: growth is known up to the population's total alone
         for rows in flow.cells.index:
             log_mass[rows] = torch.from_numpy(log_mass[rows]).softmax(0).numpy() * len(rows)
-        slots[_adata.WEIGHTS.format(key=key)] = log_mass
-    for slot in (_adata.TRAJECTORIES, _adata.WEIGHTS):
-        adata.obsm.pop(slot.format(key=key), None)
-    adata.uns[key].pop(_adata.STORE, None)
-    if group is None:
-        for slot, values in slots.items():
-            adata.obsm[slot] = values
+        return log_mass
+
+    slots: dict[str, np.ndarray] = {}
+    record: dict[str, str] = {}
+    if store is None:
+        points = np.empty(shape, dtype)
+        found = {_adata.TRAJECTORIES: points, _adata.WEIGHTS: fill(points)}
+        slots = {slot.format(key=key): values for slot, values in found.items() if values is not None}
         written = ", ".join(f'obsm["{slot}"]' for slot in slots)
     else:
-        if len(slots) > 1:
-            _array(group, "weights", shape[:2], "float32")[:] = log_mass
-        _array(group, "times", (len(grid),), "float64")[:] = grid
-        adata.uns[key][_adata.STORE] = written = os.path.abspath(str(store))
+        record = {_adata.STORE: os.path.abspath(store), _adata.STORE_ID: uuid4().hex}
+        written = record[_adata.STORE]
+        with _replaced(Path(store)) as group:
+            weights = fill(_array(group, "points", shape, dtype))
+            if weights is not None:
+                _array(group, "weights", shape[:2], "float32")[:] = weights
+            _array(group, "times", (len(grid),), "float64")[:] = grid
+            group.attrs.update(OURS | {"id": record[_adata.STORE_ID], "cells": _adata.names_digest(adata)})
+
+    adata = _adata.own(adata, copy=copy)
+    for slot in (_adata.TRAJECTORIES, _adata.WEIGHTS):
+        adata.obsm.pop(slot.format(key=key), None)
+    for slot in (_adata.STORE, _adata.STORE_ID):
+        adata.uns[key].pop(slot, None)
+    for slot, values in slots.items():
+        adata.obsm[slot] = values
+    adata.uns[key].update(record)
     adata.uns[key]["trajectory_times"] = grid
     logger.info(
         f"trajectories of {flow.cells.n_obs} cells at {len(grid)} times from {grid[0]:g} to {grid[-1]:g}"
@@ -203,7 +221,7 @@ def _check_size(shape: tuple[int, int, int], dtype: str, store: str | None) -> N
     if store is None:
         there, what = _adata.available_memory(), "memory"
     else:
-        beside = next(folder for folder in Path(store).absolute().parents if folder.exists())
+        beside = next(folder for folder in Path(store).resolve().parents if folder.exists())
         there, what = shutil.disk_usage(beside).free, "disk"
     if there is not None and needed > there:
         cells, times, d = shape
@@ -216,8 +234,8 @@ def _check_size(shape: tuple[int, int, int], dtype: str, store: str | None) -> N
         )
 
 
-def _open(path: Path) -> Any:
-    """Return a new zarr group in a folder that is not there yet, or holds earlier trajectories."""
+def _check_replaceable(path: Path) -> None:
+    """Raise where there is no zarr, or a folder that holds something else than earlier trajectories."""
     try:
         import zarr
     except ImportError as error:
@@ -232,9 +250,23 @@ def _open(path: Path) -> Any:
                 f"expected a store that is not there yet or holds trajectories, found something else at {path}; pass "
                 f"another, or remove it"
             )
-    group = zarr.open_group(str(path), mode="w")
-    group.attrs.update(OURS)
-    return group
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[Any]:
+    """Give a new zarr group beside a folder, and put it in the folder's place once it is complete."""
+    import zarr
+
+    path = path.resolve()  # a link stays one
+    new, old = (path.with_name(f".{path.name}.{uuid4().hex}.{what}") for what in ("part", "old"))
+    try:
+        yield zarr.open_group(str(new), mode="w")
+        if path.exists():
+            path.rename(old)  # no folder can be put in the place of a full one
+        new.rename(path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _array(group: Any, name: str, shape: tuple[int, ...], dtype: str) -> Any:
