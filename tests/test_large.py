@@ -158,7 +158,7 @@ def test_a_store_holds_what_memory_would(fitted: AnnData, rows, dtype, tmp_path,
         sctraj.tl.fit_flow(fitted, **QUICK)
     sctraj.tl.trajectories(fitted, times=4, n_steps=3)
     points, weights = fitted.obsm["flow_trajectories"], fitted.obsm["flow_trajectory_weights"]
-    monkeypatch.setattr(verb, "SLAB", rows * 4 * 6 * 4)
+    monkeypatch.setattr(verb, "SLAB", rows * 5 * 6 * 4)  # five times: four even ones, and the second snapshot's
     monkeypatch.setattr(verb, "CHUNK", 1000)
     for _ in range(2):  # earlier trajectories are replaced
         sctraj.tl.trajectories(fitted, times=4, n_steps=3, dtype=dtype, store=str(tmp_path / "paths"))
@@ -208,9 +208,9 @@ def test_what_does_not_fit_is_said_before_the_work(fitted: AnnData, tmp_path, mo
         raise AssertionError("cells were moved")
 
     monkeypatch.setattr(verb, "_path", work)
-    needed = 150 * 5 * 6 * 4 + 150 * 5 * 4
+    needed = 150 * 6 * 6 * 4 + 150 * 6 * 4  # five even times, and the second snapshot's
     numbers = (
-        r"150 cells x 5 times x 6 dimensions in float32.*fewer times, a part of the cells, dtype='float16'.*store="
+        r"150 cells x 6 times x 6 dimensions in float32.*fewer times, a part of the cells, dtype='float16'.*store="
     )
     monkeypatch.setattr(_adata, "available_memory", lambda: needed - 1)
     with pytest.raises(ValueError, match=numbers):
@@ -328,7 +328,7 @@ def test_trajectories_that_fail_leave_the_earlier_ones(fitted: AnnData, linked, 
         store.symlink_to(tmp_path / "elsewhere" / "paths")
     sctraj.tl.trajectories(fitted, times=3, n_steps=2, store=str(store))
     there, record = _adata.read_trajectories(fitted, "flow"), dict(fitted.uns["flow"])
-    monkeypatch.setattr(verb, "SLAB", 4 * 3 * 6 * 4)
+    monkeypatch.setattr(verb, "SLAB", 4 * 5 * 6 * 4)
     follow, asked = verb._path, []
 
     def failing(*arguments: object) -> object:

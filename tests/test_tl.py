@@ -44,7 +44,7 @@ def test_slots(cells: AnnData) -> None:
     assert cells.obsm["flow_velocity"].shape == (n, d)
     assert cells.obsm["flow_velocity"].dtype == np.float32
     assert (cells.obs["flow_velocity_sd"] > 0).all()
-    assert cells.obsm["flow_trajectories"].shape == (n, 7, d)
+    assert cells.obsm["flow_trajectories"].shape == (n, 10, d)  # 7 even times, of which three are among the six own
     assert cells.obsm["flow_trajectories"].dtype == np.float32
     assert list(cells.obsm["flow_w1"].columns) == ["ot-cfm", "i-cfm"]
     assert cells.obsm["flow_restored"].shape == (n, d)
@@ -130,6 +130,33 @@ def test_cell_order_does_not_matter_to_slots(cells: AnnData) -> None:
         )
         # at its own time a cell is exactly where it was observed
         assert np.array_equal(shuffled.obsm["flow_trajectories"][own, k], shuffled.obsm["X_pca"][own])
+
+
+@pytest.mark.parametrize("times", [2, 20])
+def test_every_path_passes_its_own_cell(cells: AnnData, times) -> None:
+    """However uneven the snapshots' times, and whether or not even times meet them."""
+    cells.obs["time"] = cells.obs["time"].map(dict(zip(np.unique(cells.obs["time"]), (0, 0.1, 0.3, 0.5, 1, 48))))
+    sctraj.tl.fit_flow(cells, **QUICK)
+    sctraj.tl.trajectories(cells, times, n_steps=2)
+    grid, paths = cells.uns["flow"]["trajectory_times"], cells.obsm["flow_trajectories"]
+    assert (np.diff(grid) > 0).all()
+    assert set(np.linspace(0, 48, times)) <= set(grid)
+    own = np.searchsorted(grid, cells.obs["time"])
+    assert np.array_equal(grid[own], cells.obs["time"])
+    assert np.array_equal(paths[np.arange(cells.n_obs), own], cells.obsm["X_pca"])
+
+
+@pytest.mark.parametrize("first", [0.0, 0.3, 1e5])
+def test_even_times_that_rounding_parts_from_a_snapshots_are_its_own(first) -> None:
+    from sctraj.tl._trajectories import _time_grid
+
+    own = [first + k * 0.1 for k in range(7)]
+    for steps in (1, 2, 5):
+        assert len(_time_grid(6 * steps + 1, own)) == 6 * steps + 1
+    assert set(own) <= set(_time_grid(31, own))
+    assert len(_time_grid(3, own)) == 7
+    assert len(_time_grid(4, own)) == 7
+    assert len(_time_grid(5, own)) == 9
 
 
 def test_key_added_and_copy(cells: AnnData, caplog: pytest.LogCaptureFixture) -> None:

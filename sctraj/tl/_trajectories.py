@@ -55,8 +55,9 @@ def trajectories(
     adata
         Annotated data with a flow by `sctraj.tl.fit_flow`.
     times
-        How many times, evenly spread from the first snapshot to the last, or the times themselves, increasing and
-        within that range.
+        How many times, evenly spread from the first snapshot to the last, to which the snapshots' own times are added:
+        every path passes its cell, and all intervals are seen, however short. Or the times themselves, increasing and
+        within that range, to which none are added.
     stochastic
         Simulate the stochastic flow instead (``"sb-cfm"`` only): one sample of each cell's path.
     solver
@@ -90,7 +91,8 @@ def trajectories(
     ``None``, or the copy if ``copy=True``. Sets:
 
     ``obsm[key + "_trajectories"]`` : float32, n_obs x n_times x d
-        In units of the representation; at a cell's own time exactly where it was observed.
+        In units of the representation; at a cell's own time, where it is among the times, exactly where it was
+        observed.
     ``obsm[key + "_trajectory_weights"]`` : float32, n_obs x n_times
         What has become of the cell's mass, relative to the mean over the cells of its snapshot; where the flow grows.
     ``uns[key]["trajectory_times"]`` : float64, n_times
@@ -277,12 +279,14 @@ def _array(group: Any, name: str, shape: tuple[int, ...], dtype: str) -> Any:
 
 
 def _time_grid(times: int | Sequence[float], snapshots: Sequence[float]) -> np.ndarray:
-    """Return the times asked for, checked."""
+    """Return the times asked for, checked; a number of them stands for so many even ones and the snapshots' own."""
     first, last = snapshots[0], snapshots[-1]
     if isinstance(times, (int, np.integer)) and not isinstance(times, bool):
         if times < 2:
             raise ValueError(f"expected at least two times, found {times}")
-        return np.linspace(first, last, int(times))
+        own, even = np.array(snapshots), np.linspace(first, last, int(times))
+        apart = np.abs(even[:, None] - own).min(axis=1) > 1e-9 * (last - first)  # else off by rounding alone
+        return np.sort(np.concatenate([own, even[apart]]))
     grid = np.asarray(times, dtype=np.float64)
     if grid.ndim != 1 or not len(grid) or not (np.diff(grid) > 0).all() or not first <= grid[0] <= grid[-1] <= last:
         raise ValueError(
