@@ -197,6 +197,17 @@ def test_baselines_and_noise_reference(cells: AnnData, caplog: pytest.LogCapture
     assert f"halves have {least} to {most} cells" in caplog.text  # however many folds there are
 
 
+@pytest.mark.parametrize(("n", "said"), [(4, True), (19, True), (20, False)])
+def test_held_out_snapshots_of_few_cells_are_said(cells: AnnData, caplog, n, said) -> None:
+    """Of those at the ends, which are not held out, any number will do."""
+    order = cells.obs.groupby("time").cumcount()
+    few = cells[(~cells.obs["time"].isin([0.0, 2.5]) | (order < n)).to_numpy()].copy()
+    caplog.set_level("WARNING", logger="sctraj")
+    sctraj.tl.leave_one_out(few, methods=("i-cfm",), field="closed-form", n_seeds=1)
+    assert (f"at time (cells): 2.5 ({n});" in caplog.text) == said
+    assert len(caplog.records) == said
+
+
 @pytest.fixture(scope="module")
 def noisy() -> AnnData:
     """Many snapshots, each with an age, a composition and a shift of its own."""

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from ..flow.snapshots import Snapshots
     from ..flow.vector_field import VectorField
 
+# cells of a held-out snapshot from which distances tell something: halves of so many, normal in 5 dimensions, have an
+# energy distance of 0 +- 0.2 standard deviations of a coordinate, of 4 one of 0 +- 1.2
+TELLING = 20
 STARTS = {
     "both": "all cells of the snapshots before and after the held-out one, weighted by nearness in time; those farther "
     "out on a side each weigh farther times the next nearer one",
@@ -89,7 +92,9 @@ def leave_one_out(
     Parameters
     ----------
     adata
-        Annotated data, cells in rows; at least three snapshots.
+        Annotated data, cells in rows; at least three snapshots: the first and the last of at least three cells, those
+        between, which are held out, of at least four. Distances to fewer than 20 cells say little, those of the noise
+        reference, between two halves of them, least of all, and means over times take them in: this is logged.
     time_key
         Column of ``obs`` with real times, numbers.
     use_rep
@@ -242,7 +247,8 @@ def _sizes(halves: Sequence[tuple[int, int]]) -> str:
 
 
 def _check_sizes(snapshots: Snapshots) -> None:
-    """Raise where a snapshot has too few cells to be held out, or all of them at one place."""
+    """Raise where a snapshot has too few cells to be held out, or all of them at one place; say where there are few."""
+    few = []
     for k in hold_out.interior(snapshots):
         if (n := len(snapshots.points[k])) < hold_out.SMALLEST_HELD_OUT:
             raise ValueError(
@@ -254,6 +260,14 @@ def _check_sizes(snapshots: Snapshots) -> None:
                 f"expected cells that differ in every held-out snapshot, found {n} of the same at time "
                 f"{snapshots.times[k]:g}; check the representation or leave them out"
             )
+        if n < TELLING:
+            few.append(f"{snapshots.times[k]:g} ({n})")
+    if few:
+        logger.warning(
+            f"fewer than {TELLING} cells in held-out snapshots, at time (cells): {', '.join(few)}; distances there say "
+            f"little, those of the noise reference least, and are in the means over times; merge these times with "
+            f"others, or look at the table time by time"
+        )
 
 
 def _of_folds(
