@@ -393,19 +393,24 @@ def write_flow(
     cells: Cells,
 ) -> None:
     """Write ``uns[key]``: arrays, numbers and text only."""
-    import torch
-
-    from . import __version__
-
     adata.uns[key] = {
         "params": dict(params),
         "weights": dict(weights),
         "loss": loss,
         "validation_loss": validation_loss,
         "times": np.array(cells.snapshots.times),
-        "versions": {"sctraj": __version__, "torch": str(torch.__version__)},
+        "versions": versions(),
         "fingerprint": cells.fingerprint,
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions on which a fit's numbers depend."""
+    import torch
+
+    from . import __version__
+
+    return {"sctraj": __version__, "torch": str(torch.__version__)}
 
 
 def write_by_cell(cells: Cells, values: Sequence[np.ndarray | None], dtype: type = np.float32) -> np.ndarray:

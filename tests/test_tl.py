@@ -272,6 +272,40 @@ def test_the_reliability_of_every_fold_is_written_down(cells: AnnData) -> None:
         assert kept.uns["flow"]["params"].get("reliability") == found
 
 
+@pytest.mark.parametrize("field", ["neural", "closed-form"])
+def test_the_protocol_says_what_the_fits_are_defined_by(cells: AnnData, field) -> None:
+    """All that a fit's own record has, so that the table can be made again."""
+    cells.obs["prior"] = 0.0
+    options = {"field": field, "growth_key": "prior", "block": 500, "device": "cpu"}
+    if field == "neural":
+        options |= {"width": 8, "depth": 2, "weight_decay": 0.1, "ema_decay": 0.5, "patience": 3, **QUICK}
+    sctraj.tl.fit_flow(cells, **options)
+    sctraj.tl.leave_one_out(cells, n_seeds=1, **options)
+    flow, protocol = cells.uns["flow"], cells.uns["leave_one_out_protocol"]
+    for record in (flow["params"], protocol):
+        assert options.items() <= record.items()
+        assert ("learning_rate" in record) == ("width" in record) == (field == "neural")
+        assert "module" not in record
+    of_one_fit = {"method", "path", "n_members", "n_obs"}
+    assert flow["params"].keys() - protocol.keys() == of_one_fit
+    assert protocol["paths"].tolist() == [flow["params"]["path"]] == ["hermite"]
+    assert protocol["versions"] == flow["versions"]
+
+
+def test_the_protocol_has_every_methods_path_and_the_module(cells: AnnData) -> None:
+    sctraj.tl.leave_one_out(cells, methods=("sb-cfm", "ot-cfm"), field="closed-form", n_seeds=1)
+    assert cells.uns["leave_one_out_protocol"]["paths"].tolist() == ["brownianbridge", "straight"]
+
+    class Net(nn.Linear):
+        def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(torch.cat([t, x], -1))
+
+    sctraj.tl.leave_one_out(cells, methods=("i-cfm",), module=Net(7, 6), n_seeds=1, **QUICK)
+    protocol = cells.uns["leave_one_out_protocol"]
+    assert protocol["module"] == "Net"
+    assert not {"width", "depth", "patience", "growth_key", "block"} & protocol.keys()
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"field": "closed-form"}, {"start": "before"}], ids=["defaults", "closed-form", "published"]
 )

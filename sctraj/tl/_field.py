@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -45,6 +46,33 @@ def farther_shares(kind: Field, problems: Sequence[Problem]) -> list[float]:
     what each of these is off by.
     """
     return [problem.farther if kind == "neural" else 0.0 for problem in problems]
+
+
+def path_name(path: str | None, problem: Problem) -> str:
+    """Return the name of a problem's path: that asked for, or what stands for None."""
+    return path or type(problem.path).__name__.lower()
+
+
+def fit_record(
+    kind: Field,
+    training: Training,
+    *,
+    time_key: str,
+    use_rep: str,
+    growth_key: str | None,
+    block: int | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Return what fits are defined by beside method, path, sigma and seed, as ``uns`` can hold it.
+
+    What is None has no entry, and what a closed-form field has no use for neither.
+    """
+    record = {"field": kind, "time_key": time_key, "use_rep": use_rep, "growth_key": growth_key, "block": block}
+    if kind == "neural":
+        record |= {f.name: getattr(training, f.name) for f in dataclasses.fields(training)}
+        if training.module is not None:
+            record |= {"module": type(training.module).__name__, "width": None, "depth": None}
+    return {name: value for name, value in record.items() if value is not None} | {"device": str(device)}
 
 
 def make_field(

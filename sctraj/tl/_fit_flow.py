@@ -15,7 +15,7 @@ from ..flow.integrate import CELLS
 from ..flow.plans import Plans
 from ..flow.problem import Problem, make_problems, taking_part
 from ..flow.snapshots import Snapshots, resampled
-from ._field import Field, check_field, farther_shares, make_field
+from ._field import Field, check_field, farther_shares, fit_record, make_field, path_name
 from ._seeds import member_seeds, seed_of
 
 if TYPE_CHECKING:
@@ -179,23 +179,15 @@ def fit_flow(
 
     adata = _adata.own(adata, copy=copy)
     used = problems[0].path.sigma
-    params = {
-        "method": method, "path": path or type(problems[0].path).__name__.lower(), "field": field, "time_key": time_key,
-        "use_rep": use_rep, "sigma": used, "n_members": n_members, "n_obs": adata.n_obs, "seed": seed,
-        "device": str(where),
+    params = fit_record(
+        field, training, time_key=time_key, use_rep=use_rep, growth_key=growth_key, block=block, device=where
+    ) | {
+        "method": method, "path": path_name(path, problems[0]), "sigma": used, "n_members": n_members,
+        "n_obs": adata.n_obs, "seed": seed,
     }  # fmt: skip
     tangents = problems[0].tangents
     if tangents is not None:
         params |= {"reliability": tangents.reliability, "farther": farther_shares(field, problems)[0]}
-    params |= {} if growth_key is None else {"growth_key": growth_key}
-    params |= {} if block is None else {"block": block}
-    if field == "neural":
-        params |= {
-            "n_steps": n_steps, "batch_size": batch_size, "learning_rate": learning_rate,
-            "weight_decay": weight_decay, "ema_decay": ema_decay,
-        }  # fmt: skip
-        params |= {"width": width, "depth": depth} if module is None else {"module": type(module).__name__}
-        params |= {} if patience is None else {"patience": patience}
     _adata.write_flow(
         adata,
         key_added,

@@ -20,7 +20,7 @@ from ..flow.plans import Plans
 from ..flow.problem import METHODS
 from ..flow.restoration import Restoration
 from ..flow.starts import Start
-from ._field import Field, check_field, check_jitter, farther_shares, make_field
+from ._field import Field, check_field, check_jitter, farther_shares, fit_record, make_field, path_name
 from ._fit_flow import Path
 from ._seeds import member_seeds, seed_of
 
@@ -137,7 +137,8 @@ def leave_one_out(
         Distances between many thousand cells are estimated; their standard errors then stand beside them
         (``w1_error``, ...). Under ``{key_added}_leave_one_out`` if `key_added` is not "flow".
     ``uns["leave_one_out_protocol"]`` : dict
-        How the table came about, with the sizes of the halves.
+        How the table came about: all options, of each method the path and of each fold the sigma, the versions, the
+        sizes of the halves.
     ``obsm[key_added + "_w1"]`` : DataFrame, n_obs x methods
         The cell's share of its snapshot's W1, mean over seeds: the mean over a held-out snapshot's cells is that W1.
         NaN in the first and the last snapshot.
@@ -209,23 +210,21 @@ def leave_one_out(
         _adata.RESTORED.format(key=key_added),
     )
     adata.uns[table] = pd.DataFrame(rows)
-    adata.uns[_adata.PROTOCOL.format(table=table)] = {
-        "time_key": time_key,
-        "use_rep": use_rep,
+    record = fit_record(
+        field, training, time_key=time_key, use_rep=use_rep, growth_key=growth_key, block=block, device=where
+    )
+    adata.uns[_adata.PROTOCOL.format(table=table)] = record | {
         "methods": np.array(methods),
+        "paths": np.array([path_name(path, problems[0]) for _, problems, _ in prepared.values()]),
         "n_seeds": n_seeds,
         "seed": seed,
-        "field": field,
         "start": STARTS[start],
         "jitter": jitter,
         "integration": f"{AS_PUBLISHED.solver}, {AS_PUBLISHED.n_steps} steps a gap, real time",
         **_of_folds(snapshots, prepared, farther),
         "noise_reference_sizes": np.array(halves),
-        **({} if block is None else {"block": block}),
-        "n_steps": n_steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
         "leak": f"{use_rep} was computed beforehand: if on all cells, it has seen the held-out snapshots",
+        "versions": _adata.versions(),
         "fingerprint": cells.fingerprint,
     }
     adata.obsm[w1] = pd.DataFrame(shares, index=adata.obs_names)
