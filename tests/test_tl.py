@@ -390,6 +390,21 @@ def test_own_module(cells: AnnData) -> None:
     np.testing.assert_allclose(field(1.0, cells.obsm["X_pca"][own]), cells.obsm["flow_velocity"][own], atol=1e-5)
 
 
+@pytest.mark.parametrize(("method", "columns", "said"), [("uot-cfm", 6, 1), ("uot-cfm", 7, 0), ("ot-cfm", 6, 0)])
+def test_a_module_without_growth_is_said(cells: AnnData, caplog, method, columns, said) -> None:
+    class Net(nn.Linear):
+        def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(torch.cat([t, x], -1))
+
+    caplog.set_level("WARNING", logger="sctraj")
+    sctraj.tl.fit_flow(cells, method=method, module=Net(7, columns), **QUICK)
+    assert [record.getMessage().startswith("the pairs grow") for record in caplog.records] == [True] * said
+    assert ("flow_growth" in cells.obs) == (columns == 7)
+    caplog.clear()
+    sctraj.tl.leave_one_out(cells, methods=(method, "i-cfm"), module=Net(7, 6), n_seeds=1, **QUICK)
+    assert len(caplog.records) == (method == "uot-cfm")  # once, however many folds
+
+
 @pytest.mark.parametrize("field", ["neural", "closed-form"])
 def test_interpolate(cells: AnnData, field) -> None:
     sctraj.tl.fit_flow(cells, field=field, n_steps=200, batch_size=64)

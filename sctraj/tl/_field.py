@@ -92,9 +92,15 @@ def make_field(
             logger.warning(
                 f"a score in {d} dimensions loses much in layers as narrow as {training.width}; pass width={2 * d}"
             )
-        return fit(
+        fitted = fit(
             problems, validation=validation, training=training, device=device, dtype=torch.float32, progress=progress
         )
+        if problems[0].grows and not fitted.vector_field.grows:
+            logger.warning(
+                f"the pairs grow, but the module has no output for growth, so that the flow does not; have it map to "
+                f"{d + 1} columns, velocity and growth, or pass method='ot-cfm'"
+            )
+        return fitted
     dtype = torch.float32
     field = closed_form(problems, device=device, dtype=dtype)
     empty = torch.zeros(0, len(problems), dtype=dtype)

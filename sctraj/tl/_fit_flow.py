@@ -99,7 +99,8 @@ def fit_flow(
         their square or more.
     module
         Your own network instead of the built-in one: maps standardised times ``(B, 1)`` and points ``(B, d)`` to
-        ``(B, d)``, or ``(B, 2 d)`` (velocity, score) for ``"sb-cfm"``. Without randomness of its own (dropout).
+        ``(B, d)``, or ``(B, 2 d)`` (velocity, score) for ``"sb-cfm"``. For ``"uot-cfm"`` to ``(B, d + 1)`` (velocity,
+        growth): with ``(B, d)`` the flow does not grow, which is logged. Without randomness of its own (dropout).
     n_members
         Fits from different seeds, trained together; more than one give the velocity's uncertainty. Members of a
         closed-form field differ by the cells they see: each has a bootstrap of every snapshot.
