@@ -686,6 +686,33 @@ def test_a_network_too_narrow_for_a_score_is_said(cells: AnnData, caplog, method
     assert ("pass width=" in caplog.text) == warned
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_a_cell_far_from_all_others_is_named(cells: AnnData, caplog, scale) -> None:
+    """Whatever the unit; a cell in the tail of heavy ones is not."""
+    caplog.set_level("WARNING", logger="sctraj")
+    cells.obsm["X_pca"] = (scale * np.random.default_rng(0).standard_t(3, size=(600, 4))).astype(np.float32)
+    cells.obsm["X_pca"] += scale * 5 * cells.obs["time"].to_numpy(np.float32)[:, None]
+    sctraj.tl.fit_flow(cells, field="closed-form")
+    assert not caplog.records
+    usual = cells.uns["flow"]["params"]["sigma"]
+    cells.obsm["X_pca"][7, 0] = 1e4 * scale
+    for verb in (sctraj.tl.fit_flow, sctraj.tl.leave_one_out):
+        caplog.clear()
+        verb(cells, field="closed-form")
+        (record,) = caplog.records
+        assert "1 of 600 cells" in record.getMessage()
+        assert f"{cells.obs_names[7]} (time {cells.obs['time'].iloc[7]:g}, " in record.getMessage()
+    assert cells.uns["flow"]["params"]["sigma"] > 10 * usual  # said, and left as it is
+
+
+def test_cells_mostly_at_one_place_are_not_outliers(cells: AnnData, caplog) -> None:
+    caplog.set_level("WARNING", logger="sctraj")
+    x = cells.obsm["X_pca"]
+    x[np.random.default_rng(0).random(600) < 0.7] = 0
+    sctraj.tl.fit_flow(cells, field="closed-form")
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("method", ["uot-cfm", "sb-cfm"])
 def test_default_steps_are_fine_enough(cells: AnnData, method) -> None:
     """Whoever gives no steps gets paths that finer steps do not change."""

@@ -16,6 +16,7 @@ from ..flow.plans import Plans
 from ..flow.problem import Problem, make_problems, taking_part
 from ..flow.snapshots import Snapshots, resampled
 from ._field import Field, check_field, farther_shares, fit_record, make_field, path_name
+from ._outliers import warn_of_outliers
 from ._seeds import member_seeds, seed_of
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def fit_flow(
         about the population's total.
     sigma
         Spread of the probability path, in units of the representation (for ``"sb-cfm"`` per root of time). By default
-        a fixed fraction of the root mean square displacement between snapshots.
+        a fixed fraction of the root mean square displacement between snapshots, which a single cell far from all others
+        can make large: cells more than 100 times the median distance from their snapshot's median are logged.
     block
         Cells a side of the blocks in which ``"uot-cfm"`` and ``"ot-cfm"`` couple snapshots with more cells than that
         (the geometric mean of both) and curved paths find kin, of each at most 6,000 (or a block); what is done is
@@ -159,6 +161,7 @@ def fit_flow(
     seed = seed_of(rng)
     seeds = member_seeds(seed, n_members)
     cells = _adata.read_snapshots(adata, time_key, use_rep, least=2, growth_key=growth_key)
+    warn_of_outliers(adata, cells)
 
     def problems_of(snapshots: Snapshots, seeds: Sequence[int]) -> tuple[list[Problem], list[Problem]]:
         validate = patience is not None and field == "neural"

@@ -22,6 +22,7 @@ from ..flow.restoration import Restoration
 from ..flow.starts import Start
 from ._field import Field, check_field, check_jitter, farther_shares, fit_record, make_field, path_name
 from ._fit_flow import Path
+from ._outliers import warn_of_outliers
 from ._seeds import member_seeds, seed_of
 
 if TYPE_CHECKING:
@@ -173,6 +174,7 @@ def leave_one_out(
     cells = _adata.read_snapshots(adata, time_key, use_rep, least=3, growth_key=growth_key)
     snapshots = cells.snapshots
     _check_sizes(snapshots)
+    warn_of_outliers(adata, cells)
     prepared = {
         method: hold_out.hold_out_problems(
             snapshots,
