@@ -10,6 +10,7 @@ import pytest
 import torch
 from anndata import AnnData
 from scipy import sparse
+from torch import nn
 
 import sctraj
 
@@ -70,7 +71,7 @@ CASES: dict[str, tuple[Change, dict[str, object], type[Exception], str]] = {
     "half a cell": (lambda a: None, {"block": 20.5}, ValueError, "whole number of cells.*20.5"),
     "unknown method": (lambda a: None, {"method": "ot"}, ValueError, "ot-cfm.*found 'ot'"),
     "unknown device": (lambda a: None, {"device": "tpu"}, ValueError, "auto, cpu, cuda, mps, found 'tpu'"),
-    "no members": (lambda a: None, {"n_members": 0}, ValueError, "at least one member.*found 0"),
+    "no members": (lambda a: None, {"n_members": 0}, ValueError, "whole number of members.*at least 1, found 0"),
     "no steps": (lambda a: None, {"n_steps": 0}, ValueError, "n_steps.*at least 1, found 0"),
     "no batch": (lambda a: None, {"batch_size": 0}, ValueError, "batch_size"),
     "learning rate": (lambda a: None, {"learning_rate": -1.0}, ValueError, "learning_rate"),
@@ -177,3 +178,24 @@ def test_units_far_from_one(cells: AnnData) -> None:
         expected = one.obsm["flow_velocity"] * 1024 / 16
         error = np.abs(scaled.obsm["flow_velocity"] - expected).max() / np.abs(expected).max()
         assert error < 1e-5
+
+
+@pytest.mark.parametrize("n", [2.5, 0, -1, float("nan"), float("inf"), True, "2"])
+def test_members_and_seeds_are_whole_numbers(cells: AnnData, n) -> None:
+    with pytest.raises(ValueError, match=r"whole number of members or seeds, at least 1, found"):
+        sctraj.tl.fit_flow(cells, n_members=n, **QUICK)
+    with pytest.raises(ValueError, match=r"whole number of members or seeds, at least 1, found"):
+        sctraj.tl.leave_one_out(cells, n_seeds=n, **QUICK)
+
+
+def test_the_class_of_a_module_is_none(cells: AnnData) -> None:
+    for verb in (sctraj.tl.fit_flow, sctraj.tl.leave_one_out):
+        with pytest.raises(TypeError, match=r"found the class Linear; pass one of it: Linear\(\.\.\.\)"):
+            verb(cells, module=nn.Linear, **QUICK)
+        with pytest.raises(TypeError, match=r"torch\.nn\.Module, found function"):
+            verb(cells, module=_nan_times, **QUICK)
+    sctraj.tl.fit_flow(cells, **QUICK)
+    with pytest.raises(TypeError, match="class Linear"):
+        sctraj.tl.trajectories(cells, module=nn.Linear)
+    with pytest.raises(TypeError, match="class Linear"):
+        sctraj.tl.interpolate(cells, 1.0, module=nn.Linear)

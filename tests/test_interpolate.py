@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -25,15 +27,23 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_interpolate, "moved", moved)
 
 
-WRONG = [{"solver": "rk5"}, {"tolerance": 0}, {"tolerance": -1.0}, {"tolerance": float("nan"), "solver": "dopri5"}]
-WRONG += [{"n_steps": n} for n in (-5, 0, 0.3, 2.5, float("nan"), float("inf"), "7")]
+WRONG: list[tuple[dict[str, object], str]] = [({"solver": "RK4"}, "a solver of euler, rk4, dopri5, found 'RK4'$")]
+WRONG += [
+    ({"tolerance": tolerance, "solver": "dopri5"}, f"a positive tolerance, found {tolerance}; leave it out for")
+    for tolerance in (0, -1.0, float("nan"))
+]
+WRONG += [
+    ({"n_steps": n}, f"a whole number of n_steps, at least 1, found {n!r}; leave it out for")
+    for n in (-5, 0, 0.3, 2.5, float("nan"), float("inf"), "7")
+]
 
 
-@pytest.mark.parametrize("arguments", WRONG, ids=str)
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=str)
+@pytest.mark.parametrize("verb", [partial(tl.interpolate, time=1.5), tl.trajectories], ids=["at", "along"])
 @pytest.mark.usefixtures("idle")
-def test_solver_steps_and_tolerance_are_those_that_trajectories_takes(fitted: AnnData, arguments) -> None:
-    with pytest.raises(ValueError, match=r"expected a solver of euler, rk4, dopri5.*n_steps.*positive tolerance"):
-        tl.interpolate(fitted, 1.5, **arguments)
+def test_of_solver_steps_and_tolerance_the_wrong_one_alone_is_named(fitted: AnnData, verb, arguments, message) -> None:
+    with pytest.raises(ValueError, match=f"^expected {message}"):
+        verb(fitted, **arguments)
 
 
 @pytest.mark.parametrize("time", ["1", None, [1.0], True, 1j])

@@ -21,11 +21,20 @@ Field = Literal["neural", "closed-form"]
 
 
 def check_field(field: Field, module: nn.Module | None) -> None:
-    """Raise a ValueError for a kind of field that is unknown, or cannot be had with a user's module."""
+    """Raise for a kind of field that is unknown, or cannot be had with a user's module, and for what is no module."""
+    check_module(module)
     if field not in get_args(Field):
         raise ValueError(f"expected a field of {', '.join(get_args(Field))}, found {field!r}")
     if field == "closed-form" and module is not None:
         raise ValueError("expected no module for a closed-form field, which is not trained; pass field='neural'")
+
+
+def check_module(module: nn.Module | None) -> None:
+    """Raise a TypeError for a user's module that is none, such as the class of one."""
+    if isinstance(module, type):
+        raise TypeError(f"expected a module, found the class {module.__name__}; pass one of it: {module.__name__}(...)")
+    if module is not None and not isinstance(module, torch.nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, found {type(module).__name__}; wrap it in one")
 
 
 def check_jitter(jitter: float, field: Field) -> None:

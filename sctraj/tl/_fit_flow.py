@@ -149,6 +149,8 @@ def fit_flow(
         No such column or representation.
     ValueError
         Times, cells or parameters that cannot be used; `adata` is then as it was.
+    TypeError
+        A module that is none.
     RuntimeError
         Sinkhorn or the training did not converge.
     """

@@ -14,7 +14,7 @@ from ..flow.flow_matching import pick_device
 from ..flow.integrate import Integration, Solver
 from ..flow.restoration import Restoration, mixed, moved
 from ..flow.starts import Start, origins
-from ._field import check_jitter
+from ._field import check_jitter, check_module
 from ._steps import check_steps, steps_per_gap
 
 if TYPE_CHECKING:
@@ -83,9 +83,12 @@ def interpolate(
         A time that is no number or outside the range; other cells than those fitted; a solver, steps or a tolerance
         that cannot be used; a `time_key` of a column that is written beside it; components that do not reproduce
         ``X_pca`` from ``X`` (then ``decode=False`` leaves the genes out).
+    TypeError
+        A module that is none.
     """
     from anndata import AnnData
 
+    check_module(module)
     where = pick_device(device)
     per_gap = steps_per_gap(solver) if n_steps is None else n_steps
     check_steps(solver, per_gap, tolerance)

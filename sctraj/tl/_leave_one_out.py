@@ -153,6 +153,8 @@ def leave_one_out(
         No such column or representation.
     ValueError
         Times, cells or parameters that cannot be used; `adata` is then as it was.
+    TypeError
+        A module that is none.
     RuntimeError
         Sinkhorn or the training did not converge.
     """

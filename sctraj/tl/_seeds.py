@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+
 import numpy as np
 
 
@@ -16,7 +19,8 @@ def seed_of(rng: int | np.random.Generator) -> int:
 
 def member_seeds(seed: int, n: int) -> list[int]:
     """Return ``n`` independent seeds of members."""
-    if isinstance(n, bool) or n != int(n) or n < 1:
-        raise ValueError(f"expected at least one member or seed, found {n}")
+    whole = isinstance(n, numbers.Real) and not isinstance(n, bool) and 1 <= n < math.inf and n == int(n)
+    if not whole:
+        raise ValueError(f"expected a whole number of members or seeds, at least 1, found {n!r}")
     states = np.random.SeedSequence(seed).generate_state(int(n), np.uint64)
     return [int(state >> np.uint64(2)) for state in states]

@@ -19,9 +19,11 @@ def steps_per_gap(solver: Solver, *, stochastic: bool = False) -> int:
 
 def check_steps(solver: Solver, n_steps: float, tolerance: float) -> None:
     """Raise a ValueError for a solver that is unknown, steps that are no whole number, or a tolerance of none."""
-    whole = isinstance(n_steps, numbers.Real) and 1 <= n_steps < math.inf and n_steps == int(n_steps)
-    if solver not in get_args(Solver) or not whole or not tolerance > 0:
+    if solver not in get_args(Solver):
+        raise ValueError(f"expected a solver of {', '.join(get_args(Solver))}, found {solver!r}")
+    if not (isinstance(n_steps, numbers.Real) and 1 <= n_steps < math.inf and n_steps == int(n_steps)):
         raise ValueError(
-            f"expected a solver of {', '.join(get_args(Solver))}, a whole number of n_steps, at least 1, and a "
-            f"positive tolerance, found {solver!r}, {n_steps}, {tolerance}; leave them out for the defaults"
+            f"expected a whole number of n_steps, at least 1, found {n_steps!r}; leave it out for the default"
         )
+    if not tolerance > 0:
+        raise ValueError(f"expected a positive tolerance, found {tolerance!r}; leave it out for the default")

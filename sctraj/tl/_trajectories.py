@@ -18,6 +18,7 @@ from .. import _adata
 from .._log import logger
 from ..flow.flow_matching import pick_device
 from ..flow.integrate import Field, Integration, Moved, Solver, simulate, transport
+from ._field import check_module
 from ._seeds import seed_of
 from ._steps import check_steps, steps_per_gap
 
@@ -107,11 +108,14 @@ def trajectories(
     ValueError
         Times outside the range; other cells than those fitted; no score where one is needed; trajectories larger than
         the memory, or the disk, that is free; a store that holds something else.
+    TypeError
+        A module that is none.
     ImportError
         A store, without zarr.
     """
     if dtype not in get_args(DType):
         raise ValueError(f"expected a dtype of {' or '.join(get_args(DType))}, found {dtype!r}")
+    check_module(module)
     _adata.check_own(adata, copy=copy)
     where = pick_device(device)
     seed = seed_of(rng)
