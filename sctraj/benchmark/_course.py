@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,6 +43,11 @@ class Course:
     n_dims: int | None = None
     recipe: Recipe | None = None
     labels: tuple[NDArray[np.intp], int] | None = None
+
+    @cached_property
+    def snapshots(self) -> tuple[torch.Tensor, ...]:
+        """Cells in the common space, float32: to all folds the same tensors, by which couplings are known again."""
+        return tuple(_single(self.points[rows]) for rows in self.index)
 
 
 def read_course(
@@ -105,10 +111,17 @@ class Prepared:
 def prepare(course: Course, fold: Fold) -> Prepared:
     """Put a fold's kept cells into the space that methods work in; held-out cells are not looked at."""
     if course.raw is None:
-        recipe, points = None, [course.points[rows] for rows in fold.kept]
+        whole = dict(zip(course.times, zip(course.index, course.snapshots)))
+        recipe, kept = None, []
+        for time, rows in zip(fold.times, fold.kept):
+            of_snapshot, cells = whole[time]
+            kept.append(cells if np.array_equal(rows, of_snapshot) else _single(course.points[rows]))
     else:
         assert course.n_dims is not None
         recipe = fit_recipe(course.raw[np.concatenate(fold.kept)], course.n_dims)
-        points = [recipe.project(course.raw[rows]) for rows in fold.kept]
-    kept = tuple(torch.from_numpy(x.astype(np.float32)) for x in points)
-    return Prepared(fold, Snapshots(fold.times, kept), recipe)
+        kept = [_single(recipe.project(course.raw[rows])) for rows in fold.kept]
+    return Prepared(fold, Snapshots(fold.times, tuple(kept)), recipe)
+
+
+def _single(points: Array) -> torch.Tensor:
+    return torch.from_numpy(points.astype(np.float32))

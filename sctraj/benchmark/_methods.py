@@ -246,8 +246,8 @@ def restore_own(
 ) -> list[list[Cloud]]:
     """Restore all times of all queries by one of sctraj's own methods, trained as ONE batch.
 
-    Queries with the same snapshots must follow each other: their couplings are computed once. A closed-form field does
-    not depend on a seed and is put together once for them.
+    Queries with the same snapshots must follow each other. Couplings of folds that share an interval's tensors are
+    computed once. A closed-form field does not depend on a seed and is put together once for them.
     """
     chosen = own_settings(method, settings)
     field, path, sigma, block = (chosen.pop(name) for name in ("field", "path", "sigma", "block"))
@@ -256,17 +256,22 @@ def restore_own(
     problems: list[Problem] = []
     validation: list[Problem] = []
     member, members = [], []  # which member serves a query; one query of each member
+    plans, known = Plans(block, where), set[int]()
     for group in _by_snapshots(queries):
         seeds = [member_seeds(query.seed, 1)[0] for query in group]
         some = seeds if field == "neural" else seeds[:1]
+        cells = {id(x) for x in group[0].snapshots.points}
+        if not cells & known:  # strict folds, each in a space of its own: no need to keep what is of no use to others
+            plans = Plans(block, where)
+        known |= cells
         made = make_problems(
-            group[0].snapshots, method=method, path=path, sigma=sigma, seeds=some, validate=validate,
-            plans=Plans(block, where),
-        )  # fmt: skip
+            group[0].snapshots, method=method, path=path, sigma=sigma, seeds=some, validate=validate, plans=plans
+        )
         member += [len(problems) + n % len(some) for n in range(len(group))]
         problems += made[0]
         validation += made[1]
         members += group[: len(some)]
+    del plans  # of no use once problems are made
     fitted = make_field(field, problems, validation, training, where, progress=False).vector_field
     restored = restore_members(fitted, members, start=start, farther=farther_shares(field, problems))
     return [restored[m] for m in member]

@@ -19,7 +19,7 @@ from sctraj.benchmark._judge import half_sample
 from sctraj.benchmark._methods import Cloud, Query, call, find_method, own_settings, register
 from sctraj.benchmark._representation import fit_recipe, log_normalised, to_common
 from sctraj.benchmark._tasks import TASKS, find_task
-from sctraj.flow import hold_out
+from sctraj.flow import hold_out, plans
 from sctraj.flow.snapshots import Snapshots
 
 CLOSED = (("field", "closed-form"),)
@@ -300,6 +300,40 @@ def test_a_unit_is_trained_as_one_batch_in_which_members_do_not_meet(course, mon
     of_both = both[both["seed"] == 5].reset_index(drop=True)
     np.testing.assert_allclose(of_both["value"], alone["value"], rtol=1e-4, atol=1e-5)
     assert not np.allclose(both.query("seed == 3")["value"], of_both["value"])
+
+
+def test_folds_of_one_space_solve_a_shared_interval_once(course, monkeypatch):
+    solved = []
+    growing = plans.growing
+
+    def counted(interval, *rest, **options):
+        solved.append((interval.t0, interval.t1))
+        return growing(interval, *rest, **options)
+
+    monkeypatch.setattr(plans, "growing", counted)
+    one = unit("uot-cfm", settings=CLOSED, start="both", seeds=(3, 5))
+    shared = measured(course, one)
+    assert len(solved) == len(set(solved)) == 5 + 4  # intervals, and gaps
+    solved.clear()
+    measured(course, dataclasses.replace(one, strict=True))
+    assert len(solved) == 4 * 4  # spaces of their own share nothing
+    solved.clear()
+
+    def anew(read):
+        return tuple(torch.from_numpy(read.points[rows].astype(np.float32)) for rows in read.index)
+
+    monkeypatch.setattr(_course.Course, "snapshots", property(anew))
+    pd.testing.assert_frame_equal(measured(course, one), shared, check_exact=True)
+    assert len(solved) == 4 * 4
+
+
+def test_a_snapshot_of_which_cells_are_held_out_is_no_whole_one(course):
+    read = read_course(course, "time", "X_pca", 3, None, strict=False)
+    for k, fold in enumerate(TASKS["cells"].folds(read.times, read.index, 0), start=1):
+        kept = prepare(read, fold).snapshots.points
+        assert [x is y for x, y in zip(kept, read.snapshots)] == [j != k for j in range(6)]
+        for x, rows in zip(kept, fold.kept):
+            np.testing.assert_array_equal(x, read.points[rows].astype(np.float32))
 
 
 def test_from_the_first_snapshot_the_whole_way_is_integrated(course):
