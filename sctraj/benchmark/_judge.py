@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,13 +12,12 @@ from scipy.spatial import KDTree
 
 from ..flow.distance import (
     LARGEST_EXACT,
-    estimated_energy_distance,
-    estimated_mmd,
     estimated_wasserstein,
     median_distance,
     sinkhorn_divergence,
     variance_ratio,
 )
+from ..flow.pairwise_estimates import estimated_pairwise
 from ._course import Course, Prepared
 from ._methods import Cloud
 from ._representation import Array, to_common
@@ -171,20 +170,26 @@ def measure(judge: Judge, one: Restored, bootstraps: int) -> Iterator[dict[str, 
 
 def _distances(judge: Judge, *, divergence: bool) -> dict[str, _Value]:
     x, y, mass, width = judge.restored, judge.observed, judge.mass, judge.width
-    estimated: dict[str, Callable[[Array | None], tuple[float, float, int]]] = {
-        "w1": lambda weights: estimated_wasserstein(x, y, weights_x=weights),
-        "w2": lambda weights: estimated_wasserstein(x, y, p=2, weights_x=weights),
-        "mmd": lambda weights: estimated_mmd(x, y, bandwidth=width, weights_x=weights),
-        "energy": lambda weights: estimated_energy_distance(x, y, weights_x=weights),
-        "energy_about_mean": lambda weights: estimated_energy_distance(x, y, weights_x=weights, about_mean=True),
+    uneven = np.ptp(mass) >= 1e-12
+    # all pairs are met once for the distances that are means over them, under both weightings
+    pairwise, about_mean = estimated_pairwise(
+        x, y, bandwidth=width, weights_x=[mass, None] if uneven else [mass], weights_y=None, rng=0, within_y=None
+    )
+    estimates = {
+        "w1": estimated_wasserstein(x, y, weights_x=mass),
+        "w2": estimated_wasserstein(x, y, p=2, weights_x=mass),
+        "mmd": pairwise[0].mmd,
+        "energy": pairwise[0].energy,
+        "energy_about_mean": about_mean,
     }
-    found = {name: _Value(*distance(mass)[:2]) for name, distance in estimated.items()}
+    found = {name: _Value(one.value, one.error) for name, one in estimates.items()}
     if divergence and max(len(x), len(y)) <= LARGEST_EXACT:
         found["sinkhorn"] = _Value(_divergence(x, y, EPSILON * width**2, mass), 0.0)
     found["variance_ratio"] = _Value(variance_ratio(x, y, weights_x=mass), 0.0)
-    for name in ("w1", "energy"):
-        same = np.ptp(mass) < 1e-12
-        found[f"{name}_unweighted"] = found[name] if same else _Value(*estimated[name](None)[:2])
+    unweighted = {name: estimates[name] for name in ("w1", "energy")}
+    if uneven:
+        unweighted = {"w1": estimated_wasserstein(x, y), "energy": pairwise[1].energy}
+    found |= {f"{name}_unweighted": _Value(one.value, one.error) for name, one in unweighted.items()}
     if judge.shares is not None and judge.true_labels is not None:
         off = np.abs(mass @ judge.shares - judge.true_labels.mean(axis=0)).sum() / 2  # total variation
         found[COMPOSITION] = _Value(float(off), 0.0)

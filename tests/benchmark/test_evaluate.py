@@ -19,7 +19,7 @@ from sctraj.benchmark._judge import half_sample
 from sctraj.benchmark._methods import Cloud, Query, call, find_method, own_settings, register
 from sctraj.benchmark._representation import fit_recipe, log_normalised, to_common
 from sctraj.benchmark._tasks import TASKS, find_task
-from sctraj.flow import hold_out, plans
+from sctraj.flow import distance, hold_out, pairwise_estimates, plans
 from sctraj.flow.snapshots import Snapshots
 
 CLOSED = (("field", "closed-form"),)
@@ -457,6 +457,30 @@ def test_a_perfect_restoration_has_no_distance(course, monkeypatch):
     np.testing.assert_allclose(found.loc[["w1", "w2", "sinkhorn"]], 0, atol=1e-5)
     np.testing.assert_allclose(found.loc["variance_ratio"], 1, rtol=1e-10)
     assert (found.loc[["energy", "mmd"]] < 0).all(axis=None)  # unbiased: the same cells are closer than two samples
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_distances_are_to_the_last_bit_those_taken_alone(monkeypatch, even):
+    """Though all pairs are met once for them; each as public metrics give it, of pairs in blocks too."""
+    rng = np.random.default_rng(0)
+    x, y, mass = rng.normal(size=(500, 3)), rng.normal(size=(450, 3)), np.ones(500) if even else rng.random(500)
+    judge = _judge.Judge(x, mass / mass.sum(), y, None, None, None, (500,), 2.0)
+    for largest, exact in ((10_000, True), (400, False)):
+        monkeypatch.setattr(pairwise_estimates, "LARGEST_PAIRWISE", largest)
+        found = _judge._distances(judge, divergence=False)
+        weights = judge.mass
+        alone = {
+            "mmd": distance.estimated_mmd(x, y, bandwidth=2.0, weights_x=weights),
+            "energy": distance.estimated_energy_distance(x, y, weights_x=weights),
+            "energy_about_mean": distance.estimated_energy_distance(x, y, weights_x=weights, about_mean=True),
+        }
+        if not even:
+            alone["energy_unweighted"] = distance.estimated_energy_distance(x, y)
+            alone["w1_unweighted"] = distance.estimated_wasserstein(x, y)
+        for name, estimate in alone.items():
+            assert found[name] == estimate[:2], name
+        assert (found["energy"].error == 0) == exact
+        assert (found["energy"] == found["energy_unweighted"]) == even
 
 
 def test_composition_is_the_total_variation_between_label_shares(course, monkeypatch):
