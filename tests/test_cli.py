@@ -231,7 +231,7 @@ def test_fit_writes_what_the_function_writes(source, cells, here):
     written = anndata.read_h5ad(here / "out.h5ad")
     tl.fit_flow(cells, method="sb-cfm", rng=3, n_steps=20, batch_size=32, device="cpu")
     np.testing.assert_array_equal(written.obsm["flow_velocity"], cells.obsm["flow_velocity"])
-    assert written.obsm["flow_trajectories"].shape == (600, 20, 6)
+    assert written.obsm["flow_trajectories"].shape == (600, 24, 6)  # 20 even times, and four of the snapshots'
     assert get.vector_field(written).has_score
 
 
