@@ -11,6 +11,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from anndata import AnnData
 
 import sctraj
@@ -349,3 +350,31 @@ def test_trajectories_that_fail_leave_the_earlier_ones(fitted: AnnData, linked, 
     # nothing half-done or old is left beside it
     left = [p.name for p in (*tmp_path.iterdir(), *(tmp_path / "elsewhere").glob("*"))]
     assert sorted(left) == (["elsewhere", "paths", "paths"] if linked else ["paths"])
+
+
+class Away(torch.nn.Module):
+    """Everything moves along the first coordinate, as far as this is told."""
+
+    def __init__(self, speed: float) -> None:
+        super().__init__()
+        self.speed = torch.nn.Parameter(torch.tensor(speed))
+
+    def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.speed.expand(len(x), 1), 0 * x], 1)  # the last column is growth
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_paths_that_leave_the_sampled_cells_are_said(caplog, stored, tmp_path) -> None:
+    cells = sctraj.datasets.simulated_differentiation(120, n_genes=8, n_pcs=4)
+    last, module = cells.obs["time"].max(), Away(1e3)
+    sctraj.tl.fit_flow(cells, module=module, learning_rate=1e-12, n_steps=1, batch_size=6)
+    kept = {"module": module, "n_steps": 1}
+    if stored:
+        pytest.importorskip("zarr")
+        kept["store"] = str(tmp_path / "paths")
+    caplog.set_level("WARNING", logger="sctraj")
+    sctraj.tl.trajectories(cells, times=[0.5, last - 0.5], **kept)  # no snapshot there to hold them against
+    assert "farther from the cells" not in caplog.text
+    sctraj.tl.trajectories(cells, times=3, **kept)
+    assert "100% of the cells of time" in caplog.text
+    assert "do not follow their paths so far" in caplog.text

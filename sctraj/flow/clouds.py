@@ -16,6 +16,7 @@ from .euclidean import distances
 from .exponential import exp_
 
 TILE = 2**20  # entries of a distance matrix held at once: what a CPU's caches hold
+NEAREST = 5  # which nearest cell's distance tells how far a point is from a cloud: a pair of cells is no cloud
 
 Kernel = Callable[[Tensor], Tensor]  # of distances, which it leaves alone
 
@@ -166,3 +167,18 @@ def distinct_means(us: Sequence[Cloud], kernels: Sequence[Kernel]) -> NDArray[np
     zero = torch.zeros(1, dtype=torch.float64)
     itself = np.outer([float(kernel(zero)) for kernel in kernels], [float(u.mass.square().sum()) for u in us])
     return (whole - itself) / [distinct(u) for u in us]
+
+
+def share_astray(moved: Tensor, cells: Tensor) -> float:
+    """Return the share of points that lie farther from a cloud than any of its own cells does from the others.
+
+    Parameters
+    ----------
+    moved, cells
+        Points ``(n, d)`` and the cloud ``(m, d)``, of two cells at least. It is the distance to the 5th nearest other
+        cell that counts.
+    """
+    k = min(NEAREST, len(cells) - 1)
+    cells = cells.double().cpu()
+    own = distances(cells, cells).kthvalue(k + 1, 1).values  # itself is the first
+    return float((distances(moved.double().cpu(), cells).kthvalue(k, 1).values > own.max()).double().mean())

@@ -96,7 +96,7 @@ class ProbabilityPath(ABC):
     def moments(self, pairs: Pairs, s: Tensor) -> Moments:
         """Return mean, standard deviation and their rates at the fraction ``s`` ``(..., 1)`` of an interval."""
 
-    def sample(self, pairs: Pairs, rng: torch.Generator) -> PathSample:
+    def sample(self, pairs: Pairs, rng: torch.Generator, *, stray: int = 0) -> PathSample:
         """Draw a time and a point for every pair.
 
         Times are uniform on the interval (but for its margin) and stratified: any run of consecutive pairs has its
@@ -108,6 +108,9 @@ class ProbabilityPath(ABC):
             Ends ``(..., d)`` and times.
         rng
             Generator on the pairs' device.
+        stray
+            One pair in so many is drawn as far from its path as it is long, in rms, at the velocity that it has on the
+            path: there are few cells beside the paths, but cells that are moved a long way come there. 0: none.
         """
         x0 = pairs.x0
         shape = (*x0.shape[:-1], 1)
@@ -115,12 +118,17 @@ class ProbabilityPath(ABC):
         s = self.margin + (1 - 2 * self.margin) * s
         noise = torch.randn(x0.shape, generator=rng, device=x0.device, dtype=x0.dtype)
         at = self.moments(pairs, s)
+        std = at.std.expand(shape)
+        if stray:
+            some = (..., slice(stray // 2, None, stray), slice(None))
+            std = std.clone()
+            std[some] += (pairs.x1 - x0)[some].square().mean(-1, keepdim=True).sqrt()
         return PathSample(
             t=pairs.t0 + s * pairs.length,
-            x=at.mean + at.std * noise,
+            x=at.mean + std * noise,
             velocity=at.mean_rate + at.std_rate * noise,
-            score=-noise / at.std if self.sigma > 0 else None,
-            std=at.std.expand(shape),
+            score=-noise / std if self.sigma > 0 else None,
+            std=std,
         )
 
 

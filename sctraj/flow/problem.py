@@ -29,6 +29,7 @@ BRIDGE_FRACTION = 0.3
 HELD_BACK = 0.1  # of each snapshot's cells, where early stopping is asked for
 DISPLACEMENT_CELLS = 1000  # cells a side at most from which the displacement is estimated
 SLOW = 1 / 16  # tempo of a network's clock on a growing plan: the faster, the more of one snapshot's own it learns
+STRAY = 5  # of so many pairs of a growing plan one is drawn beside its path
 ROUNDS = 2  # of finding velocities and pairing by them: further ones changed little
 LONG = 8.0  # times the shorter gap beside it, an interval's length from which on velocities fade: at 6 they still tell
 DATA_SEED = 0  # of cells held back: they belong to the data, whoever is trained on it
@@ -127,7 +128,8 @@ class Problem:
             lengths.append(interval.x0.new_full((n, 1), interval.length))
         x0, x1, *velocities = (torch.cat(column, 1) for column in zip(*drawn))
         start, length = torch.cat(starts), torch.cat(lengths)  # (n_pairs, 1)
-        path = self.path.sample(Pairs(x0, x1, start, start + length, *velocities), rng)
+        stray = STRAY if self.grows else 0
+        path = self.path.sample(Pairs(x0, x1, start, start + length, *velocities), rng, stray=stray)
         if not contrasts:
             return Sample(path, length, weight=None, growth=None)
         contrast = torch.cat(contrasts, 1)

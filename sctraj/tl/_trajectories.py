@@ -16,6 +16,7 @@ import torch
 
 from .. import _adata
 from .._log import logger
+from ..flow.clouds import share_astray
 from ..flow.flow_matching import pick_device
 from ..flow.integrate import Field, Integration, Moved, Solver, simulate, transport
 from ._field import check_module
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 DType = Literal["float32", "float16"]
 SLAB = 2**28  # bytes of trajectories held at once on their way to a store
 CHUNK = 2**20  # bytes of a chunk of the store
+LOOKED_AT = 1000  # cells of a snapshot, at most, whose paths are looked at for whether they keep to the cells
+ASTRAY = 0.1  # share of them that is said
 LARGEST_HALF = 2**14  # a coordinate that float16 takes, with room for where its cell may go
 OURS = {"sctraj": "trajectories"}  # attribute of a store, without which it is not overwritten
 
@@ -89,7 +92,8 @@ def trajectories(
 
     Returns
     -------
-    ``None``, or the copy if ``copy=True``. Sets:
+    ``None``, or the copy if ``copy=True``. Where more than a tenth of a snapshot's cells end up, by another snapshot's
+    time, farther from its cells than any of these is from the others, that is logged. Sets:
 
     ``obsm[key + "_trajectories"]`` : float32, n_obs x n_times x d
         In units of the representation; at a cell's own time, where it is among the times, exactly where it was
@@ -152,6 +156,7 @@ def trajectories(
     def fill(points: Any) -> np.ndarray | None:
         """Write all paths into an array or a store; return the cells' weights, where the flow grows."""
         log_mass = _follow(flow.cells, field, grid, move, points)
+        _warn_of_strays(flow.cells, grid, points)
         if not flow.vector_field.grows or stochastic:
             return None
         # relative to the mean of the snapshot's cells: growth is known up to the population's total alone
@@ -214,6 +219,26 @@ def _follow(
         if stored:
             out[start:stop] = part
     return log_mass
+
+
+def _warn_of_strays(cells: _adata.Cells, grid: np.ndarray, points: Any) -> None:
+    """Log where many paths end up beside the cells that were sampled at a time, by some cells of each snapshot."""
+    snapshots = cells.snapshots
+    some = [np.unique(np.linspace(0, len(x) - 1, min(len(x), LOOKED_AT)).astype(int)) for x in snapshots.points]
+    found = []
+    for t0, index, chosen in zip(snapshots.times, cells.index, some):
+        rows = np.sort(index[chosen])
+        paths = points[rows] if isinstance(points, np.ndarray) else points.oindex[rows]
+        for t1, x, there in zip(snapshots.times, snapshots.points, some):
+            if t1 != t0 and t1 in grid and len(there) > 1:
+                moved = torch.from_numpy(np.asarray(paths[:, np.searchsorted(grid, t1)], dtype=np.float64))
+                found.append((share_astray(moved, x[there]), t0, t1))
+    share, t0, t1 = max(found, default=(0.0, 0.0, 0.0))
+    if share > ASTRAY:
+        logger.warning(
+            f"{share:.0%} of the cells of time {t0:g} are by time {t1:g} farther from the cells sampled there than any "
+            f"of these is from the others; do not follow their paths so far"
+        )
 
 
 def _size(shape: Sequence[int], dtype: str) -> int:

@@ -8,7 +8,7 @@ import torch
 from scipy.spatial.distance import cdist, pdist
 
 from sctraj.flow import clouds
-from sctraj.flow.clouds import as_cloud, distinct_means, gaussian, identity, mean_kernels, median_distance
+from sctraj.flow.clouds import as_cloud, distinct_means, gaussian, identity, mean_kernels, median_distance, share_astray
 
 KERNELS = [identity, gaussian(1.5)]
 
@@ -75,3 +75,11 @@ def test_kernels_leave_distances_alone():
     for kernel in KERNELS:
         kernel(distance)
     assert distance.tolist() == [0, 1, 2]
+
+
+def test_points_are_astray_beyond_where_any_cell_is_from_the_others():
+    cells = torch.arange(20.0)[:, None]  # of the cells at the ends the fifth nearest other one is 5 away
+    points = torch.tensor([[0.5], [19.9], [20.0], [20.1], [-1.1]])  # 4.5, 4.9, 5, 5.1 and 5.1 away
+    assert share_astray(points, cells) == pytest.approx(2 / 5)
+    assert share_astray(cells, cells) == 0
+    assert share_astray(torch.tensor([[0.5], [3.0]]), cells[:2]) == 0.5  # two cells, 1 apart: the nearest counts

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sctraj.flow import flow_matching
+from sctraj.flow import flow_matching, problem
+from sctraj.flow.clouds import share_astray
 from sctraj.flow.coupling import GrowingPlan, WeightedPairs
 from sctraj.flow.flow_matching import EVALUATE_EVERY, Fit, Training, fit, pairs_a_step, pick_device
 from sctraj.flow.hold_out import hold_out_problems
@@ -632,3 +633,28 @@ def test_layers_and_their_gradients_are_those_of_autograd():
     assert all(gradient.is_contiguous() for gradient in gradients[1:])  # as a fused optimiser takes them
     for own, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(own, theirs, rtol=0, atol=1e-13)
+
+
+def test_cells_that_are_moved_all_along_the_course_keep_to_its_cells(monkeypatch):
+    """Few cells in many dimensions, where a field that was trained on the paths alone loses two thirds of them."""
+    rng, spread = torch.Generator().manual_seed(0), torch.linspace(1.0, 0.3, 20)
+    cells = tuple(torch.randn(60, 20, generator=rng) * spread + torch.eye(20)[0] * t for t in range(5))
+    course = Snapshots(tuple(float(t) for t in range(5)), cells)
+    training = replace(QUICK, width=64, depth=3, n_steps=500, batch_size=128, learning_rate=5e-3, ema_decay=0.99)
+
+    def astray(stray: int) -> float:
+        monkeypatch.setattr(problem, "STRAY", stray)
+        field = quick(course, method="uot-cfm", training=training, dtype=torch.float32).vector_field
+        return share_astray(push(field, cells[0][None], 0.0, 4.0, Integration("euler", 200))[0], cells[-1])
+
+    default = problem.STRAY
+    assert astray(0) > 0.5
+    assert astray(default) < 0.3
+
+
+def test_stray_pairs_are_of_growing_plans_alone():
+    for method in METHODS:
+        problems, _ = make_problems(make(), method=method, path=None, sigma=0.1, seeds=(0,), validate=False)
+        std = problems[0].sample(1, 300, torch.Generator().manual_seed(0)).path.std
+        wide = (std > 0.1 + 1e-9).double().mean() if method != "sb-cfm" else torch.zeros(())
+        assert float(wide) == pytest.approx(1 / problem.STRAY if method == "uot-cfm" else 0.0)
