@@ -58,7 +58,8 @@ UNSEEN = {  # by any choice; made by other_courses.py
     "embryo-5d": "mouse_embryo_428.h5ad",
     "embryo-20d": "mouse_embryo_428.h5ad",
 }
-FILES = REAL | UNSEEN
+WIDER = {"ipsc-10d": REAL["ipsc-5d"]}  # for trajectories.py; never held out
+FILES = REAL | UNSEEN | WIDER
 SIMULATED = [f"{family}{effects}" for family in get_args(Family) for effects in ("", "+effects")] + ["differentiation"]
 COUNTS = (3, 4, 12)  # snapshots of the same families at even times, as many cells in all
 RESAMPLED = [f"{family}:{n}{effects}" for n in COUNTS for family in get_args(Family) for effects in ("", "+effects")]

@@ -36,7 +36,9 @@ N_DIMS, N_SNAPSHOTS, N_TIMES = 50, 10, 20
 QUICK = {"n_steps": 5}
 STEPS = {
     "fit_flow": lambda adata, options: tl.fit_flow(adata, **options),
-    "trajectories": lambda adata, options: tl.trajectories(adata, times=N_TIMES, **options),
+    "trajectories": lambda adata, options: tl.trajectories(
+        adata, times=np.linspace(*adata.obs["time"].agg(["min", "max"]), N_TIMES), **options
+    ),
     "leave_one_out": lambda adata, options: tl.leave_one_out(adata, n_seeds=1, **options),
 }
 

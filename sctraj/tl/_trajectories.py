@@ -222,17 +222,21 @@ def _follow(
 
 
 def _warn_of_strays(cells: _adata.Cells, grid: np.ndarray, points: Any) -> None:
-    """Log where many paths end up beside the cells that were sampled at a time, by some cells of each snapshot."""
+    """Log where many paths end beside the cells that were sampled there, by some cells of each snapshot.
+
+    Paths end at the first and the last of the snapshots' times in the grid: who leaves the cells seldom comes back.
+    """
     snapshots = cells.snapshots
     some = [np.unique(np.linspace(0, len(x) - 1, min(len(x), LOOKED_AT)).astype(int)) for x in snapshots.points]
+    seen = [k for k, t in enumerate(snapshots.times) if t in grid]
     found = []
-    for t0, index, chosen in zip(snapshots.times, cells.index, some):
+    for k, (index, chosen) in enumerate(zip(cells.index, some)):
         rows = np.sort(index[chosen])
         paths = points[rows] if isinstance(points, np.ndarray) else points.oindex[rows]
-        for t1, x, there in zip(snapshots.times, snapshots.points, some):
-            if t1 != t0 and t1 in grid and len(there) > 1:
-                moved = torch.from_numpy(np.asarray(paths[:, np.searchsorted(grid, t1)], dtype=np.float64))
-                found.append((share_astray(moved, x[there]), t0, t1))
+        for end in {*seen[:1], *seen[-1:]} - {k}:
+            column = np.searchsorted(grid, snapshots.times[end])
+            moved = torch.from_numpy(paths[:, column].astype(np.float64))
+            found.append((share_astray(moved, snapshots.points[end][some[end]]), snapshots.times[k], grid[column]))
     share, t0, t1 = max(found, default=(0.0, 0.0, 0.0))
     if share > ASTRAY:
         logger.warning(

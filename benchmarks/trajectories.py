@@ -1,0 +1,121 @@
+"""Whether cells that are moved all along a course keep to its cells, by method.
+
+python benchmarks/trajectories.py --quick   # 10 s: a small simulated course
+python benchmarks/trajectories.py --data ipsc-10d ipsc-5d eb-50d eb-5d --seeds 3
+
+The first snapshot's cells are moved to the last one's time, the last one's to the first one's. Two figures each: the
+share of them that is astray there, farther from the cells sampled at that time than any of these is from the others (by
+the 5th nearest), and the energy distance to these cells as a share of what the two snapshots are apart. Nothing is held
+out. The default trained on its paths alone, as it would be without its stray pairs, stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from unittest.mock import patch
+
+import joblib
+import pandas as pd
+import torch
+from restoration import (
+    DEFAULT,
+    FILES,
+    N_CELLS,
+    QUICK_CELLS,
+    QUICK_STEPS,
+    REAL,
+    RESAMPLED,
+    SIMULATED,
+    WIDER,
+    load,
+    table,
+)
+
+from sctraj import tl
+from sctraj._adata import read_flow
+from sctraj.flow import problem
+from sctraj.flow.clouds import share_astray
+from sctraj.flow.distance import energy_distance
+from sctraj.flow.integrate import AS_PUBLISHED, transport
+from sctraj.flow.vector_field import VectorField
+
+METHODS = {  # rows: arguments of tl.fit_flow, and one pair in how many strays
+    DEFAULT: ({}, problem.STRAY),
+    "its paths alone": ({}, 0),
+    "closed-form field": ({"field": "closed-form"}, problem.STRAY),
+    "ot-cfm": ({"method": "ot-cfm"}, 0),
+    "sb-cfm": ({"method": "sb-cfm"}, 0),
+}
+
+
+def found(field: VectorField, start: torch.Tensor, end: torch.Tensor, t0: float, t1: float) -> tuple[float, float]:
+    """Share astray, and energy distance relative to the two snapshots' own, of cells moved from one time to another."""
+    there = transport(field, start.expand(field.members, *start.shape), t0, t1, AS_PUBLISHED)
+    mass = there.log_mass[0].double().softmax(0)
+    moved = energy_distance(there.points[0], end, weights_x=mass)
+    return share_astray(there.points[0], end), float(moved) / float(energy_distance(start, end))
+
+
+def judged(name: str, seed: int, n_cells: int, real: Path, n_steps: int | None) -> list[dict]:
+    torch.set_num_threads(1)
+    adata, snapshots = load(name, seed, n_cells, real)
+    steps = {} if n_steps is None else {"n_steps": n_steps}
+    rows = []
+    for method, (settings, stray) in METHODS.items():
+        neural = {} if "field" in settings else steps
+        with patch.object(problem, "STRAY", stray):
+            use_rep = "X_std" if name in FILES else "X_pca"
+            tl.fit_flow(adata, use_rep=use_rep, rng=seed, progress=False, **settings, **neural)
+        field = read_flow(adata, "flow").vector_field
+        first, last, times = snapshots.points[0], snapshots.points[-1], snapshots.times
+        ways = {
+            "forwards": found(field, first, last, times[0], times[-1]),
+            "backwards": found(field, last, first, times[-1], times[0]),
+        }
+        rows += [{"data": name, "method": method, "way": w, "astray": a, "energy": e} for w, (a, e) in ways.items()]
+    return rows
+
+
+def report(frame: pd.DataFrame) -> str:
+    """Astray and energy, a row a data set and way; means over seeds, in brackets the sd of the share astray."""
+    rows = []
+    for (name, way), part in frame.groupby(["data", "way"], sort=False):
+        cells = []
+        for method in METHODS:
+            own = part[part["method"] == method]
+            spread = f" ({own['astray'].std():.2f})" if len(own) > 1 else ""
+            cells.append(f"{own['astray'].mean():.2f}{spread}, {own['energy'].mean():.3f}")
+        rows.append([name, way, *cells])
+    return table(["astray, energy", "", *METHODS], rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [*FILES, *SIMULATED, *RESAMPLED]
+    parser.add_argument("--quick", action="store_true", help="one small simulated set, short training")
+    parser.add_argument(
+        "--data", nargs="+", choices=names, default=[*WIDER, *REAL], metavar="NAME", help=", ".join(names)
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="fits, of simulated data sets as many draws")
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    parser.add_argument("--real", type=Path, default=beside, help="folder of the real data")
+    parser.add_argument("--jobs", type=int, default=1, help="data sets at once, a thread each")
+    args = parser.parse_args(arguments)
+    logging.getLogger("sctraj").setLevel(logging.WARNING)
+    n_cells, n_steps = (QUICK_CELLS, QUICK_STEPS) if args.quick else (N_CELLS, None)
+    tasks = [(name, seed) for name in args.data for seed in range(args.seeds)]
+    if args.quick:
+        tasks = [("branching", 0)]
+    for name in {name for name, _ in tasks if name in FILES and not (args.real / FILES[name]).exists()}:
+        print(f"skipped {name}: no {args.real / FILES[name]}; pass --real FOLDER\n")
+        tasks = [task for task in tasks if task[0] != name]
+    each = joblib.Parallel(args.jobs)(joblib.delayed(judged)(*task, n_cells, args.real, n_steps) for task in tasks)
+    if each:
+        print(report(pd.DataFrame([row for rows in each for row in rows])))
+
+
+if __name__ == "__main__":
+    main()
