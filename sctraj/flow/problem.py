@@ -128,7 +128,7 @@ class Problem:
             lengths.append(interval.x0.new_full((n, 1), interval.length))
         x0, x1, *velocities = (torch.cat(column, 1) for column in zip(*drawn))
         start, length = torch.cat(starts), torch.cat(lengths)  # (n_pairs, 1)
-        stray = STRAY if self.grows else 0
+        stray = STRAY if self.grows and not self.std else 0  # a path with a score keeps its own law
         path = self.path.sample(Pairs(x0, x1, start, start + length, *velocities), rng, stray=stray)
         if not contrasts:
             return Sample(path, length, weight=None, growth=None)
