@@ -56,3 +56,18 @@ def test_numbers_and_names_keep_their_order(followed: AnnData) -> None:
 def test_what_names_no_cells_is_refused(followed: AnnData, rows, error, message) -> None:
     with pytest.raises(error, match=message):
         get.trajectories(followed, rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("t", "shape", "message"),
+    [
+        (1.0, (4,), r"points \(n, \d+\), found shape \(4,\); a single one is x\[None\]"),
+        (1.0, (3, 2), r"points \(n, \d+\), found shape \(3, 2\)"),
+        (np.nan, None, "finite time, found nan"),
+        (np.inf, None, "finite time, found inf"),
+    ],
+)
+def test_a_field_refuses_what_is_no_time_or_no_points(followed: AnnData, t, shape, message) -> None:
+    points = followed.obsm["X_pca"][:3] if shape is None else np.zeros(shape)
+    with pytest.raises(ValueError, match=message):
+        get.vector_field(followed)(t, points)

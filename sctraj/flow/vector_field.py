@@ -28,7 +28,7 @@ class Scaling:
     origin, gap
         First time and mean gap, in units of time.
     std
-        Largest standard deviation of the path, in units of x; the score head gives ``std * score``, which stays of
+        Largest standard deviation of the path over the mean gap, in units of x; the score head gives ``std * score``, which stays of
         the order of one however small sigma is. Zero without a score.
     """
 
@@ -245,8 +245,19 @@ class VectorField(nn.Module, ABC):
 
     @torch.no_grad()
     def __call__(self, t: float, x: np.ndarray) -> np.ndarray:
-        """Return the velocity at points ``(n, d)``, averaged over the members, as an array ``(n, d)``."""
-        points = torch.as_tensor(np.asarray(x)).to(self.scale)
+        """Return the velocity at points ``(n, d)``, averaged over the members, as an array ``(n, d)``.
+
+        Raises
+        ------
+        ValueError
+            A time that is not finite, or points of another shape.
+        """
+        x = np.asarray(x)
+        if not math.isfinite(t):
+            raise ValueError(f"expected a finite time, found {t}; pass one in the unit of the snapshots' times")
+        if x.ndim != 2 or x.shape[1] != self.dimension:
+            raise ValueError(f"expected points (n, {self.dimension}), found shape {x.shape}; a single one is x[None]")
+        points = torch.as_tensor(x).to(self.scale)
         return self.velocity(t, points.expand(self.members, *points.shape)).mean(0).cpu().numpy()
 
     def ensemble(self) -> Ensemble:
