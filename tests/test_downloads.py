@@ -80,11 +80,12 @@ class Handler(BaseHTTPRequestHandler):
         for k in range(start, end, 4096):
             time.sleep(server.pause)
             piece = server.content[k : min(end, k + 4096)]
+            server.sent += len(piece)  # by the time that whoever asked has it
             try:
                 self.wfile.write(piece)
             except OSError:  # whoever asked is gone
+                server.sent -= len(piece)
                 return
-            server.sent += len(piece)
 
     def log_message(self, *_: object) -> None:
         pass

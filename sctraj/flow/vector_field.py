@@ -28,8 +28,8 @@ class Scaling:
     origin, gap
         First time and mean gap, in units of time.
     std
-        Largest standard deviation of the path over the mean gap, in units of x; the score head gives ``std * score``, which stays of
-        the order of one however small sigma is. Zero without a score.
+        Largest standard deviation of the path over the mean gap, in units of x; the score head gives ``std * score``,
+        which stays of the order of one however small sigma is. Zero without a score.
     """
 
     shift: Tensor
