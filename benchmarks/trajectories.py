@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -31,6 +30,7 @@ from restoration import (
     SIMULATED,
     WIDER,
     load,
+    shown,
     table,
 )
 
@@ -86,13 +86,13 @@ def report(frame: pd.DataFrame) -> str:
         cells = []
         for method in METHODS:
             own = part[part["method"] == method]
-            spread = f" ({own['astray'].std():.2f})" if len(own) > 1 else ""
-            cells.append(f"{own['astray'].mean():.2f}{spread}, {own['energy'].mean():.3f}")
+            spread = f" ({shown(own['astray'].std(), 2)})" if len(own) > 1 else ""
+            cells.append(f"{shown(own['astray'].mean(), 2)}{spread}, {shown(own['energy'].mean(), 3)}")
         rows.append([name, way, *cells])
     return table(["astray, energy", "", *METHODS], rows)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [*FILES, *SIMULATED, *RESAMPLED]
     parser.add_argument("--quick", action="store_true", help="one small simulated set, short training")
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     beside = Path(__file__).resolve().parents[2] / "shared" / "data"
     parser.add_argument("--real", type=Path, default=beside, help="folder of the real data")
     parser.add_argument("--jobs", type=int, default=1, help="data sets at once, a thread each")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     logging.getLogger("sctraj").setLevel(logging.WARNING)
     n_cells, n_steps = (QUICK_CELLS, QUICK_STEPS) if args.quick else (N_CELLS, None)
     tasks = [(name, seed) for name in args.data for seed in range(args.seeds)]

@@ -32,16 +32,6 @@ WRITERS = {
     "tl.trajectories": "sctraj fit IN -o OUT --trajectories",
     "tl.leave_one_out": "sctraj benchmark IN -o FOLDER, and plot FOLDER/benchmark.h5ad",
 }
-# of parameters that share an entry of a docstring, what is said there of each
-ALONE = {
-    "width": "Units of a hidden layer of the built-in network. This and the next six are of the neural field.",
-    "depth": "Hidden layers of the built-in network.",
-    "n_steps": "Steps of the optimiser.",
-    "batch_size": "Pairs of cells per interval in each step; of more than five intervals as many in all as of five.",
-    "learning_rate": "AdamW's highest rate (one-cycle schedule).",
-    "weight_decay": "AdamW's weight decay.",
-    "ema_decay": "Decay of the weights' moving average.",
-}
 NEEDS_PYTHON = {"module", "copy"}  # arguments that a command line cannot give
 
 
@@ -109,7 +99,7 @@ def options(*functions: Callable[..., Any], skip: Iterable[str] = (), only: Iter
                 type=click_type(hint),
                 default=parameter.default,
                 show_default=True,
-                help=ALONE.get(name, helps.get(name)),
+                help=helps.get(name),
             )
     return list(made.values())
 

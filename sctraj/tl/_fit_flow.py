@@ -106,13 +106,20 @@ def fit_flow(
     n_members
         Fits from different seeds, trained together; more than one give the velocity's uncertainty. Members of a
         closed-form field differ by the cells they see: each has a bootstrap of every snapshot.
-    width, depth
-        Hidden layers of the built-in network. These and the next five are of the neural field.
-    n_steps, batch_size
-        Steps of the optimiser, and pairs of cells per interval in each; of more than five intervals as many in all as
-        of five.
-    learning_rate, weight_decay, ema_decay
-        AdamW's highest rate (one-cycle schedule) and weight decay; decay of the weights' moving average.
+    width
+        Units of a hidden layer of the built-in network. This and the next six are of the neural field.
+    depth
+        Hidden layers of the built-in network.
+    n_steps
+        Steps of the optimiser.
+    batch_size
+        Pairs of cells per interval in each step; of more than five intervals as many in all as of five.
+    learning_rate
+        AdamW's highest rate (one-cycle schedule).
+    weight_decay
+        AdamW's weight decay.
+    ema_decay
+        Decay of the weights' moving average.
     patience
         Stop early: hold back a tenth of every snapshot's cells, look at their loss every 25 steps, and stop after
         this many looks without improvement. None: train for `n_steps`.

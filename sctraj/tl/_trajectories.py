@@ -182,6 +182,16 @@ def trajectories(
             group.attrs.update(OURS | {"id": record[_adata.STORE_ID], "cells": _adata.names_digest(adata)})
 
     adata = _adata.own(adata, copy=copy)
+    _put(adata, key, slots, record | {"trajectory_times": grid})
+    logger.info(
+        f"trajectories of {flow.cells.n_obs} cells at {len(grid)} times from {grid[0]:g} to {grid[-1]:g}"
+        f'{", stochastic" if stochastic else ""}; wrote {written}, uns["{key}"]["trajectory_times"]'
+    )
+    return adata if copy else None
+
+
+def _put(adata: AnnData, key: str, slots: dict[str, np.ndarray], record: dict[str, Any]) -> None:
+    """Write the slots, and into the flow's record, in place of all that earlier trajectories left there."""
     for slot in (_adata.TRAJECTORIES, _adata.WEIGHTS):
         adata.obsm.pop(slot.format(key=key), None)
     for slot in (_adata.STORE, _adata.STORE_ID):
@@ -189,12 +199,6 @@ def trajectories(
     for slot, values in slots.items():
         adata.obsm[slot] = values
     adata.uns[key].update(record)
-    adata.uns[key]["trajectory_times"] = grid
-    logger.info(
-        f"trajectories of {flow.cells.n_obs} cells at {len(grid)} times from {grid[0]:g} to {grid[-1]:g}"
-        f'{", stochastic" if stochastic else ""}; wrote {written}, uns["{key}"]["trajectory_times"]'
-    )
-    return adata if copy else None
 
 
 def _follow(
