@@ -16,6 +16,7 @@ from .euclidean import distances
 from .exponential import exp_
 
 TILE = 2**20  # entries of a distance matrix held at once: what a CPU's caches hold
+ASKED = 1000  # cells, at most, that are asked for their distance to others
 NEAREST = 5  # which nearest cell's distance tells how far a point is from a cloud: a pair of cells is no cloud
 
 Kernel = Callable[[Tensor], Tensor]  # of distances, which it leaves alone
@@ -101,14 +102,18 @@ def median_distance(y: ArrayLike, *, n_cells: int = 3000) -> float:
     cells are at one place.
     """
     points = as_cloud(y, None).points
-    thinned = points[torch.linspace(0, len(points) - 1, min(len(points), n_cells)).round().long()]
-    distance = torch.pdist(thinned)
+    distance = torch.pdist(points[evenly(len(points), n_cells)])
     if len(distance) and (median := float(distance.median())) > 0:
         return median
     if not bool(distance.any()):  # all that were selected are at one place
         distance = (points - points[0]).norm(dim=1)
     apart = distance[distance > 0]
     return float(apart.median()) if len(apart) else 0.0
+
+
+def evenly(n: int, most: int) -> Tensor:
+    """Return all of ``n`` indices, or of more than ``most`` so many at even distances."""
+    return torch.linspace(0, n - 1, min(n, most), dtype=torch.float64).round().long()
 
 
 def points_a_side(a: Cloud, b: Cloud) -> float:
@@ -169,6 +174,15 @@ def distinct_means(us: Sequence[Cloud], kernels: Sequence[Kernel]) -> NDArray[np
     return (whole - itself) / [distinct(u) for u in us]
 
 
+def spacing(cells: Tensor) -> float:
+    """Return how far apart cells ``(n, d)`` are: the median distance to the 5th nearest other one, 0 for a single cell.
+
+    Of more than a thousand cells as many, evenly chosen, are asked for it.
+    """
+    cells = cells.double().cpu()
+    return float(_to_nearest(cells[evenly(len(cells), ASKED)], cells, itself=True).median())
+
+
 def share_astray(moved: Tensor, cells: Tensor) -> float:
     """Return the share of points that lie farther from a cloud than any of its own cells does from the others.
 
@@ -178,7 +192,12 @@ def share_astray(moved: Tensor, cells: Tensor) -> float:
         Points ``(n, d)`` and the cloud ``(m, d)``, of two cells at least. It is the distance to the 5th nearest other
         cell that counts.
     """
-    k = min(NEAREST, len(cells) - 1)
     cells = cells.double().cpu()
-    own = distances(cells, cells).kthvalue(k + 1, 1).values  # itself is the first
-    return float((distances(moved.double().cpu(), cells).kthvalue(k, 1).values > own.max()).double().mean())
+    own = _to_nearest(cells, cells, itself=True)
+    return float((_to_nearest(moved.double().cpu(), cells, itself=False) > own.max()).double().mean())
+
+
+def _to_nearest(x: Tensor, cells: Tensor, *, itself: bool) -> Tensor:
+    """Distance of points ``(n, d)`` to their 5th nearest cell, ``(n,)``; where they are cells, to the 5th other one."""
+    k = min(NEAREST, len(cells) - 1)
+    return distances(x, cells).kthvalue(k + itself, 1).values

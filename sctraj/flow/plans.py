@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .clouds import spacing
 from .coupling import (
     Coupling,
     GrowingPlan,
@@ -62,6 +63,7 @@ class Plans:
         self._known: list[_Solved] = []
         self._anew: list[_PairedAnew] = []
         self._few: list[tuple[Snapshots, Snapshots]] = []
+        self._spacings: list[tuple[Tensor, float]] = []
 
     def taking_part(self, snapshots: Snapshots) -> Snapshots:
         """Return the snapshots with the cells that are coupled: of each at most 6,000, or a block.
@@ -78,6 +80,15 @@ class Plans:
             sizes = ", ".join(f"{len(some):,} of {len(x):,}" for some, x in zip(few.points, snapshots.points))
             logger.info("cells of the snapshots that are coupled: %s", sizes)
         return few
+
+    def spacing(self, cells: Tensor) -> float:
+        """Return how far apart a snapshot's cells are (`clouds.spacing`), from those known if it is among them."""
+        for known, found in self._spacings:
+            if known is cells:
+                return found
+        found = spacing(cells)
+        self._spacings.append((cells, found))
+        return found
 
     def couple(self, interval: Interval, path: ProbabilityPath | None, method: str) -> Coupling:
         """Return a method's coupling of one interval, from those known if it is among them.

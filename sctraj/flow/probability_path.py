@@ -30,6 +30,8 @@ class Pairs:
         Real times of the ends, floats or ``(..., 1)``.
     velocity0, velocity1
         Where the paths bend: velocities at the ends, ``(..., d)``, per unit of real time.
+    width
+        Spread beside ``sigma`` of paths whose spread is constant, ``(..., 1)``, a length; None for none.
     """
 
     x0: Tensor
@@ -38,6 +40,7 @@ class Pairs:
     t1: Tensor | float
     velocity0: Tensor | None = None
     velocity1: Tensor | None = None
+    width: Tensor | None = None
 
     @property
     def length(self) -> Tensor | float:
@@ -96,7 +99,7 @@ class ProbabilityPath(ABC):
     def moments(self, pairs: Pairs, s: Tensor) -> Moments:
         """Return mean, standard deviation and their rates at the fraction ``s`` ``(..., 1)`` of an interval."""
 
-    def sample(self, pairs: Pairs, rng: torch.Generator, *, stray: int = 0) -> PathSample:
+    def sample(self, pairs: Pairs, rng: torch.Generator) -> PathSample:
         """Draw a time and a point for every pair.
 
         Times are uniform on the interval (but for its margin) and stratified: any run of consecutive pairs has its
@@ -108,9 +111,6 @@ class ProbabilityPath(ABC):
             Ends ``(..., d)`` and times.
         rng
             Generator on the pairs' device.
-        stray
-            One pair in so many is drawn as far from its path as it is long, in rms, at the velocity that it has on the
-            path: there are few cells beside the paths, but cells that are moved a long way come there. 0: none.
         """
         x0 = pairs.x0
         shape = (*x0.shape[:-1], 1)
@@ -119,10 +119,8 @@ class ProbabilityPath(ABC):
         noise = torch.randn(x0.shape, generator=rng, device=x0.device, dtype=x0.dtype)
         at = self.moments(pairs, s)
         std = at.std.expand(shape)
-        if stray:
-            some = (..., slice(stray // 2, None, stray), slice(None))
-            std = std.clone()
-            std[some] += (pairs.x1 - x0)[some].square().mean(-1, keepdim=True).sqrt()
+        if pairs.width is not None:
+            std = torch.hypot(std, pairs.width)
         return PathSample(
             t=pairs.t0 + s * pairs.length,
             x=at.mean + std * noise,

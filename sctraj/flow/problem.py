@@ -11,11 +11,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .clouds import evenly
 from .coupling import Coupling, GrowingPlan, SparsePlan, WeightedPairs, blocked
 from .metric_path import BATCH_SIZE, LEARNING_RATE, N_STEPS, WIDTH, Metric, metric_path
 from .plans import Plans
 from .probability_path import BrownianBridge, Hermite, Pairs, PathSample, ProbabilityPath, Straight, Trigonometric
-from .snapshots import Snapshots, hold_back
+from .snapshots import Interval, Snapshots, hold_back
 from .starts import farther_share
 from .tangents import Tangents, reliability, tangents, velocities
 from .threads import at_once
@@ -29,7 +30,6 @@ BRIDGE_FRACTION = 0.3
 HELD_BACK = 0.1  # of each snapshot's cells, where early stopping is asked for
 DISPLACEMENT_CELLS = 1000  # cells a side at most from which the displacement is estimated
 SLOW = 1 / 16  # tempo of a network's clock on a growing plan: the faster, the more of one snapshot's own it learns
-STRAY = 5  # of so many pairs of a growing plan one is drawn beside its path
 ROUNDS = 2  # of finding velocities and pairing by them: further ones changed little
 LONG = 8.0  # times the shorter gap beside it, an interval's length from which on velocities fade: at 6 they still tell
 DATA_SEED = 0  # of cells held back: they belong to the data, whoever is trained on it
@@ -53,6 +53,8 @@ class Problem:
         snapshots alone, never on the other members.
     tangents
         For curved paths: velocities at their ends; None for others.
+    widths
+        Spread of the paths beside ``path.sigma``, a length for each interval; none, where that is all.
     """
 
     snapshots: Snapshots
@@ -60,6 +62,7 @@ class Problem:
     path: ProbabilityPath
     seed: int
     tangents: Tangents | None = None
+    widths: tuple[float, ...] = ()
 
     @property
     def std(self) -> float:
@@ -112,7 +115,7 @@ class Problem:
     def sample(self, n_steps: int, n_pairs: int, rng: torch.Generator) -> Sample:
         """Draw ``n_steps`` batches of ``n_pairs`` pairs, shared evenly among the intervals."""
         share, rest = divmod(n_pairs, len(self.couplings))
-        drawn, contrasts, starts, lengths = [], [], [], []
+        drawn, contrasts, starts, lengths, widths = [], [], [], [], []
         for k, (interval, coupling) in enumerate(zip(self.snapshots.intervals(), self.couplings, strict=True)):
             n = share + (k < rest)
             if isinstance(coupling, GrowingPlan):
@@ -126,10 +129,12 @@ class Problem:
             drawn.append([v.reshape(n_steps, n, -1) for v in ends if v is not None])
             starts.append(interval.x0.new_full((n, 1), interval.t0))
             lengths.append(interval.x0.new_full((n, 1), interval.length))
+            if self.widths:
+                widths.append(interval.x0.new_full((n, 1), self.widths[k]))
         x0, x1, *velocities = (torch.cat(column, 1) for column in zip(*drawn))
         start, length = torch.cat(starts), torch.cat(lengths)  # (n_pairs, 1)
-        stray = STRAY if self.grows and not self.std else 0  # a path with a score keeps its own law
-        path = self.path.sample(Pairs(x0, x1, start, start + length, *velocities), rng, stray=stray)
+        pairs = Pairs(x0, x1, start, start + length, *velocities)
+        path = self.path.sample(replace(pairs, width=torch.cat(widths)) if widths else pairs, rng)
         if not contrasts:
             return Sample(path, length, weight=None, growth=None)
         contrast = torch.cat(contrasts, 1)
@@ -181,7 +186,7 @@ def displacement(snapshots: Snapshots, plans: Plans) -> float:
             assert isinstance(plan, SparsePlan)
             squares.append(plan.cost)
             continue
-        rows, columns = (_thin(len(x), x.device) for x in (interval.x0, interval.x1))
+        rows, columns = (evenly(len(x), DISPLACEMENT_CELLS).to(x.device) for x in (interval.x0, interval.x1))
         m0, m1 = interval.mass0[rows], interval.mass1[columns]
         thinned = replace(interval, x0=interval.x0[rows], x1=interval.x1[columns], mass0=m0, mass1=m1)
         squares.append(blocked(thinned, torch.Generator(), block=DISPLACEMENT_CELLS).cost)
@@ -197,6 +202,17 @@ def default_sigma(snapshots: Snapshots, method: str, plans: Plans) -> float:
     if method == "sb-cfm":
         return BRIDGE_FRACTION * displacement(snapshots, plans) / math.sqrt(snapshots.mean_gap)
     return STRAIGHT_FRACTION * displacement(snapshots, plans)
+
+
+def width_between(interval: Interval, plans: Plans) -> float:
+    """Return the width of an interval's paths: in rms over coordinates, how far apart the cells at its ends are.
+
+    Between cells that were sampled there are as many that were not, and paths as narrow as ``sigma`` leave gaps there:
+    of few cells a network learns each one's own way, and where no path is, nothing. The rms distance of a point from
+    its path is then the mean of both snapshots' median distances to the 5th nearest other cell (`clouds.spacing`), by
+    which a closed-form field's kernel is measured too. It falls with the number of cells.
+    """
+    return (plans.spacing(interval.x0) + plans.spacing(interval.x1)) / 2 / math.sqrt(interval.x0.shape[1])
 
 
 def make_path(snapshots: Snapshots, method: str, path: str | None, sigma: float) -> ProbabilityPath:
@@ -242,7 +258,7 @@ def make_problems(
         cells under the metric ``"land"`` or ``"rbf"``; None: hermite for ``"uot-cfm"``, else straight.
     sigma
         Spread of the path in the user's units (a length; for ``"sb-cfm"`` a length per root of time); None for
-        ``default_sigma``.
+        ``default_sigma``, and for ``"uot-cfm"`` the `width_between` snapshots beside it.
     seeds
         Of the members' own random streams.
     validate
@@ -281,7 +297,9 @@ def make_problems(
                 couplings = kin = _by_velocity(cells, kin, plans)
             bends = tangents(cells, kin, couplings, share)
         couplings = tuple(c.pairs_alone if isinstance(c, GrowingPlan) else c for c in couplings)
-        part.extend(Problem(cells, couplings, law, seed, bends) for seed in seeds)
+        wide = sigma is None and method == "uot-cfm"
+        widths = tuple(width_between(interval, plans) for interval in cells.intervals()) if wide else ()
+        part.extend(Problem(cells, couplings, law, seed, bends, widths) for seed in seeds)
     return problems[0], problems[1]
 
 
@@ -320,7 +338,3 @@ def _by_velocity(snapshots: Snapshots, kin: Sequence[GrowingPlan], plans: Plans)
         else:  # blocks of an interval are solved at once
             kin = [solve(*asked) for asked in zip(kin, intervals, *zip(*ends), times)]
     return tuple(kin)
-
-
-def _thin(n: int, device: torch.device) -> Tensor:
-    return torch.linspace(0, n - 1, min(n, DISPLACEMENT_CELLS), device=device, dtype=torch.float64).round().long()

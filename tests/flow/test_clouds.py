@@ -8,7 +8,16 @@ import torch
 from scipy.spatial.distance import cdist, pdist
 
 from sctraj.flow import clouds
-from sctraj.flow.clouds import as_cloud, distinct_means, gaussian, identity, mean_kernels, median_distance, share_astray
+from sctraj.flow.clouds import (
+    as_cloud,
+    distinct_means,
+    gaussian,
+    identity,
+    mean_kernels,
+    median_distance,
+    share_astray,
+    spacing,
+)
 
 KERNELS = [identity, gaussian(1.5)]
 
@@ -83,3 +92,14 @@ def test_points_are_astray_beyond_where_any_cell_is_from_the_others():
     assert share_astray(points, cells) == pytest.approx(2 / 5)
     assert share_astray(cells, cells) == 0
     assert share_astray(torch.tensor([[0.5], [3.0]]), cells[:2]) == 0.5  # two cells, 1 apart: the nearest counts
+
+
+def test_spacing_is_the_median_distance_to_the_fifth_nearest_other_cell():
+    cells = torch.arange(20.0)[:, None]  # 3 away but for the two cells at each end, 5 and 4
+    assert spacing(cells) == 3
+    assert spacing(torch.cat([cells, torch.tensor([[1e6]])])) == 3  # no single cell moves it
+    assert spacing(10 * cells + 7) == 30
+    assert spacing(cells[:2]) == 1
+    assert spacing(cells[:1]) == 0
+    many = torch.arange(5000.0)[:, None]  # a thousand are asked, but all may be near
+    assert spacing(many) == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import numpy as np
 import ot
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sctraj.flow import flow_matching, problem
-from sctraj.flow.clouds import share_astray
+from sctraj.flow.clouds import share_astray, spacing
 from sctraj.flow.coupling import GrowingPlan, WeightedPairs
 from sctraj.flow.flow_matching import EVALUATE_EVERY, Fit, Training, fit, pairs_a_step, pick_device
 from sctraj.flow.hold_out import hold_out_problems
@@ -642,19 +643,27 @@ def test_cells_that_are_moved_all_along_the_course_keep_to_its_cells(monkeypatch
     course = Snapshots(tuple(float(t) for t in range(5)), cells)
     training = replace(QUICK, width=64, depth=3, n_steps=500, batch_size=128, learning_rate=5e-3, ema_decay=0.99)
 
-    def astray(stray: int) -> float:
-        monkeypatch.setattr(problem, "STRAY", stray)
+    def astray() -> float:
         field = quick(course, method="uot-cfm", training=training, dtype=torch.float32).vector_field
         return share_astray(push(field, cells[0][None], 0.0, 4.0, Integration("euler", 200))[0], cells[-1])
 
-    default = problem.STRAY
-    assert astray(0) > 0.5
-    assert astray(default) < 0.3
+    wide = astray()
+    monkeypatch.setattr(problem, "width_between", lambda *_: 0.0)
+    assert astray() > 0.5
+    assert wide < 0.1
 
 
-def test_stray_pairs_are_of_growing_plans_alone():
-    for method in METHODS:
-        problems, _ = make_problems(make(), method=method, path=None, sigma=0.1, seeds=(0,), validate=False)
-        std = problems[0].sample(1, 300, torch.Generator().manual_seed(0)).path.std
-        wide = (std > 0.1 + 1e-9).double().mean() if method != "sb-cfm" else torch.zeros(())
-        assert float(wide) == pytest.approx(1 / problem.STRAY if method == "uot-cfm" else 0.0)
+def test_paths_of_growing_plans_are_as_wide_as_cells_are_apart_unless_told_how_wide():
+    course = make()
+    for method, sigma in product(METHODS, (None, 0.1)):
+        problems, _ = make_problems(course, method=method, path=None, sigma=sigma, seeds=(0,), validate=False)
+        if method != "uot-cfm" or sigma is not None:
+            assert problems[0].widths == ()
+            continue
+        apart = [spacing(x) for x in course.points]
+        for k, width in enumerate(problems[0].widths):
+            assert width == pytest.approx((apart[k] + apart[k + 1]) / 2 / course.dimension**0.5)
+        drawn = problems[0].sample(3, 8 * len(course), torch.Generator().manual_seed(0)).path
+        found = sorted({round(std, 6) for std in drawn.std.flatten().tolist()})
+        sums = [math.hypot(problems[0].path.sigma, width) for width in problems[0].widths]
+        assert found == pytest.approx(sorted(sums), abs=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -264,24 +265,15 @@ def test_times_of_each_pair_its_own_interval():
 
 
 @pytest.mark.parametrize("path", [Straight(0.3), Hermite(0.3)], ids=lambda path: type(path).__name__)
-def test_one_pair_in_so_many_strays_as_far_as_it_is_long_at_the_velocity_of_its_path(path):
+def test_widths_add_to_sigma_as_independent_noise_and_leave_velocities(path):
     x0, x1 = ends()
-    x1 = x1.clone()
-    x1[: N // 2] = x0[: N // 2] + 0.1 * (x1 - x0)[: N // 2]  # short ones and long ones
     pairs = Pairs(x0, x1, T0, T1, V0, V1)
-    plain, straying = (path.sample(pairs, torch.Generator().manual_seed(0), stray=n) for n in (0, 5))
-    some = torch.arange(N) % 5 == 2
+    width = torch.where(torch.arange(N) < N // 2, 0.4, 1.6)[:, None].double()
+    plain, wide = (path.sample(p, torch.Generator().manual_seed(0)) for p in (pairs, replace(pairs, width=width)))
     for name in ("t", "velocity"):
-        assert torch.equal(getattr(straying, name), getattr(plain, name))
-    assert torch.equal(straying.x[~some], plain.x[~some])
+        assert torch.equal(getattr(wide, name), getattr(plain, name))
     mean = plain.x + plain.score * plain.std.square()
-    for part, length in ((slice(None, N // 2), 0.1), (slice(N // 2, None), 1.0)):
-        off = (straying.x - mean)[part][some[part]]
-        expected = 0.3 + length * float((draw_length() ** 2 / 2).sqrt())
-        assert float(off.square().mean().sqrt()) == pytest.approx(expected, rel=0.02)
-        torch.testing.assert_close(straying.std[part][some[part]], torch.full_like(off[:, :1], expected))
-
-
-def draw_length():
-    x0, x1 = ends(1)
-    return (x1 - x0).square().sum().sqrt()
+    for part, expected in ((slice(None, N // 2), 0.5), (slice(N // 2, None), math.hypot(0.3, 1.6))):
+        torch.testing.assert_close(wide.std[part], torch.full_like(wide.std[part], expected))
+        assert float((wide.x - mean)[part].square().mean().sqrt()) == pytest.approx(expected, rel=0.02)
+    torch.testing.assert_close(wide.score, (mean - wide.x) / wide.std.square(), rtol=1e-6, atol=1e-9)
