@@ -6,7 +6,7 @@ python benchmarks/trajectories.py --data ipsc-10d ipsc-5d eb-50d eb-5d --seeds 3
 The first snapshot's cells are moved to the last one's time, the last one's to the first one's. Two figures each: the
 share of them that is astray there, farther from the cells sampled at that time than any of these is from the others (by
 the 5th nearest), and the energy distance to these cells as a share of what the two snapshots are apart. Nothing is held
-out. The default with paths as narrow as sigma, as it would be if they were not as wide as cells are apart, stands beside it.
+out. The default with narrow paths, as it would be if they were not as wide as cells are apart, stands beside it.
 """
 
 from __future__ import annotations
