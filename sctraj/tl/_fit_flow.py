@@ -92,7 +92,9 @@ def fit_flow(
     sigma
         Spread of the probability path, in units of the representation (for ``"sb-cfm"`` per root of time). By default
         a fixed fraction of the root mean square displacement between snapshots, which a single cell far from all others
-        can make large: cells more than 100 times the median distance from their snapshot's median are logged.
+        can make large: cells more than 100 times the median distance from their snapshot's median are logged. A neural
+        field of ``"uot-cfm"`` then has its paths wider by how far apart cells are, so that it is told what to do
+        between them.
     block
         Cells a side of the blocks in which ``"uot-cfm"`` and ``"ot-cfm"`` couple snapshots with more cells than that
         (the geometric mean of both) and curved paths find kin, of each at most 6,000 (or a block); what is done is
@@ -141,7 +143,8 @@ def fit_flow(
     ``uns[key_added]`` : dict
         ``params`` (with the sigma and seed used, and of curved paths the ``reliability``, the share of the
         population's turns that the first member takes: to tell it takes four snapshots, with fewer it is 1; and
-        ``farther``, how much `sctraj.tl.interpolate` counts a snapshot beside the next nearer one),
+        ``farther``, how much `sctraj.tl.interpolate` counts a snapshot beside the next nearer one; of paths that are
+        wider than sigma by how far apart cells are the ``widths``, one per interval),
         ``weights`` (arrays), ``loss``, ``times``, ``versions``, ``fingerprint``.
     ``obsm[key_added + "_velocity"]`` : float32, n_obs x d
         Velocity at the cell's own time, in units of the representation per unit of time; the members' mean.
@@ -201,6 +204,8 @@ def fit_flow(
     tangents = problems[0].tangents
     if tangents is not None:
         params |= {"reliability": tangents.reliability, "farther": farther_shares(field, problems)[0]}
+    if problems[0].widths and field == "neural":
+        params["widths"] = np.array(problems[0].widths)
     _adata.write_flow(
         adata,
         key_added,

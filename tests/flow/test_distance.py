@@ -9,6 +9,7 @@ import ot
 import pytest
 import torch
 from scipy import sparse
+from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist, pdist
 from scipy.stats import energy_distance as scipy_energy
 from scipy.stats import wasserstein_distance
@@ -154,6 +155,21 @@ def test_two_samples_of_one_law_give_zero_on_average(measure, weighted):
         values.append(measure(x, y, **weights))
     assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(400)  # three standard errors
     assert min(values) < 0  # no clipping
+
+
+def test_energy_of_averages_of_two_samples_is_below_zero_and_of_both_samples_together_is_not():
+    """Why an interpolation at rest comes out too low: its points are means of two draws, not draws."""
+    rng, n, d = np.random.default_rng(0), 100, 2
+    averages, together, within = [], [], []
+    for _ in range(40):
+        x, y, law = (rng.standard_normal((m, d)) for m in (n, n, 3000))
+        i, j = linear_sum_assignment(cdist(x, y) ** 2)
+        averages.append(distance.energy_distance((x[i] + y[j]) / 2, law))
+        together.append(distance.energy_distance(np.concatenate([x, y]), law))
+        within.append(pdist(x).mean())
+    for found, expected in ((averages, -np.mean(within) / (2 * n)), (together, 0.0)):
+        assert np.mean(found) == pytest.approx(expected, abs=3 * np.std(found) / math.sqrt(len(found)))
+    assert np.mean(averages) < -0.005
 
 
 def test_energy_is_the_mean_over_distinct_pairs():
