@@ -52,7 +52,7 @@ METHODS = {  # columns: arguments of tl.fit_flow
 }
 
 
-def no_width(*_: object) -> float:
+def no_spread(*_: object) -> float:
     return 0.0
 
 
@@ -71,7 +71,7 @@ def judged(name: str, seed: int, n_cells: int, real: Path, n_steps: int | None) 
     rows = []
     for method, settings in METHODS.items():
         neural = {} if "field" in settings else steps
-        with patch.object(problem, "width_between", no_width if method == NARROW else problem.width_between):
+        with patch.object(problem, "spread_between", no_spread if method == NARROW else problem.spread_between):
             use_rep = "X_std" if name in FILES else "X_pca"
             tl.fit_flow(adata, use_rep=use_rep, rng=seed, progress=False, **settings, **neural)
         field = read_flow(adata, "flow").vector_field

@@ -58,8 +58,8 @@ def test_slots(cells: AnnData) -> None:
     assert flow["params"]["sigma"] > 0
     assert 0 <= flow["params"]["reliability"] <= 1
     assert flow["params"]["farther"] == 0  # of fewer than seven snapshots
-    assert flow["params"]["widths"].shape == (5,)
-    assert (flow["params"]["widths"] > 0).all()
+    assert flow["params"]["spreads"].shape == (5,)
+    assert (flow["params"]["spreads"] > 0).all()
     assert flow["times"].tolist() == [0.0, 1.0, 2.5, 3.5, 5.5, 7.0]
     assert flow["loss"].shape == (30, 2)
     assert flow["validation_loss"].shape[1] == 2

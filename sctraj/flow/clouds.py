@@ -179,7 +179,7 @@ def spacing(cells: Tensor) -> float:
 
     Of more than a thousand cells as many, evenly chosen, are asked for it.
     """
-    cells = cells.double().cpu()
+    cells = cells.cpu().double()
     return float(_to_nearest(cells[evenly(len(cells), ASKED)], cells, itself=True).median())
 
 
@@ -192,9 +192,9 @@ def share_astray(moved: Tensor, cells: Tensor) -> float:
         Points ``(n, d)`` and the cloud ``(m, d)``, of two cells at least. It is the distance to the 5th nearest other
         cell that counts.
     """
-    cells = cells.double().cpu()
+    cells = cells.cpu().double()
     own = _to_nearest(cells, cells, itself=True)
-    return float((_to_nearest(moved.double().cpu(), cells, itself=False) > own.max()).double().mean())
+    return float((_to_nearest(moved.cpu().double(), cells, itself=False) > own.max()).double().mean())
 
 
 def _to_nearest(x: Tensor, cells: Tensor, *, itself: bool) -> Tensor:

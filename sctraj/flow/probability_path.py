@@ -30,7 +30,7 @@ class Pairs:
         Real times of the ends, floats or ``(..., 1)``.
     velocity0, velocity1
         Where the paths bend: velocities at the ends, ``(..., d)``, per unit of real time.
-    width
+    spread
         Spread beside ``sigma`` of paths whose spread is constant, ``(..., 1)``, a length; None for none.
     """
 
@@ -40,7 +40,7 @@ class Pairs:
     t1: Tensor | float
     velocity0: Tensor | None = None
     velocity1: Tensor | None = None
-    width: Tensor | None = None
+    spread: Tensor | None = None
 
     @property
     def length(self) -> Tensor | float:
@@ -119,8 +119,8 @@ class ProbabilityPath(ABC):
         noise = torch.randn(x0.shape, generator=rng, device=x0.device, dtype=x0.dtype)
         at = self.moments(pairs, s)
         std = at.std.expand(shape)
-        if pairs.width is not None:
-            std = torch.hypot(std, pairs.width)
+        if pairs.spread is not None:
+            std = torch.hypot(std, pairs.spread)
         return PathSample(
             t=pairs.t0 + s * pairs.length,
             x=at.mean + std * noise,

@@ -53,7 +53,7 @@ class Problem:
         snapshots alone, never on the other members.
     tangents
         For curved paths: velocities at their ends; None for others.
-    widths
+    spreads
         Spread of the paths beside ``path.sigma``, a length for each interval; none, where that is all.
     """
 
@@ -62,7 +62,7 @@ class Problem:
     path: ProbabilityPath
     seed: int
     tangents: Tangents | None = None
-    widths: tuple[float, ...] = ()
+    spreads: tuple[float, ...] = ()
 
     @property
     def std(self) -> float:
@@ -115,7 +115,7 @@ class Problem:
     def sample(self, n_steps: int, n_pairs: int, rng: torch.Generator) -> Sample:
         """Draw ``n_steps`` batches of ``n_pairs`` pairs, shared evenly among the intervals."""
         share, rest = divmod(n_pairs, len(self.couplings))
-        drawn, contrasts, starts, lengths, widths = [], [], [], [], []
+        drawn, contrasts, starts, lengths, spreads = [], [], [], [], []
         for k, (interval, coupling) in enumerate(zip(self.snapshots.intervals(), self.couplings, strict=True)):
             n = share + (k < rest)
             if isinstance(coupling, GrowingPlan):
@@ -129,12 +129,12 @@ class Problem:
             drawn.append([v.reshape(n_steps, n, -1) for v in ends if v is not None])
             starts.append(interval.x0.new_full((n, 1), interval.t0))
             lengths.append(interval.x0.new_full((n, 1), interval.length))
-            if self.widths:
-                widths.append(interval.x0.new_full((n, 1), self.widths[k]))
+            if self.spreads:
+                spreads.append(interval.x0.new_full((n, 1), self.spreads[k]))
         x0, x1, *velocities = (torch.cat(column, 1) for column in zip(*drawn))
         start, length = torch.cat(starts), torch.cat(lengths)  # (n_pairs, 1)
         pairs = Pairs(x0, x1, start, start + length, *velocities)
-        path = self.path.sample(replace(pairs, width=torch.cat(widths)) if widths else pairs, rng)
+        path = self.path.sample(replace(pairs, spread=torch.cat(spreads)) if spreads else pairs, rng)
         if not contrasts:
             return Sample(path, length, weight=None, growth=None)
         contrast = torch.cat(contrasts, 1)
@@ -204,13 +204,12 @@ def default_sigma(snapshots: Snapshots, method: str, plans: Plans) -> float:
     return STRAIGHT_FRACTION * displacement(snapshots, plans)
 
 
-def width_between(interval: Interval, plans: Plans) -> float:
-    """Return the width of an interval's paths: in rms over coordinates, how far apart the cells at its ends are.
+def spread_between(interval: Interval, plans: Plans) -> float:
+    """Return the spread of an interval's paths beside sigma, a length: how far apart the cells at its ends are.
 
-    Between cells that were sampled there are as many that were not, and paths as narrow as ``sigma`` leave gaps there:
-    of few cells a network learns each one's own way, and where no path is, nothing. The rms distance of a point from
-    its path is then the mean of both snapshots' median distances to the 5th nearest other cell (`clouds.spacing`), by
-    which a closed-form field's kernel is measured too. It falls with the number of cells.
+    Between the cells that were sampled there are as many that were not, and where no path is a network learns nothing.
+    The rms distance of a point from its path is the mean of both snapshots' median distances to the 5th nearest other
+    cell (`clouds.spacing`), the spread in each coordinate a root of ``d``-th of it. It falls with the number of cells.
     """
     return (plans.spacing(interval.x0) + plans.spacing(interval.x1)) / 2 / math.sqrt(interval.x0.shape[1])
 
@@ -258,7 +257,7 @@ def make_problems(
         cells under the metric ``"land"`` or ``"rbf"``; None: hermite for ``"uot-cfm"``, else straight.
     sigma
         Spread of the path in the user's units (a length; for ``"sb-cfm"`` a length per root of time); None for
-        ``default_sigma``, and for ``"uot-cfm"`` the `width_between` snapshots beside it.
+        ``default_sigma``, and for ``"uot-cfm"`` the `spread_between` snapshots beside it.
     seeds
         Of the members' own random streams.
     validate
@@ -284,6 +283,9 @@ def make_problems(
         parts = hold_back(snapshots, fraction=HELD_BACK, rng=torch.Generator().manual_seed(DATA_SEED))
     problems: list[list[Problem]] = [[], []]
     share: float | None = None
+    # of the cells to train on, on whose paths those that are held back are judged
+    wide = sigma is None and method == "uot-cfm"
+    spreads = tuple(spread_between(interval, plans) for interval in parts[0].intervals()) if wide else ()
     for part, cells in zip(problems, parts):
         couplings = tuple(plans.couple(interval, law, method) for interval in cells.intervals())
         if isinstance(law, Straight) and path in ("land", "rbf"):  # learned once, on the cells to train on
@@ -297,9 +299,7 @@ def make_problems(
                 couplings = kin = _by_velocity(cells, kin, plans)
             bends = tangents(cells, kin, couplings, share)
         couplings = tuple(c.pairs_alone if isinstance(c, GrowingPlan) else c for c in couplings)
-        wide = sigma is None and method == "uot-cfm"
-        widths = tuple(width_between(interval, plans) for interval in cells.intervals()) if wide else ()
-        part.extend(Problem(cells, couplings, law, seed, bends, widths) for seed in seeds)
+        part.extend(Problem(cells, couplings, law, seed, bends, spreads) for seed in seeds)
     return problems[0], problems[1]
 
 

@@ -144,7 +144,7 @@ def fit_flow(
         ``params`` (with the sigma and seed used, and of curved paths the ``reliability``, the share of the
         population's turns that the first member takes: to tell it takes four snapshots, with fewer it is 1; and
         ``farther``, how much `sctraj.tl.interpolate` counts a snapshot beside the next nearer one; of paths that are
-        wider than sigma by how far apart cells are the ``widths``, one per interval),
+        wider than sigma by how far apart cells are the ``spreads``, one per interval),
         ``weights`` (arrays), ``loss``, ``times``, ``versions``, ``fingerprint``.
     ``obsm[key_added + "_velocity"]`` : float32, n_obs x d
         Velocity at the cell's own time, in units of the representation per unit of time; the members' mean.
@@ -204,8 +204,8 @@ def fit_flow(
     tangents = problems[0].tangents
     if tangents is not None:
         params |= {"reliability": tangents.reliability, "farther": farther_shares(field, problems)[0]}
-    if problems[0].widths and field == "neural":
-        params["widths"] = np.array(problems[0].widths)
+    if problems[0].spreads and field == "neural":
+        params["spreads"] = np.array(problems[0].spreads)
     _adata.write_flow(
         adata,
         key_added,

@@ -648,7 +648,7 @@ def test_cells_that_are_moved_all_along_the_course_keep_to_its_cells(monkeypatch
         return share_astray(push(field, cells[0][None], 0.0, 4.0, Integration("euler", 200))[0], cells[-1])
 
     wide = astray()
-    monkeypatch.setattr(problem, "width_between", lambda *_: 0.0)
+    monkeypatch.setattr(problem, "spread_between", lambda *_: 0.0)
     assert astray() > 0.5
     assert wide < 0.1
 
@@ -658,12 +658,21 @@ def test_paths_of_growing_plans_are_as_wide_as_cells_are_apart_unless_told_how_w
     for method, sigma in product(METHODS, (None, 0.1)):
         problems, _ = make_problems(course, method=method, path=None, sigma=sigma, seeds=(0,), validate=False)
         if method != "uot-cfm" or sigma is not None:
-            assert problems[0].widths == ()
+            assert problems[0].spreads == ()
             continue
         apart = [spacing(x) for x in course.points]
-        for k, width in enumerate(problems[0].widths):
-            assert width == pytest.approx((apart[k] + apart[k + 1]) / 2 / course.dimension**0.5)
+        for k, spread in enumerate(problems[0].spreads):
+            assert spread == pytest.approx((apart[k] + apart[k + 1]) / 2 / course.dimension**0.5)
         drawn = problems[0].sample(3, 8 * len(course), torch.Generator().manual_seed(0)).path
         found = sorted({round(std, 6) for std in drawn.std.flatten().tolist()})
-        sums = [math.hypot(problems[0].path.sigma, width) for width in problems[0].widths]
+        sums = [math.hypot(problems[0].path.sigma, spread) for spread in problems[0].spreads]
         assert found == pytest.approx(sorted(sums), abs=1e-6)
+
+
+def test_held_back_cells_are_judged_on_paths_as_wide_as_those_to_train_on():
+    course = make()
+    problems, held_back = make_problems(course, method="uot-cfm", path=None, sigma=None, seeds=(0,), validate=True)
+    first, second = problems[0].snapshots.points[:2]
+    assert len(first) < len(course.points[0])
+    assert problems[0].spreads == held_back[0].spreads
+    assert problems[0].spreads[0] == pytest.approx((spacing(first) + spacing(second)) / 2 / course.dimension**0.5)

@@ -265,11 +265,11 @@ def test_times_of_each_pair_its_own_interval():
 
 
 @pytest.mark.parametrize("path", [Straight(0.3), Hermite(0.3)], ids=lambda path: type(path).__name__)
-def test_widths_add_to_sigma_as_independent_noise_and_leave_velocities(path):
+def test_spreads_add_to_sigma_as_independent_noise_and_leave_velocities(path):
     x0, x1 = ends()
     pairs = Pairs(x0, x1, T0, T1, V0, V1)
-    width = torch.where(torch.arange(N) < N // 2, 0.4, 1.6)[:, None].double()
-    plain, wide = (path.sample(p, torch.Generator().manual_seed(0)) for p in (pairs, replace(pairs, width=width)))
+    spread = torch.where(torch.arange(N) < N // 2, 0.4, 1.6)[:, None].double()
+    plain, wide = (path.sample(p, torch.Generator().manual_seed(0)) for p in (pairs, replace(pairs, spread=spread)))
     for name in ("t", "velocity"):
         assert torch.equal(getattr(wide, name), getattr(plain, name))
     mean = plain.x + plain.score * plain.std.square()
