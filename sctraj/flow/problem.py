@@ -257,7 +257,7 @@ def make_problems(
         cells under the metric ``"land"`` or ``"rbf"``; None: hermite for ``"uot-cfm"``, else straight.
     sigma
         Spread of the path in the user's units (a length; for ``"sb-cfm"`` a length per root of time); None for
-        ``default_sigma``, and for ``"uot-cfm"`` the `spread_between` snapshots beside it.
+        ``default_sigma``, and for ``"uot-cfm"`` of three snapshots or more the `spread_between` cells beside it.
     seeds
         Of the members' own random streams.
     validate
@@ -283,8 +283,9 @@ def make_problems(
         parts = hold_back(snapshots, fraction=HELD_BACK, rng=torch.Generator().manual_seed(DATA_SEED))
     problems: list[list[Problem]] = [[], []]
     share: float | None = None
-    # of the cells to train on, on whose paths those that are held back are judged
-    wide = sigma is None and method == "uot-cfm"
+    # of the cells to train on, on whose paths those that are held back are judged; over a single interval cells stray
+    # too little to need it
+    wide = sigma is None and method == "uot-cfm" and len(snapshots) > 2
     spreads = tuple(spread_between(interval, plans) for interval in parts[0].intervals()) if wide else ()
     for part, cells in zip(problems, parts):
         couplings = tuple(plans.couple(interval, law, method) for interval in cells.intervals())

@@ -93,8 +93,8 @@ def fit_flow(
         Spread of the probability path, in units of the representation (for ``"sb-cfm"`` per root of time). By default
         a fixed fraction of the root mean square displacement between snapshots, which a single cell far from all others
         can make large: cells more than 100 times the median distance from their snapshot's median are logged. A neural
-        field of ``"uot-cfm"`` then has its paths wider by how far apart cells are, so that it is told what to do
-        between them.
+        field of ``"uot-cfm"`` and three snapshots or more then has its paths wider by how far apart cells are, so that
+        it is told what to do between them.
     block
         Cells a side of the blocks in which ``"uot-cfm"`` and ``"ot-cfm"`` couple snapshots with more cells than that
         (the geometric mean of both) and curved paths find kin, of each at most 6,000 (or a block); what is done is

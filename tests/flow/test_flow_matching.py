@@ -655,6 +655,8 @@ def test_cells_that_are_moved_all_along_the_course_keep_to_its_cells(monkeypatch
 
 def test_paths_of_growing_plans_are_as_wide_as_cells_are_apart_unless_told_how_wide():
     course = make()
+    two = Snapshots(course.times[:2], course.points[:2])
+    assert make_problems(two, method="uot-cfm", path=None, sigma=None, seeds=(0,), validate=False)[0][0].spreads == ()
     for method, sigma in product(METHODS, (None, 0.1)):
         problems, _ = make_problems(course, method=method, path=None, sigma=sigma, seeds=(0,), validate=False)
         if method != "uot-cfm" or sigma is not None:
