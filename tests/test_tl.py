@@ -171,7 +171,8 @@ def test_key_added_and_copy(cells: AnnData, caplog: pytest.LogCaptureFixture) ->
     assert len(sctraj.get.leave_one_out(out, key="mine"))
     for slot in ("mine_leave_one_out", "mine_w1", "mine_restored", "mine_velocity", "has seen the held-out snapshots"):
         assert slot in caplog.text
-    assert f"sigma = {out.uns['mine']['params']['sigma']:.4g}" in caplog.text
+    params = out.uns["mine"]["params"]
+    assert f"sigma = {params['sigma']:.4g} and spreads of {params['spreads'].min():.4g} to" in caplog.text
 
 
 def test_share_averages_to_the_table(cells: AnnData) -> None:
@@ -292,6 +293,8 @@ def test_the_protocol_says_what_the_fits_are_defined_by(cells: AnnData, field) -
     assert flow["params"].keys() - protocol.keys() == of_one_fit
     assert protocol["paths"].tolist() == [flow["params"]["path"]] == ["hermite"]
     assert protocol["versions"] == flow["versions"]
+    assert protocol["spreads"].shape == (1, 4, 4)  # methods, folds, their intervals
+    assert (protocol["spreads"] > 0).all() if field == "neural" else np.isnan(protocol["spreads"]).all()
 
 
 def test_the_protocol_has_every_methods_path_and_the_module(cells: AnnData) -> None:

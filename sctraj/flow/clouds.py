@@ -175,12 +175,19 @@ def distinct_means(us: Sequence[Cloud], kernels: Sequence[Kernel]) -> NDArray[np
 
 
 def spacing(cells: Tensor) -> float:
-    """Return how far apart cells ``(n, d)`` are: the median distance to the 5th nearest other one, 0 for a single cell.
+    """Return how far apart cells ``(n, d)`` are: the median distance to the 5th nearest other one.
 
-    Of more than a thousand cells as many, evenly chosen, are asked for it.
+    Of fewer than ten cells it is the one half-way to the farthest; of more than a thousand as many, evenly chosen,
+    are asked for it. Where half of the cells or more have as many others at their own place, each place counts once.
+    Zero only where all are at one.
     """
     cells = cells.cpu().double()
-    return float(_to_nearest(cells[evenly(len(cells), ASKED)], cells, itself=True).median())
+    if len(cells) < 2:
+        return 0.0
+    k = min(NEAREST, len(cells) // 2)
+    found = float(_to_nearest(cells[evenly(len(cells), ASKED)], cells, k + 1).median())  # itself is the first
+    places = cells if found > 0 else cells.unique(dim=0)
+    return found if len(places) == len(cells) else spacing(places)
 
 
 def share_astray(moved: Tensor, cells: Tensor) -> float:
@@ -193,11 +200,11 @@ def share_astray(moved: Tensor, cells: Tensor) -> float:
         cell that counts.
     """
     cells = cells.cpu().double()
-    own = _to_nearest(cells, cells, itself=True)
-    return float((_to_nearest(moved.cpu().double(), cells, itself=False) > own.max()).double().mean())
-
-
-def _to_nearest(x: Tensor, cells: Tensor, *, itself: bool) -> Tensor:
-    """Distance of points ``(n, d)`` to their 5th nearest cell, ``(n,)``; where they are cells, to the 5th other one."""
     k = min(NEAREST, len(cells) - 1)
-    return distances(x, cells).kthvalue(k + itself, 1).values
+    own = _to_nearest(cells, cells, k + 1)  # itself is the first
+    return float((_to_nearest(moved.cpu().double(), cells, k) > own.max()).double().mean())
+
+
+def _to_nearest(x: Tensor, cells: Tensor, k: int) -> Tensor:
+    """Distance of points ``(n, d)`` to their ``k``-th nearest cell, ``(n,)``."""
+    return distances(x, cells).kthvalue(k, 1).values

@@ -31,7 +31,7 @@ class Pairs:
     velocity0, velocity1
         Where the paths bend: velocities at the ends, ``(..., d)``, per unit of real time.
     spread
-        Spread beside ``sigma`` of paths whose spread is constant, ``(..., 1)``, a length; None for none.
+        Standard deviation beside ``sigma`` of paths whose own is constant, ``(..., 1)``, a length; None for none.
     """
 
     x0: Tensor

@@ -283,8 +283,7 @@ def make_problems(
         parts = hold_back(snapshots, fraction=HELD_BACK, rng=torch.Generator().manual_seed(DATA_SEED))
     problems: list[list[Problem]] = [[], []]
     share: float | None = None
-    # of the cells to train on, on whose paths those that are held back are judged; over a single interval cells stray
-    # too little to need it
+    # the training cells', for those that are held back too; between two snapshots cells have no long way
     wide = sigma is None and method == "uot-cfm" and len(snapshots) > 2
     spreads = tuple(spread_between(interval, plans) for interval in parts[0].intervals()) if wide else ()
     for part, cells in zip(problems, parts):

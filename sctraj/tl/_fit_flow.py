@@ -93,8 +93,9 @@ def fit_flow(
         Spread of the probability path, in units of the representation (for ``"sb-cfm"`` per root of time). By default
         a fixed fraction of the root mean square displacement between snapshots, which a single cell far from all others
         can make large: cells more than 100 times the median distance from their snapshot's median are logged. A neural
-        field of ``"uot-cfm"`` and three snapshots or more then has its paths wider by how far apart cells are, so that
-        it is told what to do between them.
+        field of ``"uot-cfm"`` and three snapshots or more then has its paths wider by how far apart cells are (the
+        ``spreads``), so that it is told what to do between them. A sigma that is given is the whole spread: one taken
+        from an earlier fit's ``params`` gives narrower paths than that fit had.
     block
         Cells a side of the blocks in which ``"uot-cfm"`` and ``"ot-cfm"`` couple snapshots with more cells than that
         (the geometric mean of both) and curved paths find kin, of each at most 6,000 (or a block); what is done is
@@ -204,8 +205,10 @@ def fit_flow(
     tangents = problems[0].tangents
     if tangents is not None:
         params |= {"reliability": tangents.reliability, "farther": farther_shares(field, problems)[0]}
-    if problems[0].spreads and field == "neural":
-        params["spreads"] = np.array(problems[0].spreads)
+    wider = ""
+    if (spreads := problems[0].spreads) and field == "neural":
+        params["spreads"] = np.array(spreads)
+        wider = f" and spreads of {min(spreads):.4g} to {max(spreads):.4g}"
     _adata.write_flow(
         adata,
         key_added,
@@ -218,7 +221,7 @@ def fit_flow(
     written = [f'uns["{key_added}"]', *_write_cells(adata, cells, key_added, at_cells, result.vector_field)]
     logger.info(
         f"{method} ({field} field) fitted to {len(cells.snapshots)} snapshots of {cells.n_obs} cells in {use_rep}, "
-        f"sigma = {used:.4g}, on {where}; wrote {', '.join(written)}"
+        f"sigma = {used:.4g}{wider}, on {where}; wrote {', '.join(written)}"
     )
     return adata if copy else None
 

@@ -138,8 +138,9 @@ def leave_one_out(
         Distances between many thousand cells are estimated; their standard errors then stand beside them
         (``w1_error``, ...). Under ``{key_added}_leave_one_out`` if `key_added` is not "flow".
     ``uns["leave_one_out_protocol"]`` : dict
-        How the table came about: all options, of each method the path and of each fold the sigma, the versions, the
-        sizes of the halves.
+        How the table came about: all options, of each method the path and of each fold the sigma and, by interval,
+        the spreads (of three snapshots, folds have two and narrow paths, a fit to all of them wide ones), the versions,
+        the sizes of the halves.
     ``obsm[key_added + "_w1"]`` : DataFrame, n_obs x methods
         The cell's share of its snapshot's W1, mean over seeds: the mean over a held-out snapshot's cells is that W1.
         NaN in the first and the last snapshot.
@@ -225,7 +226,7 @@ def leave_one_out(
         "start": STARTS[start],
         "jitter": jitter,
         "integration": f"{AS_PUBLISHED.solver}, {AS_PUBLISHED.n_steps} steps a gap, real time",
-        **_of_folds(snapshots, prepared, farther),
+        **_of_folds(snapshots, prepared, farther, neural=field == "neural"),
         "noise_reference_sizes": np.array(halves),
         "leak": f"{use_rep} was computed beforehand: if on all cells, it has seen the held-out snapshots",
         "versions": _adata.versions(),
@@ -277,16 +278,20 @@ def _of_folds(
     snapshots: Snapshots,
     prepared: Mapping[str, tuple[Sequence[int], Sequence[Problem], object]],
     farther: Mapping[str, Sequence[float]],
+    *,
+    neural: bool,
 ) -> dict[str, np.ndarray]:
     """Return the held-out times and, methods x times, what a method's fits to the kept snapshots have in common."""
     each = [
         list(dict(zip(held_out, zip(problems, farther[method]))).values())
         for method, (held_out, problems, _) in prepared.items()
     ]
+    none = [np.nan] * (len(snapshots) - 2)  # a fold's intervals
     curved = [[np.nan if p.tangents is None else p.tangents.reliability for p, _ in folds] for folds in each]
     return {
         "held_out_times": np.array([snapshots.times[k] for k in hold_out.interior(snapshots)]),
         "sigma": np.array([[p.path.sigma for p, _ in folds] for folds in each]),
+        "spreads": np.array([[p.spreads if neural and p.spreads else none for p, _ in folds] for folds in each]),
         "reliability": np.array(curved),
         "farther": np.array([[share for _, share in folds] for folds in each]),
     }

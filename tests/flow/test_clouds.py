@@ -100,6 +100,9 @@ def test_spacing_is_the_median_distance_to_the_fifth_nearest_other_cell():
     assert spacing(torch.cat([cells, torch.tensor([[1e6]])])) == 3  # no single cell moves it
     assert spacing(10 * cells + 7) == 30
     assert spacing(cells[:2]) == 1
+    assert spacing(cells[:4]) == 1  # of few cells the one half-way to the farthest
     assert spacing(cells[:1]) == 0
+    assert spacing(cells.repeat(6, 1)) == 3  # each place once
+    assert spacing(torch.zeros(9, 3)) == 0
     many = torch.arange(5000.0)[:, None]  # a thousand are asked, but all may be near
     assert spacing(many) == 3

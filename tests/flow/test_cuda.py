@@ -34,7 +34,7 @@ def snapshots() -> Snapshots:
 
 def problems(method: str, *, validate: bool = False, **how) -> tuple[list[Problem], list[Problem]]:
     return make_problems(
-        snapshots(), method=method, path=None, sigma=0.3, seeds=(0, 1), validate=validate, plans=Plans(**how)
+        snapshots(), method=method, path=None, sigma=None, seeds=(0, 1), validate=validate, plans=Plans(**how)
     )
 
 

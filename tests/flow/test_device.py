@@ -100,7 +100,7 @@ def problems(method: str, path: str | None = None, seeds=(0, 1)) -> list[Problem
     rng = torch.Generator().manual_seed(0)
     cells = tuple(torch.randn(n, 3, generator=rng) + n / 10 for n in (12, 15, 9))
     made, _ = make_problems(
-        Snapshots((0.0, 1.0, 2.5), cells), method=method, path=path, sigma=0.3, seeds=seeds, validate=False
+        Snapshots((0.0, 1.0, 2.5), cells), method=method, path=path, sigma=None, seeds=seeds, validate=False
     )
     return made
 
