@@ -209,7 +209,7 @@ def spread_between(interval: Interval, plans: Plans) -> float:
 
     Between the cells that were sampled there are as many that were not, and where no path is a network learns nothing.
     The rms distance of a point from its path is the mean of both snapshots' median distances to the 5th nearest other
-    cell (`clouds.spacing`), the spread in each coordinate a root of ``d``-th of it. It falls with the number of cells.
+    cell (`clouds.spacing`), in each coordinate that over ``sqrt(d)``. It falls with the number of cells.
     """
     return (plans.spacing(interval.x0) + plans.spacing(interval.x1)) / 2 / math.sqrt(interval.x0.shape[1])
 
