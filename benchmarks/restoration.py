@@ -18,7 +18,7 @@ import inspect
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
@@ -316,17 +316,23 @@ def check_default(rows: pd.DataFrame, name: str, n_cells: int, training: Trainin
     print(f"{DEFAULT} and the baselines are what tl.leave_one_out gives, to 1e-6\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [*REAL, *UNSEEN, *SIMULATED, *RESAMPLED]
+def options(description: str, real: Iterable[str], *, default: Sequence[str], seeds: int) -> argparse.ArgumentParser:
+    """What to run on: the named ``real`` sets and all simulated ones; trajectories.py asks for the same."""
+    parser = argparse.ArgumentParser(description=description)
+    names = [*real, *SIMULATED, *RESAMPLED]
     parser.add_argument("--quick", action="store_true", help="one small simulated set, short training")
+    parser.add_argument("--data", nargs="+", choices=names, default=default, metavar="NAME", help=", ".join(names))
     parser.add_argument(
-        "--data", nargs="+", choices=names, default=[*REAL, *SIMULATED], metavar="NAME", help=", ".join(names)
+        "--seeds", type=int, default=seeds, help="simulated data sets of a kind; of real ones fits of a neural field"
     )
-    parser.add_argument("--seeds", type=int, default=5, help="simulated data sets of a kind; fits of a neural field")
     beside = Path(__file__).resolve().parents[2] / "shared" / "data"
     parser.add_argument("--real", type=Path, default=beside, help="folder of the real data")
     parser.add_argument("--jobs", type=int, default=1, help="data sets at once, a thread each")
+    return parser
+
+
+def main() -> None:
+    parser = options(__doc__.splitlines()[0], [*REAL, *UNSEEN], default=[*REAL, *SIMULATED], seeds=5)
     parser.add_argument("--output", type=Path, help="csv of all held-out snapshots")
     parser.add_argument("--read", type=Path, help="csv of an earlier run, to print its tables alone")
     args = parser.parse_args()

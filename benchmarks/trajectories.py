@@ -11,7 +11,6 @@ out. The default with narrow paths, as it would be if they were not as wide as c
 
 from __future__ import annotations
 
-import argparse
 import logging
 from pathlib import Path
 from unittest.mock import patch
@@ -19,20 +18,7 @@ from unittest.mock import patch
 import joblib
 import pandas as pd
 import torch
-from restoration import (
-    DEFAULT,
-    FILES,
-    N_CELLS,
-    QUICK_CELLS,
-    QUICK_STEPS,
-    REAL,
-    RESAMPLED,
-    SIMULATED,
-    WIDER,
-    load,
-    shown,
-    table,
-)
+from restoration import DEFAULT, FILES, N_CELLS, QUICK_CELLS, QUICK_STEPS, REAL, WIDER, load, options, shown, table
 
 from sctraj import tl
 from sctraj._adata import read_flow
@@ -98,17 +84,7 @@ def report(frame: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [*FILES, *SIMULATED, *RESAMPLED]
-    parser.add_argument("--quick", action="store_true", help="one small simulated set, short training")
-    parser.add_argument(
-        "--data", nargs="+", choices=names, default=[*WIDER, *REAL], metavar="NAME", help=", ".join(names)
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="fits, of simulated data sets as many draws")
-    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
-    parser.add_argument("--real", type=Path, default=beside, help="folder of the real data")
-    parser.add_argument("--jobs", type=int, default=1, help="data sets at once, a thread each")
-    args = parser.parse_args()
+    args = options(__doc__.splitlines()[0], FILES, default=[*WIDER, *REAL], seeds=3).parse_args()
     logging.getLogger("sctraj").setLevel(logging.WARNING)
     n_cells, n_steps = (QUICK_CELLS, QUICK_STEPS) if args.quick else (N_CELLS, None)
     tasks = [(name, seed) for name in args.data for seed in range(args.seeds)]
