@@ -6,8 +6,8 @@ python benchmarks/couplings.py --sizes 30000 100000 1000000 --device cuda  # blo
 pip install ott-jax geomloss pykeops                                       # peers that are shown where they are there
 
 Each row is made in a process of its own, on one core, which is stopped if it has no plan after --limit seconds. OTT's
-time has its compilation, but on a GPU the second of two runs is timed, for all (up to 200,000 cells; --limit is for
-both), and memory is the GPU's.
+time has its compilation, but on a GPU the second of two runs is timed, for all (the first of 20,000 cells where there
+are more than 200,000; --limit is for both), POT and GeomLoss have their arrays there, and memory is what torch took.
 Of a simulated course of three snapshots the first and the last are coupled; a thousand pairs, put on their chords at
 the middle's time, are compared with a thousand cells of the middle. Entropies are 0.05 of the exact cost, penalties 2
 (as in the default), and solvers stop at the same L1 error of the marginals, 1e-3. Cost is relative to the lowest of a
@@ -29,7 +29,9 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from multiprocessing.connection import Connection
+from typing import TypeAlias
 
 import numpy as np
 import ot
@@ -56,12 +58,13 @@ from sctraj.flow.coupling.kernel import Kernel
 from sctraj.flow.plans import MOST_CELLS
 from sctraj.flow.snapshots import Interval, Snapshots, sampled
 
+Array: TypeAlias = np.ndarray | Tensor
 FAMILIES = {5: "branching", 50: "high-dimensional"}
 TIMES = (1.0, 3.0, 4.5)
 EPSILON, PENALTY, TOLERANCE = 0.05, 2.0, 1e-3
 JUDGED = 1000  # pairs and cells of the middle
 DRAWN = 50_000  # pairs from which the cost of a plan without a matrix is taken
-WARMED = 200_000  # cells up to which a solver runs on a GPU before it is timed
+WARMED, WARMING = 200_000, 20_000  # cells up to which a solver runs on a GPU before it is timed; else on so many
 DENSE = 10_000  # cells a side: above, no peer's matrix and no exact plan
 
 
@@ -90,11 +93,11 @@ class Pairs:
 def whole(plan: EntropicPlan | UnbalancedPlan) -> Pairs:
     """All pairs of a plan that fits, else draws; an unbalanced plan's as they are, not weighted anew."""
     if len(plan.x0) * len(plan.x1) <= DENSE**2:
-        return dense(plan.matrix().cpu().numpy())
+        return dense(plan.matrix())
     i, j = drawn(plan, torch.Generator(plan.x0.device).manual_seed(0))
-    mass = torch.full((DRAWN,), 1 / DRAWN, dtype=torch.float64)
+    mass = torch.full((DRAWN,), 1 / DRAWN, dtype=torch.float64, device=i.device)
     error = off_potentials(plan) if isinstance(plan, EntropicPlan) else math.nan
-    return Pairs(i.cpu(), j.cpu(), mass, mass, error)
+    return Pairs(i, j, mass, mass, error)
 
 
 def drawn(plan: EntropicPlan | UnbalancedPlan, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -109,12 +112,12 @@ def drawn(plan: EntropicPlan | UnbalancedPlan, rng: torch.Generator) -> tuple[Te
 
 
 def off_potentials(plan: EntropicPlan) -> float:
-    """The worse of both marginals' L1 errors of the plan that potentials stand for, to a hundredth of the tolerance."""
+    """The worse of both marginals' L1 errors of the plan that potentials stand for, to a twentieth of the tolerance."""
     ends = (plan.x0, plan.log_mass0, plan.f), (plan.x1, plan.log_mass1, plan.g)
     errors = []
     for (x, log_a, f), (y, log_b, g) in (ends, ends[::-1]):
         kernel = Kernel(x, y, log_a, log_b, keep=False)
-        kernel.rounding = TOLERANCE / 100
+        kernel.rounding = TOLERANCE / 20
         made = kernel.plan(f, g, plan.epsilon).columns(torch.ones_like(f))
         errors.append(float((made - log_b.exp()).abs().sum()))
     return max(errors)
@@ -155,32 +158,43 @@ def ours_unbalanced(case: Case) -> UnbalancedPlan:
 
 
 # --- peers
-def dense(plan: np.ndarray) -> Pairs:
-    i, j = np.nonzero(plan)
-    mass = torch.from_numpy(plan[i, j])
-    return Pairs(torch.from_numpy(i), torch.from_numpy(j), mass, mass)
+def dense(plan: Array) -> Pairs:
+    plan = torch.as_tensor(plan)
+    i, j = torch.nonzero(plan, as_tuple=True)
+    return Pairs(i, j, plan[i, j], plan[i, j])
 
 
-def arrays(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    x0, x1 = (x.double().numpy() for x in (case.interval.x0, case.interval.x1))
-    return case.interval.mass0.numpy(), case.interval.mass1.numpy(), ot.dist(x0, x1)
+def clouds(case: Case) -> tuple[Array, Array, Array, Array]:
+    """Masses and cells as POT takes them: NumPy's arrays, on a GPU torch's."""
+    one = case.interval
+    found = [v.double().to(case.device) for v in (one.mass0, one.mass1, one.x0, one.x1)]
+    a, b, x0, x1 = found if case.device.type == "cuda" else [v.numpy() for v in found]
+    return a, b, x0, x1
 
 
-def pot_sinkhorn(case: Case, method: str) -> np.ndarray:
+def arrays(case: Case) -> tuple[Array, Array, Array]:
+    a, b, x0, x1 = clouds(case)
+    return a, b, ot.dist(x0, x1)
+
+
+def pot_exact(case: Case) -> Array:
+    return ot.emd(*arrays(replace(case, device=torch.device("cpu"))), numItermax=10_000_000)
+
+
+def pot_sinkhorn(case: Case, method: str) -> Array:
     a, b, cost = arrays(case)
     stop = TOLERANCE / math.sqrt(len(b))  # POT's is an L2 norm
     return ot.sinkhorn(a, b, cost, case.epsilon, method=method, numItermax=100_000, stopThr=stop)
 
 
-def pot_unbalanced(case: Case) -> np.ndarray:
+def pot_unbalanced(case: Case) -> Array:
     # its stabilised variant ends in overflow here, and this one stops by the change of its scalings
     stop = {"method": "sinkhorn", "numItermax": 100_000, "stopThr": TOLERANCE * 1e-2}
     return ot.unbalanced.sinkhorn_unbalanced(*arrays(case), case.epsilon, case.penalty, **stop)
 
 
-def pot_solve_sample(case: Case) -> np.ndarray:
-    a, b, _ = arrays(case)
-    x0, x1 = (x.double().numpy() for x in (case.interval.x0, case.interval.x1))
+def pot_solve_sample(case: Case) -> Array:
+    a, b, x0, x1 = clouds(case)
     tolerance = TOLERANCE / math.sqrt(len(b))
     return ot.solve_sample(x0, x1, a=a, b=b, reg=case.epsilon, reg_type="entropy", max_iter=100_000, tol=tolerance).plan
 
@@ -188,20 +202,31 @@ def pot_solve_sample(case: Case) -> np.ndarray:
 def potentials(case: Case, f: Tensor, g: Tensor) -> EntropicPlan:
     """A peer's potentials, of masses ``a_i b_j exp((f_i + g_j - C_ij) / epsilon)``."""
     one = case.interval
-    ends = one.x0.double(), one.x1.double(), one.mass0.log(), one.mass1.log()
-    return EntropicPlan(*ends, f, g, case.epsilon, math.nan, 0)
+    ends = one.x0.double(), one.x1.double(), one.mass0.log(), one.mass1.log(), f, g
+    return EntropicPlan(*(v.to(case.device) for v in ends), case.epsilon, math.nan, 0)
 
 
-def ott_sinkhorn(case: Case) -> EntropicPlan:
+@cache
+def ott_solver(batch: int | None) -> Callable:
+    """OTT's solver of two clouds, an entropy and their masses, compiled once."""
+    import jax
     from ott.geometry import pointcloud
     from ott.solvers import linear
 
+    def solve(x0, x1, epsilon, a, b):  # type: ignore[no-untyped-def]
+        geometry = pointcloud.PointCloud(x0, x1, epsilon=epsilon, batch_size=batch)
+        found = linear.solve(geometry, a=a, b=b, threshold=TOLERANCE, max_iterations=100_000)
+        return found.f, found.g
+
+    return jax.jit(solve)
+
+
+def ott_sinkhorn(case: Case) -> EntropicPlan:
     one = case.interval
-    batch = None if len(one.x0) * len(one.x1) <= DENSE**2 else 1024  # of rows: without a matrix
-    geometry = pointcloud.PointCloud(one.x0.numpy(), one.x1.numpy(), epsilon=case.epsilon, batch_size=batch)
+    solve = ott_solver(None if len(one.x0) * len(one.x1) <= DENSE**2 else 1024)  # of rows: without a matrix
     a, b = one.mass0, one.mass1
-    found = linear.solve(geometry, a=a.numpy(), b=b.numpy(), threshold=TOLERANCE, max_iterations=100_000)
-    f, g = (torch.from_numpy(np.array(h, dtype=np.float64)) for h in (found.f, found.g))
+    found = solve(one.x0.numpy(), one.x1.numpy(), case.epsilon, a.numpy(), b.numpy())
+    f, g = (torch.from_numpy(np.array(h, dtype=np.float64)) for h in found)
     return potentials(case, f - case.epsilon * a.log(), g - case.epsilon * b.log())
 
 
@@ -212,7 +237,7 @@ def geomloss_sinkhorn(case: Case) -> EntropicPlan:
     blur, backend = math.sqrt(case.epsilon / 2), "tensorized" if len(case.interval.x0) <= 3000 else "online"
     solver = SamplesLoss("sinkhorn", p=2, blur=blur, scaling=0.9, debias=False, potentials=True, backend=backend)
     ends = (case.interval.mass0, case.interval.x0, case.interval.mass1, case.interval.x1)
-    f, g = solver(*(v.float().contiguous() for v in ends))
+    f, g = solver(*(v.float().contiguous().to(case.device) for v in ends))
     return potentials(case, 2 * f.flatten().double(), 2 * g.flatten().double())
 
 
@@ -222,7 +247,7 @@ METHODS: dict[str, tuple[int, Callable, Callable]] = {  # largest number of cell
     "growing": (10**9, lambda case: in_blocks(case, growing), among_all),
     "entropic": (10**9, ours_entropic, whole),
     "unbalanced": (10**9, ours_unbalanced, whole),
-    "POT emd": (DENSE, lambda case: ot.emd(*arrays(case), numItermax=10_000_000), dense),
+    "POT emd": (DENSE, pot_exact, dense),
     "POT sinkhorn_log": (DENSE, lambda case: pot_sinkhorn(case, "sinkhorn_log"), dense),
     "POT sinkhorn_stabilized": (DENSE, lambda case: pot_sinkhorn(case, "sinkhorn_stabilized"), dense),
     "POT solve_sample": (DENSE, pot_solve_sample, dense),
@@ -231,7 +256,8 @@ METHODS: dict[str, tuple[int, Callable, Callable]] = {  # largest number of cell
     "GeomLoss sinkhorn": (10**9, geomloss_sinkhorn, whole),
 }
 PEERS = {"OTT sinkhorn": "ott", "GeomLoss sinkhorn": "pykeops"}  # and modules that may be missing
-ON_GPU = {"entropic", "unbalanced"}  # ours, which go there where they are asked to
+ON_GPU = {"entropic", "unbalanced", "POT sinkhorn_log", "POT sinkhorn_stabilized", "POT solve_sample"}
+ON_GPU |= {"POT sinkhorn_unbalanced", "GeomLoss sinkhorn"}  # through torch, which knows the memory that they take there
 SOFT = {"unbalanced", "POT sinkhorn_unbalanced"}  # marginals differ from the snapshots' by design
 
 
@@ -249,11 +275,13 @@ def measured(name: str, case: Case, middle: Tensor, s: float, answer: Connection
     on_gpu = case.device.type == "cuda"
     try:
         if on_gpu:
-            if len(case.interval.x0) <= WARMED:
-                METHODS[name][1](case)
+            few = len(case.interval.x0) <= WARMED
+            METHODS[name][1](case if few else replace(case, interval=fewer(case.interval, WARMING)))
             torch.cuda.reset_peak_memory_stats()
         before, start = megabytes(), time.perf_counter()
         plan = METHODS[name][1](case)
+        if on_gpu:
+            torch.cuda.synchronize()
     except (RuntimeError, MemoryError) as error:
         answer.send({"failed": str(error).splitlines()[0]})
         return
@@ -266,26 +294,27 @@ def measured(name: str, case: Case, middle: Tensor, s: float, answer: Connection
 
 def judged(pairs: Pairs, interval: Interval, middle: Tensor, s: float) -> dict[str, float]:
     """Cost at mid-interval, the worse of both marginals' L1 errors, W1 of the pairs at fraction ``s`` to the middle."""
-    x0, x1 = interval.x0.double(), interval.x1.double()
+    device = pairs.i.device
+    x0, x1 = (x.to(device, torch.float64) for x in (interval.x0, interval.x1))
     masses = (pairs.mass0 + pairs.mass1) / 2
     cost = sum(
         float(masses[part] @ (x0[pairs.i[part]] - x1[pairs.j[part]]).square().sum(1))
-        for part in torch.arange(len(pairs.i)).split(1_000_000)
+        for part in torch.arange(len(pairs.i), device=device).split(1_000_000)
     )
     errors = [pairs.error]
     if pairs.error is None:
         errors = [
-            off(index, mass, whole)
+            off(index, mass, whole.to(device))
             for index, mass, whole in (
                 (pairs.i, pairs.mass0, interval.mass0),
                 (pairs.j, pairs.mass1, interval.mass1),
             )
         ]
     mass = (1 - s) * pairs.mass0 + s * pairs.mass1
-    u = torch.rand(JUDGED, generator=rng(), dtype=torch.float64)
+    u = torch.rand(JUDGED, generator=rng(), dtype=torch.float64).to(device)
     cumulative = mass.cumsum(0)
     drawn = torch.searchsorted(cumulative, u * cumulative[-1]).clamp(max=len(mass) - 1)
-    there = (1 - s) * x0[pairs.i[drawn]] + s * x1[pairs.j[drawn]]
+    there = ((1 - s) * x0[pairs.i[drawn]] + s * x1[pairs.j[drawn]]).cpu()
     cells = middle[torch.randperm(len(middle), generator=rng())[:JUDGED]].double()
     equal = [torch.full((len(x),), 1 / len(x), dtype=torch.float64) for x in (there, cells)]
     w1 = optimal_plan(there, cells, *equal, p=1).cost
@@ -301,7 +330,8 @@ def off(index: Tensor, mass: Tensor, weights: Tensor) -> float:
 
 
 def in_child(name: str, case: Case, middle: Tensor, s: float, limit: float) -> dict[str, float | str]:
-    context = multiprocessing.get_context("fork")  # memory is then what the solver adds
+    # forked, memory is what the solver adds; but of a process that has seen a GPU (as imports do) no fork sees it
+    context = multiprocessing.get_context("spawn" if case.device.type == "cuda" else "fork")
     here, there = context.Pipe(duplex=False)
     child = context.Process(target=measured, args=(name, case, middle, s, there))
     child.start()
@@ -321,6 +351,13 @@ def in_child(name: str, case: Case, middle: Tensor, s: float, limit: float) -> d
 
 
 # --- table
+def fewer(interval: Interval, n: int) -> Interval:
+    """Every so many-th cell, about n a side."""
+    thin0, thin1 = (torch.arange(0, len(x), max(1, len(x) // n)) for x in (interval.x0, interval.x1))
+    m0, m1 = interval.mass0[thin0], interval.mass1[thin1]
+    return replace(interval, x0=interval.x0[thin0], x1=interval.x1[thin1], mass0=m0 / m0.sum(), mass1=m1 / m1.sum())
+
+
 def three(n: int, d: int) -> Snapshots:
     adata = simulated_course(FAMILIES[d], 3 * n, times=TIMES)
     return read_snapshots(adata, "time", "X_pca", least=3).snapshots
@@ -333,12 +370,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def compared(n: int, d: int, names: Sequence[str], limit: float, device: torch.device) -> str:
     snapshots = three(n, d)
     interval = snapshots.without(1).intervals()[0]
-    thin0, thin1 = (torch.arange(0, len(x), max(1, len(x) // JUDGED)) for x in (interval.x0, interval.x1))
-    thinned = replace(
-        interval, x0=interval.x0[thin0], x1=interval.x1[thin1],
-        mass0=interval.mass0[thin0], mass1=interval.mass1[thin1],
-    )  # fmt: skip
-    cost = exact(thinned).cost
+    cost = exact(fewer(interval, JUDGED)).cost
     case = Case(interval, EPSILON * cost, PENALTY * cost, device)
     s = (TIMES[1] - TIMES[0]) / (TIMES[2] - TIMES[0])
     found = {}
@@ -354,9 +386,8 @@ def compared(n: int, d: int, names: Sequence[str], limit: float, device: torch.d
             rows.append([name, str(row["failed"]), *[""] * 4])
             continue
         error = "" if name in SOFT or math.isnan(row["error"]) else f"{row['error']:.1g}"
-        rows.append(
-            [name, f"{row['seconds']:.2f}", f"{row['MB']:.0f}", f"{row['cost'] / best:.3f}", error, f"{row['w1']:.3f}"]
-        )
+        seconds = f"{row['seconds']:.{2 if row['seconds'] >= 0.1 else 3}f}"
+        rows.append([name, seconds, f"{row['MB']:.0f}", f"{row['cost'] / best:.3f}", error, f"{row['w1']:.3f}"])
     return table([f"{n} cells a side, {d} dimensions", "s", "MB", "cost", "marginal error", "held-out W1"], rows)
 
 
@@ -366,9 +397,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 3000, 10_000], help="cells a side")
     parser.add_argument("--dimensions", type=int, nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
-    parser.add_argument(
-        "--device", type=torch.device, default=torch.device("cpu"), help="of ours but exact and blocked"
-    )
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="of Sinkhorn's, all packages'")
     parser.add_argument("--limit", type=float, default=300, help="seconds to a plan")
     args = parser.parse_args()
     logging.getLogger("sctraj").setLevel(logging.WARNING)

@@ -4,9 +4,10 @@ python benchmarks/scaling.py --quick                             # under 15 s: 1
 python benchmarks/scaling.py                                     # 10,000, 100,000 and 1,000,000 cells
 python benchmarks/scaling.py --sizes 10000 --profile 12          # with the functions in which the time goes
 python benchmarks/scaling.py --steps fit_flow trajectories       # without leave_one_out
+python benchmarks/scaling.py --device cuda --threads 16          # and the GPU's memory beside
 
 Memory is the peak of the process above what it had with the cells read, in GiB and in representations (cells x 50 x
-4 bytes). The exponent is that of the cells with which time grew since the size before: 1 is linear. One thread.
+4 bytes). The exponent is that of the cells with which time grew since the size before: 1 is linear.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import torch
 from sctraj import datasets, tl
 
 N_DIMS, N_SNAPSHOTS, N_TIMES = 50, 10, 20
-QUICK = {"n_steps": 5}
+QUICK: dict[str, int | str] = {"n_steps": 5}
 STEPS = {
     "fit_flow": lambda adata, options: tl.fit_flow(adata, **options),
     "trajectories": lambda adata, options: tl.trajectories(
@@ -79,9 +80,8 @@ class Peak:
         self.thread.join()
 
 
-def child(step: str, path: Path, options: dict[str, int], profile: int) -> None:
+def child(step: str, path: Path, options: dict[str, int | str], profile: int) -> None:
     """Run one step on the cells in a file, keep what it wrote there, and print what it took."""
-    torch.set_num_threads(1)
     logging.disable(logging.INFO)
     adata = anndata.read_h5ad(path)
     getattr(tl, step)  # imports what it needs
@@ -96,20 +96,21 @@ def child(step: str, path: Path, options: dict[str, int], profile: int) -> None:
     if step == "fit_flow":
         adata.write_h5ad(path)  # which trajectories need
     representation = adata.n_obs * N_DIMS * 4
-    print(json.dumps({"step": step, "cells": adata.n_obs, "seconds": seconds, "bytes": peak.highest - peak.before,
-                      "representation": representation}))  # fmt: skip
+    row = {"step": step, "cells": adata.n_obs, "seconds": seconds, "bytes": peak.highest - peak.before}
+    on_gpu = torch.cuda.max_memory_allocated() if options["device"] == "cuda" else 0
+    print(json.dumps(row | {"representation": representation, "on_gpu": on_gpu}))
     if profile:
         stats = pstats.Stats(profiler, stream=sys.stderr)
         stats.strip_dirs().sort_stats("cumulative").print_stats(r"^(?!.*built-in).*\.py", profile)
         stats.sort_stats("tottime").print_stats(profile)
 
 
-def measured(step: str, path: Path, quick: bool, profile: int) -> dict[str, float]:
+def measured(step: str, path: Path, args: argparse.Namespace) -> dict[str, float]:
     """Run a step in a process of its own."""
-    command = [sys.executable, __file__, "--child", step, str(path), "--profile", str(profile), *["--quick"] * quick]
-    run = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    command = [sys.executable, __file__, "--child", step, str(path), "--profile", str(args.profile)]
+    command += ["--device", args.device, *["--quick"] * args.quick]
+    threads = {"OMP_NUM_THREADS": str(args.threads)}
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | threads)
     return json.loads(run.stdout.splitlines()[-1])
 
 
@@ -118,16 +119,22 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="1,000 cells, short training")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], metavar="CELLS")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP", help=", ".join(STEPS))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--profile", type=int, default=0, metavar="LINES", help="that many of a profile, to stderr")
     parser.add_argument("--output", type=Path, help="json of all rows")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child(args.child[0], Path(args.child[1]), QUICK if args.quick else {}, args.profile)
+        options = (QUICK if args.quick else {}) | {"device": args.device}
+        child(args.child[0], Path(args.child[1]), options, args.profile)
         return
     rows: list[dict[str, float]] = []
-    print(f"{N_SNAPSHOTS} snapshots, {N_DIMS} dimensions; trajectories at {N_TIMES} times; one thread\n")
-    print("| step | cells | seconds | exponent | GiB above the cells | in representations |\n|---|---|---|---|---|---|")
+    print(f"{N_SNAPSHOTS} snapshots, {N_DIMS} dimensions; trajectories at {N_TIMES} times; {args.device}, "
+          f"threads: {args.threads}\n")  # fmt: skip
+    columns = ["step", "cells", "seconds", "exponent", "GiB above the cells", "in representations"]
+    columns += ["GiB of the GPU"] * (args.device == "cuda")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for n in [1000] if args.quick else args.sizes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "cells.h5ad"
@@ -135,14 +142,15 @@ def main() -> None:
             for step in STEPS:
                 if step not in args.steps and not (step == "fit_flow" and "trajectories" in args.steps):
                     continue
-                row = measured(step, path, args.quick, args.profile)
+                row = measured(step, path, args)
                 smaller = next((r for r in reversed(rows) if r["step"] == step), None)
                 grown = ""
                 if smaller:
                     grown = f"{math.log(row['seconds'] / smaller['seconds'], n / smaller['cells']):.2f}"
                 rows.append(row)
-                memory = f"{row['bytes'] / 2**30:.2f} | {row['bytes'] / row['representation']:.1f}"
-                print(f"| {step} | {n:,} | {row['seconds']:.1f} | {grown} | {memory} |", flush=True)
+                memory = f"{row['bytes'] / 2**30:.2f} | {row['bytes'] / row['representation']:.1f} |"
+                memory += f" {row['on_gpu'] / 2**30:.2f} |" * (args.device == "cuda")
+                print(f"| {step} | {n:,} | {row['seconds']:.1f} | {grown} | {memory}", flush=True)
     if args.output:
         args.output.write_text(json.dumps(rows, indent=1))
 
