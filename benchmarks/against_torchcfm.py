@@ -219,7 +219,8 @@ def plot(rows: pd.DataFrame, path: Path) -> None:
     mine = rows[rows["who"] == "sctraj"]
     axes.errorbar(mine["seconds"], mine["w1"], mine["w1_sd"], marker="o", capsize=2, label="sctraj")
     for _, row in mine.iterrows():
-        axes.annotate(f"{row.steps:,}", (row.seconds, row.w1), (4, 6), textcoords="offset points", fontsize=8)
+        above = (row.seconds, row.w1 + row.w1_sd)
+        axes.annotate(f"{row.steps:,}", above, (4, -3), textcoords="offset points", fontsize=8)
     rest = rows[rows["who"] != "sctraj"]
     for (_, row), marker in zip(rest.iterrows(), "s^Dv"):
         spread = 0 if np.isnan(row["w1_sd"]) else row["w1_sd"]
