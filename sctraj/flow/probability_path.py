@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,7 +31,9 @@ class Pairs:
     velocity0, velocity1
         Where the paths bend: velocities at the ends, ``(..., d)``, per unit of real time.
     spread
-        Standard deviation beside ``sigma`` of paths whose own is constant, ``(..., 1)``, a length; None for none.
+        Standard deviation beside the path's own, ``(..., 1)``, a length; None for none.
+    bridged
+        Whether that is a Brownian bridge's, zero at both ends and ``spread`` half-way; else it is so all along.
     """
 
     x0: Tensor
@@ -41,6 +43,7 @@ class Pairs:
     velocity0: Tensor | None = None
     velocity1: Tensor | None = None
     spread: Tensor | None = None
+    bridged: bool = False
 
     @property
     def length(self) -> Tensor | float:
@@ -117,10 +120,8 @@ class ProbabilityPath(ABC):
         s = _stratified(shape, rng, x0)
         s = self.margin + (1 - 2 * self.margin) * s
         noise = torch.randn(x0.shape, generator=rng, device=x0.device, dtype=x0.dtype)
-        at = self.moments(pairs, s)
+        at = _wider(self.moments(pairs, s), pairs, s)
         std = at.std.expand(shape)
-        if pairs.spread is not None:
-            std = torch.hypot(std, pairs.spread)
         return PathSample(
             t=pairs.t0 + s * pairs.length,
             x=at.mean + std * noise,
@@ -128,6 +129,18 @@ class ProbabilityPath(ABC):
             score=-noise / std if self.sigma > 0 else None,
             std=std,
         )
+
+
+def _wider(at: Moments, pairs: Pairs, s: Tensor) -> Moments:
+    """Return the moments at the fraction ``s`` with the pairs' spread, as of independent noise beside the path's."""
+    if pairs.spread is None:
+        return at
+    spread, variance_rate = pairs.spread, 2 * at.std * at.std_rate
+    if pairs.bridged:
+        variance_rate = variance_rate + 4 * spread.square() * (1 - 2 * s) / pairs.length
+        spread = 2 * spread * (s * (1 - s)).sqrt()
+    std = torch.hypot(at.std, spread)
+    return replace(at, std=std, std_rate=variance_rate / (2 * std).clamp_min(torch.finfo(std.dtype).tiny))
 
 
 class Straight(ProbabilityPath):

@@ -54,7 +54,8 @@ class Problem:
     tangents
         For curved paths: velocities at their ends; None for others.
     spreads
-        Spread of the paths beside ``path.sigma``, a length for each interval; none, where that is all.
+        Spread of the paths beside ``path.sigma``, a length for each interval; between two snapshots alone that of a
+        Brownian bridge half-way. None, where sigma is all.
     """
 
     snapshots: Snapshots
@@ -132,9 +133,12 @@ class Problem:
             if self.spreads:
                 spreads.append(interval.x0.new_full((n, 1), self.spreads[k]))
         x0, x1, *velocities = (torch.cat(column, 1) for column in zip(*drawn))
+        velocity0, velocity1 = velocities or (None, None)
         start, length = torch.cat(starts), torch.cat(lengths)  # (n_pairs, 1)
-        pairs = Pairs(x0, x1, start, start + length, *velocities)
-        path = self.path.sample(replace(pairs, spread=torch.cat(spreads)) if spreads else pairs, rng)
+        pairs = Pairs(x0, x1, start, start + length, velocity0, velocity1)
+        if spreads:
+            pairs = replace(pairs, spread=torch.cat(spreads), bridged=len(self.snapshots) == 2)
+        path = self.path.sample(pairs, rng)
         if not contrasts:
             return Sample(path, length, weight=None, growth=None)
         contrast = torch.cat(contrasts, 1)
@@ -204,6 +208,24 @@ def default_sigma(snapshots: Snapshots, method: str, plans: Plans) -> float:
     return STRAIGHT_FRACTION * displacement(snapshots, plans)
 
 
+def default_spreads(snapshots: Snapshots, couplings: Sequence[Coupling], plans: Plans) -> tuple[float, ...]:
+    """Return the spreads of ``"uot-cfm"``'s paths beside sigma where none is given, lengths, one for each interval.
+
+    By them cells are told what to do beside their paths, see `spread_between`. Between two snapshots alone the cells
+    are where they are, but nothing tells which way they took: paths are Brownian bridges, half-way wider by as much as
+    those of ``"sb-cfm"`` are, ``BRIDGE_FRACTION / 2`` of the pairs' rms displacement.
+    """
+    apart = tuple(spread_between(interval, plans) for interval in snapshots.intervals())
+    if len(snapshots) > 2:
+        return apart
+    (interval,), (coupling,) = snapshots.intervals(), couplings
+    assert isinstance(coupling, GrowingPlan)
+    pairs = coupling.pairs
+    squares = (interval.x1[pairs.j] - interval.x0[pairs.i]).double().square().mean(1)
+    moved = math.sqrt(float(pairs.middle @ squares / pairs.middle.sum()))
+    return (math.hypot(apart[0], BRIDGE_FRACTION / 2 * moved),)
+
+
 def spread_between(interval: Interval, plans: Plans) -> float:
     """Return the spread of an interval's paths beside sigma, a length: how far apart the cells at its ends are.
 
@@ -257,7 +279,7 @@ def make_problems(
         cells under the metric ``"land"`` or ``"rbf"``; None: hermite for ``"uot-cfm"``, else straight.
     sigma
         Spread of the path in the user's units (a length; for ``"sb-cfm"`` a length per root of time); None for
-        ``default_sigma``, and for ``"uot-cfm"`` of three snapshots or more the `spread_between` cells beside it.
+        ``default_sigma``, and for ``"uot-cfm"`` the `default_spreads` beside it.
     seeds
         Of the members' own random streams.
     validate
@@ -283,9 +305,7 @@ def make_problems(
         parts = hold_back(snapshots, fraction=HELD_BACK, rng=torch.Generator().manual_seed(DATA_SEED))
     problems: list[list[Problem]] = [[], []]
     share: float | None = None
-    # the training cells', for those that are held back too; between two snapshots cells have no long way
-    wide = sigma is None and method == "uot-cfm" and len(snapshots) > 2
-    spreads = tuple(spread_between(interval, plans) for interval in parts[0].intervals()) if wide else ()
+    spreads: tuple[float, ...] | None = None if sigma is None and method == "uot-cfm" else ()
     for part, cells in zip(problems, parts):
         couplings = tuple(plans.couple(interval, law, method) for interval in cells.intervals())
         if isinstance(law, Straight) and path in ("land", "rbf"):  # learned once, on the cells to train on
@@ -298,6 +318,8 @@ def make_problems(
             if method == "uot-cfm":
                 couplings = kin = _by_velocity(cells, kin, plans)
             bends = tangents(cells, kin, couplings, share)
+        if spreads is None:  # the training cells', for those that are held back too
+            spreads = default_spreads(cells, couplings, plans)
         couplings = tuple(c.pairs_alone if isinstance(c, GrowingPlan) else c for c in couplings)
         part.extend(Problem(cells, couplings, law, seed, bends, spreads) for seed in seeds)
     return problems[0], problems[1]

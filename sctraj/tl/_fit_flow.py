@@ -93,9 +93,9 @@ def fit_flow(
         Spread of the probability path, in units of the representation (for ``"sb-cfm"`` per root of time). By default
         a fixed fraction of the root mean square displacement between snapshots, which a single cell far from all others
         can make large: cells more than 100 times the median distance from their snapshot's median are logged. A neural
-        field of ``"uot-cfm"`` and three snapshots or more then has its paths wider by how far apart cells are (the
-        ``spreads``), so that it is told what to do between them. A sigma that is given is the whole spread: one taken
-        from an earlier fit's ``params`` gives narrower paths than that fit had.
+        field of ``"uot-cfm"`` then has its paths wider (the ``spreads``): by how far apart cells are, so that it is
+        told what to do between them; between two snapshots alone as Brownian bridges are. A sigma that is given is the
+        whole spread: one taken from an earlier fit's ``params`` gives narrower paths than that fit had.
     block
         Cells a side of the blocks in which ``"uot-cfm"`` and ``"ot-cfm"`` couple snapshots with more cells than that
         (the geometric mean of both) and curved paths find kin, of each at most 6,000 (or a block); what is done is
@@ -145,7 +145,7 @@ def fit_flow(
         ``params`` (with the sigma and seed used, and of curved paths the ``reliability``, the share of the
         population's turns that the first member takes: to tell it takes four snapshots, with fewer it is 1; and
         ``farther``, how much `sctraj.tl.interpolate` counts a snapshot beside the next nearer one; of paths that are
-        wider than sigma by how far apart cells are the ``spreads``, one per interval),
+        wider than sigma the ``spreads``, one per interval, between two snapshots alone that half-way),
         ``weights`` (arrays), ``loss``, ``times``, ``versions``, ``fingerprint``.
     ``obsm[key_added + "_velocity"]`` : float32, n_obs x d
         Velocity at the cell's own time, in units of the representation per unit of time; the members' mean.
@@ -208,7 +208,8 @@ def fit_flow(
     wider = ""
     if (spreads := problems[0].spreads) and field == "neural":
         params["spreads"] = np.array(spreads)
-        wider = f" and spreads of {min(spreads):.4g} to {max(spreads):.4g}"
+        least, most = min(spreads), max(spreads)
+        wider = f" and spreads of {least:.4g} to {most:.4g}" if len(spreads) > 1 else f", {most:.4g} more half-way"
     _adata.write_flow(
         adata,
         key_added,

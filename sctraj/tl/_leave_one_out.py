@@ -139,8 +139,8 @@ def leave_one_out(
         (``w1_error``, ...). Under ``{key_added}_leave_one_out`` if `key_added` is not "flow".
     ``uns["leave_one_out_protocol"]`` : dict
         How the table came about: all options, of each method the path and of each fold the sigma and, by interval,
-        the spreads (of three snapshots, folds have two and narrow paths, a fit to all of them wide ones), the versions,
-        the sizes of the halves.
+        the spreads (of three snapshots, folds have two, whose paths are bridges; a fit to all three has other ones),
+        the versions, the sizes of the halves.
     ``obsm[key_added + "_w1"]`` : DataFrame, n_obs x methods
         The cell's share of its snapshot's W1, mean over seeds: the mean over a held-out snapshot's cells is that W1.
         NaN in the first and the last snapshot.

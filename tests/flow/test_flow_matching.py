@@ -655,8 +655,6 @@ def test_cells_that_are_moved_all_along_the_course_keep_to_its_cells(monkeypatch
 
 def test_paths_of_growing_plans_are_as_wide_as_cells_are_apart_unless_told_how_wide():
     course = make()
-    two = Snapshots(course.times[:2], course.points[:2])
-    assert make_problems(two, method="uot-cfm", path=None, sigma=None, seeds=(0,), validate=False)[0][0].spreads == ()
     for method, sigma in product(METHODS, (None, 0.1)):
         problems, _ = make_problems(course, method=method, path=None, sigma=sigma, seeds=(0,), validate=False)
         if method != "uot-cfm" or sigma is not None:
@@ -671,6 +669,24 @@ def test_paths_of_growing_plans_are_as_wide_as_cells_are_apart_unless_told_how_w
             expected = math.hypot(problems[0].path.sigma, problems[0].spreads[k])
             torch.testing.assert_close(std, torch.full_like(std, expected))
             assert len(std) == 3 * 8
+
+
+@pytest.mark.parametrize("path", [None, "straight"])
+def test_between_two_snapshots_alone_growing_paths_are_bridges(path):
+    snapshots = growing_groups()
+    told, _ = make_problems(snapshots, method="uot-cfm", path=path, sigma=0.1, seeds=(0,), validate=False)
+    assert told[0].spreads == ()
+    problems, _ = make_problems(snapshots, method="uot-cfm", path=path, sigma=None, seeds=(0,), validate=False)
+    one, (half_way,) = problems[0], problems[0].spreads
+    listed = one.listed(0)
+    squares = (snapshots.points[1][listed.j] - snapshots.points[0][listed.i]).square().mean(1)
+    # of its own pairs, which do not go from one group to the other as optimal transport's do where one group grows
+    bridge = 0.15 * float(listed.middle @ squares) ** 0.5
+    apart = sum(spacing(x) for x in snapshots.points) / 2 / snapshots.dimension**0.5
+    assert half_way == pytest.approx(math.hypot(bridge, apart))
+    drawn = one.sample(5, 40, torch.Generator().manual_seed(0)).path
+    s = (drawn.t - snapshots.times[0]) / (snapshots.times[1] - snapshots.times[0])
+    torch.testing.assert_close(drawn.std.square(), one.path.sigma**2 + 4 * s * (1 - s) * half_way**2)
 
 
 def test_held_back_cells_are_judged_on_paths_as_wide_as_those_to_train_on():

@@ -264,6 +264,37 @@ def test_times_of_each_pair_its_own_interval():
     torch.testing.assert_close(sample.std.square() / (s * (1 - s)), 0.36 * length, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("path", [Straight(0.3), Hermite(0.3), BrownianBridge(0.4)], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("bridged", [False, True])
+def test_spreads_widen_the_law_and_its_velocities_follow(path, bridged):
+    """A point of the law keeps its quantile: it moves as the mean does, and out and in as the width does."""
+    x0, x1 = ends()
+    pairs = Pairs(x0, x1, T0, T1, V0, V1, spread=torch.full((N, 1), 0.7).double(), bridged=bridged)
+    sample = path.sample(pairs, torch.Generator().manual_seed(0))
+    s, length = (sample.t - T0) / (T1 - T0), T1 - T0
+    noise = -sample.score * sample.std
+
+    def point(s: torch.Tensor) -> torch.Tensor:
+        at = path.moments(pairs, s)
+        shape = 4 * s * (1 - s) if bridged else 1.0
+        return at.mean + (at.std.square() + 0.49 * shape).sqrt() * noise
+
+    torch.testing.assert_close(sample.x, point(s), rtol=1e-6, atol=1e-6)
+    near = (s > 0.01) & (s < 0.99)  # a bridge's own width changes without bound at its ends
+    step = 1e-6
+    rate = (point(s + step) - point(s - step)) / (2 * step * length)
+    torch.testing.assert_close(sample.velocity * near, rate * near, rtol=1e-5, atol=1e-5)
+
+
+def test_a_spread_beside_nothing_moves_nothing():
+    x0, _ = ends(10)
+    for bridged in (False, True):
+        pairs = Pairs(x0, x0, T0, T1, spread=torch.zeros(10, 1).double(), bridged=bridged)
+        sample = Straight(0.0).sample(pairs, torch.Generator().manual_seed(0))
+        assert torch.equal(sample.x, x0)
+        assert torch.equal(sample.velocity, torch.zeros_like(x0))
+
+
 @pytest.mark.parametrize("path", [Straight(0.3), Hermite(0.3)], ids=lambda path: type(path).__name__)
 def test_spreads_add_to_sigma_as_independent_noise_and_leave_velocities(path):
     x0, x1 = ends()
