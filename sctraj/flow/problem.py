@@ -211,19 +211,17 @@ def default_sigma(snapshots: Snapshots, method: str, plans: Plans) -> float:
 def default_spreads(snapshots: Snapshots, couplings: Sequence[Coupling], plans: Plans) -> tuple[float, ...]:
     """Return the spreads of ``"uot-cfm"``'s paths beside sigma where none is given, lengths, one for each interval.
 
-    By them cells are told what to do beside their paths, see `spread_between`. Between two snapshots alone the cells
-    are where they are, but nothing tells which way they took: paths are Brownian bridges, half-way wider by as much as
-    those of ``"sb-cfm"`` are, ``BRIDGE_FRACTION / 2`` of the pairs' rms displacement.
+    With three snapshots or more cells are told what to do beside their paths, see `spread_between`. Between two alone
+    nothing tells which way a cell took: paths are Brownian bridges as wide, beside how far they go, as ``"sb-cfm"`` has
+    them, half-way ``BRIDGE_FRACTION / 2`` of the pairs' rms displacement.
     """
-    apart = tuple(spread_between(interval, plans) for interval in snapshots.intervals())
     if len(snapshots) > 2:
-        return apart
+        return tuple(spread_between(interval, plans) for interval in snapshots.intervals())
     (interval,), (coupling,) = snapshots.intervals(), couplings
     assert isinstance(coupling, GrowingPlan)
     pairs = coupling.pairs
     squares = (interval.x1[pairs.j] - interval.x0[pairs.i]).double().square().mean(1)
-    moved = math.sqrt(float(pairs.middle @ squares / pairs.middle.sum()))
-    return (math.hypot(apart[0], BRIDGE_FRACTION / 2 * moved),)
+    return (BRIDGE_FRACTION / 2 * math.sqrt(float(pairs.middle @ squares / pairs.middle.sum())),)
 
 
 def spread_between(interval: Interval, plans: Plans) -> float:
