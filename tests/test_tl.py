@@ -175,6 +175,18 @@ def test_key_added_and_copy(cells: AnnData, caplog: pytest.LogCaptureFixture) ->
     assert f"sigma = {params['sigma']:.4g} and spreads of {params['spreads'].min():.4g} to" in caplog.text
 
 
+def test_a_fit_to_two_snapshots_says_how_wide_its_bridges_are(cells: AnnData, caplog: pytest.LogCaptureFixture) -> None:
+    two = cells[cells.obs["time"].isin([1.0, 2.5])].copy()
+    with caplog.at_level(logging.INFO, logger="sctraj"):
+        sctraj.tl.fit_flow(two, **QUICK)
+    (half_way,) = two.uns["flow"]["params"]["spreads"]
+    assert half_way > 0
+    assert (
+        f"sigma = {two.uns['flow']['params']['sigma']:.4g} and a spread of {half_way:.4g} half-way, on" in caplog.text
+    )
+    assert np.isfinite(two.obsm["flow_velocity"]).all()
+
+
 def test_share_averages_to_the_table(cells: AnnData) -> None:
     sctraj.tl.leave_one_out(cells, methods=("ot-cfm", "i-cfm"), n_seeds=3, **QUICK)
     wide = sctraj.get.leave_one_out(cells, metric="w1")

@@ -208,8 +208,9 @@ def fit_flow(
     wider = ""
     if (spreads := problems[0].spreads) and field == "neural":
         params["spreads"] = np.array(spreads)
-        least, most = min(spreads), max(spreads)
-        wider = f" and spreads of {least:.4g} to {most:.4g}" if len(spreads) > 1 else f", {most:.4g} more half-way"
+        wider = f" and spreads of {min(spreads):.4g} to {max(spreads):.4g}"
+        if len(spreads) == 1:
+            wider = f" and a spread of {spreads[0]:.4g} half-way"
     _adata.write_flow(
         adata,
         key_added,
