@@ -7,7 +7,8 @@ python benchmarks/scaling.py --steps fit_flow trajectories       # without leave
 python benchmarks/scaling.py --device cuda --threads 16          # and the GPU's memory beside
 
 Memory is the peak of the process above what it had with the cells read, in GiB and in representations (cells x 50 x
-4 bytes). The exponent is that of the cells with which time grew since the size before: 1 is linear.
+4 bytes). The exponent is that of the cells with which time grew since the size before: 1 is linear. One thread, unless
+there are to be more.
 """
 
 from __future__ import annotations
@@ -80,8 +81,9 @@ class Peak:
         self.thread.join()
 
 
-def child(step: str, path: Path, options: dict[str, int | str], profile: int) -> None:
+def child(step: str, path: Path, options: dict[str, int | str], threads: int, profile: int) -> None:
     """Run one step on the cells in a file, keep what it wrote there, and print what it took."""
+    torch.set_num_threads(threads)
     logging.disable(logging.INFO)
     adata = anndata.read_h5ad(path)
     getattr(tl, step)  # imports what it needs
@@ -108,7 +110,7 @@ def child(step: str, path: Path, options: dict[str, int | str], profile: int) ->
 def measured(step: str, path: Path, args: argparse.Namespace) -> dict[str, float]:
     """Run a step in a process of its own."""
     command = [sys.executable, __file__, "--child", step, str(path), "--profile", str(args.profile)]
-    command += ["--device", args.device, *["--quick"] * args.quick]
+    command += ["--device", args.device, "--threads", str(args.threads), *["--quick"] * args.quick]
     threads = {"OMP_NUM_THREADS": str(args.threads)}
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | threads)
     return json.loads(run.stdout.splitlines()[-1])
@@ -120,14 +122,14 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], metavar="CELLS")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP", help=", ".join(STEPS))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU; 1 by default")
     parser.add_argument("--profile", type=int, default=0, metavar="LINES", help="that many of a profile, to stderr")
     parser.add_argument("--output", type=Path, help="json of all rows")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         options = (QUICK if args.quick else {}) | {"device": args.device}
-        child(args.child[0], Path(args.child[1]), options, args.profile)
+        child(args.child[0], Path(args.child[1]), options, args.threads, args.profile)
         return
     rows: list[dict[str, float]] = []
     print(f"{N_SNAPSHOTS} snapshots, {N_DIMS} dimensions; trajectories at {N_TIMES} times; {args.device}, "

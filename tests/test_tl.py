@@ -309,6 +309,22 @@ def test_the_protocol_says_what_the_fits_are_defined_by(cells: AnnData, field) -
     assert (protocol["spreads"] > 0).all() if field == "neural" else np.isnan(protocol["spreads"]).all()
 
 
+@pytest.mark.parametrize("field", ["neural", "closed-form"])
+def test_folds_of_three_snapshots_have_bridges_in_the_protocol(cells: AnnData, field: str) -> None:
+    three = cells[cells.obs["time"].isin([1.0, 2.5, 5.5])].copy()
+    options = QUICK if field == "neural" else {}
+    sctraj.tl.leave_one_out(three, methods=["uot-cfm", "ot-cfm"], field=field, n_seeds=1, **options)
+    spreads = three.uns["leave_one_out_protocol"]["spreads"]
+    assert spreads.shape == (2, 1, 1)  # methods, folds, their intervals
+    assert np.isnan(spreads[1]).all()
+    if field == "closed-form":
+        assert np.isnan(spreads).all()
+        return
+    two = three[three.obs["time"] != 2.5].copy()
+    sctraj.tl.fit_flow(two, **options)
+    assert spreads[0, 0] == pytest.approx(two.uns["flow"]["params"]["spreads"])
+
+
 def test_the_protocol_has_every_methods_path_and_the_module(cells: AnnData) -> None:
     sctraj.tl.leave_one_out(cells, methods=("sb-cfm", "ot-cfm"), field="closed-form", n_seeds=1)
     assert cells.uns["leave_one_out_protocol"]["paths"].tolist() == ["brownianbridge", "straight"]

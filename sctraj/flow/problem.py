@@ -55,7 +55,7 @@ class Problem:
         For curved paths: velocities at their ends; None for others.
     spreads
         Spread of the paths beside ``path.sigma``, a length for each interval; between two snapshots alone that of a
-        Brownian bridge half-way. None, where sigma is all.
+        Brownian bridge half-way. Empty, where sigma is all.
     """
 
     snapshots: Snapshots
@@ -212,8 +212,8 @@ def default_spreads(snapshots: Snapshots, couplings: Sequence[Coupling], plans: 
     """Return the spreads of ``"uot-cfm"``'s paths beside sigma where none is given, lengths, one for each interval.
 
     With three snapshots or more cells are told what to do beside their paths, see `spread_between`. Between two alone
-    nothing tells which way a cell took: paths are Brownian bridges as wide, beside how far they go, as ``"sb-cfm"`` has
-    them, half-way ``BRIDGE_FRACTION / 2`` of the pairs' rms displacement.
+    nothing tells which way a cell took: paths are Brownian bridges, as wide for how far their pairs go as those of
+    ``"sb-cfm"``: half-way ``BRIDGE_FRACTION / 2`` of the rms displacement.
     """
     if len(snapshots) > 2:
         return tuple(spread_between(interval, plans) for interval in snapshots.intervals())

@@ -671,7 +671,7 @@ def test_paths_of_growing_plans_are_as_wide_as_cells_are_apart_unless_told_how_w
             assert len(std) == 3 * 8
 
 
-@pytest.mark.parametrize("path", [None, "straight"])
+@pytest.mark.parametrize("path", [None, "straight", "land"])
 def test_between_two_snapshots_alone_growing_paths_are_bridges(path):
     snapshots = growing_groups()
     told, _ = make_problems(snapshots, method="uot-cfm", path=path, sigma=0.1, seeds=(0,), validate=False)
@@ -694,3 +694,9 @@ def test_held_back_cells_are_judged_on_paths_as_wide_as_those_to_train_on():
     assert len(first) < len(course.points[0])
     assert problems[0].spreads == held_back[0].spreads
     assert problems[0].spreads[0] == pytest.approx((spacing(first) + spacing(second)) / 2 / course.dimension**0.5)
+    how = {"method": "uot-cfm", "path": None, "sigma": None, "seeds": (0,)}
+    (one,), (other,) = make_problems(growing_groups(), validate=True, **how)
+    assert one.spreads == other.spreads
+    alone, _ = make_problems(one.snapshots, validate=False, **how)
+    assert one.spreads == alone[0].spreads
+    assert one.spreads != make_problems(other.snapshots, validate=False, **how)[0][0].spreads
