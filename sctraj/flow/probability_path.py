@@ -132,7 +132,10 @@ class ProbabilityPath(ABC):
 
 
 def _wider(at: Moments, pairs: Pairs, s: Tensor) -> Moments:
-    """Return the moments at the fraction ``s`` with the pairs' spread, as of independent noise beside the path's."""
+    """Return the moments at the fraction ``s`` with the pairs' spread, as of independent noise beside the path's.
+
+    Variances add up, a bridge's being ``4 s (1 - s) spread^2``; ``std' = (std^2)' / (2 std)``.
+    """
     if pairs.spread is None:
         return at
     spread, variance_rate = pairs.spread, 2 * at.std * at.std_rate
