@@ -28,6 +28,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from restoration import table
 from torch import Tensor
 
 from sctraj.flow.flow_matching import Training, fit
@@ -119,10 +120,6 @@ def measured(d: int, seeds: Sequence[int], n_train: int, n_test: int, training: 
 # --- table
 def cell(values: np.ndarray) -> str:
     return f"{values.mean():.4f}" + (f" ({values.std(ddof=1):.4f})" if len(values) > 1 else "")
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)) + "\n"
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from restoration import table
 from sklearn.datasets import make_moons, make_s_curve
 from torch import Tensor
 
@@ -113,10 +114,6 @@ def cell(values: np.ndarray) -> str:
     if np.isnan(values).any():
         return "-"
     return f"{values.mean():.3f}" + (f" ({values.std(ddof=1):.3f})" if len(values) > 1 else "")
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)) + "\n"
 
 
 def main() -> None:
