@@ -50,7 +50,7 @@ def test_the_byte_order_of_another_machine_changes_nothing(cells: AnnData) -> No
 def test_complex_times_and_growth_rates_are_refused(cells: AnnData, categorical) -> None:
     values = cells.obs["time"] + 1j
     cells.obs["z"] = values.astype("category") if categorical else values
-    with pytest.raises(ValueError, match=r'real times, numbers, in obs\["z"\]; found complex128'):
+    with pytest.raises(ValueError, match=r'times, real numbers, in obs\["z"\]; found complex128'):
         tl.fit_flow(cells, "z", **QUICK)
     with pytest.raises(ValueError, match=r'growth rates, real numbers, in obs\["z"\]; found complex128'):
         tl.fit_flow(cells, growth_key="z", **QUICK)

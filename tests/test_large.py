@@ -15,7 +15,7 @@ import torch
 from anndata import AnnData
 
 import sctraj
-from sctraj import _adata
+from sctraj import _adata, _memory
 from sctraj.tl import _trajectories as verb
 
 QUICK = {"n_steps": 5, "batch_size": 8}
@@ -74,7 +74,7 @@ def _everything(adata: AnnData, time_key: str) -> AnnData:
 def test_data_left_in_their_file_give_the_same_bits(few: AnnData, kind, time_key, tmp_path, monkeypatch) -> None:
     opened = _opened(few, kind, tmp_path)
     expected = _everything(few, time_key)
-    monkeypatch.setattr(_adata, "SLAB", 100)  # numbers: many slabs
+    monkeypatch.setattr(_adata.cells, "SLAB", 100)  # numbers: many slabs
     with monkeypatch.context() as patch:
         patch.setattr(AnnData, "X", property(_forbidden))
         _everything(opened, time_key)
@@ -118,14 +118,14 @@ def test_dask_arrays_of_unknown_size_are_refused(few: AnnData, tmp_path) -> None
     array = opened.obsm["X_pca"]
     values = SimpleNamespace(dask=array.dask, shape=(np.nan, 6))
     with pytest.raises(ValueError, match="compute_chunk_sizes"):
-        _adata._in_memory(values, "X_pca")
+        _adata.cells._in_memory(values, "X_pca")
 
 
 def test_slabs_and_layout_change_nothing(few: AnnData, monkeypatch) -> None:
     whole = _adata.read_snapshots(few, "time", "X_pca", least=2)
     few.obsm["X_pca"] = np.asfortranarray(few.obsm["X_pca"])
     assert whole.fingerprint == _adata.read_snapshots(few, "time", "X_pca", least=2).fingerprint
-    monkeypatch.setattr(_adata, "SLAB", 13)
+    monkeypatch.setattr(_adata.cells, "SLAB", 13)
     slabs = _adata.read_snapshots(few, "time", "X_pca", least=2)
     assert whole.fingerprint == slabs.fingerprint
     for k, t in enumerate(whole.snapshots.times):
@@ -213,11 +213,11 @@ def test_what_does_not_fit_is_said_before_the_work(fitted: AnnData, tmp_path, mo
     numbers = (
         r"150 cells x 6 times x 6 dimensions in float32.*fewer times, a part of the cells, dtype='float16'.*store="
     )
-    monkeypatch.setattr(_adata, "available_memory", lambda: needed - 1)
+    monkeypatch.setattr(_memory, "available_memory", lambda: needed - 1)
     with pytest.raises(ValueError, match=numbers):
         sctraj.tl.trajectories(fitted, times=5)
     for enough in (needed, None):
-        monkeypatch.setattr(_adata, "available_memory", lambda enough=enough: enough)
+        monkeypatch.setattr(_memory, "available_memory", lambda enough=enough: enough)
         with pytest.raises(AssertionError, match="moved"):
             sctraj.tl.trajectories(fitted, times=5)
     monkeypatch.setattr(verb.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
@@ -228,19 +228,19 @@ def test_what_does_not_fit_is_said_before_the_work(fitted: AnnData, tmp_path, mo
 
 
 def test_the_number_is_in_gibibytes(monkeypatch) -> None:
-    monkeypatch.setattr(_adata, "available_memory", lambda: 2**31)
+    monkeypatch.setattr(_memory, "available_memory", lambda: 2**31)
     with pytest.raises(ValueError, match=r"2\.0 GiB of memory.*3\.8 GiB"):
         verb._check_size((1_000_000, 20, 50), "float32", None)
-    monkeypatch.setattr(_adata, "available_memory", lambda: 2**30)
+    monkeypatch.setattr(_memory, "available_memory", lambda: 2**30)
     with pytest.raises(ValueError, match=r"1\.9 GiB") as error:
         verb._check_size((1_000_000, 20, 50), "float16", None)
     assert "dtype" not in str(error.value)
 
 
 def test_free_memory_is_that_of_this_machine(monkeypatch) -> None:
-    known = _adata.available_memory()
+    known = _memory.available_memory()
     monkeypatch.setitem(sys.modules, "psutil", None)
-    by_system = _adata.available_memory()
+    by_system = _memory.available_memory()
     for value in (known, by_system):
         assert value is None or 2**26 < value < 2**46
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .. import _adata, tl
+from .. import _adata, _memory, tl
 from ..flow.coupling.blocked import BLOCK
 from ..flow.coupling.growing import WHOLE
 from ..flow.distance import LARGEST_EXACT
@@ -187,7 +187,7 @@ def workers_that_fit(jobs: Sequence[Job], asked: int | None, device: str) -> int
     if device.startswith("cuda"):
         return max(1, n_gpus())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory, largest = _adata.available_memory(), max((job.bytes for job in jobs), default=1)
+    memory, largest = _memory.available_memory(), max((job.bytes for job in jobs), default=1)
     return max(1, min(cores // (jobs[0].threads if jobs else 1), cores if memory is None else memory // largest))
 
 

@@ -14,7 +14,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 
-from .. import _adata
+from .. import _adata, _memory
 from .._log import logger
 from ..flow.clouds import share_astray
 from ..flow.flow_matching import pick_device
@@ -258,7 +258,7 @@ def _check_size(shape: tuple[int, int, int], dtype: str, store: str | None) -> N
     """Raise a ValueError where the trajectories would fill the memory, or the store the disk."""
     needed = _size(shape, dtype) + _size(shape[:2], "float32")  # with the weights
     if store is None:
-        there, what = _adata.available_memory(), "memory"
+        there, what = _memory.available_memory(), "memory"
     else:
         beside = next(folder for folder in Path(store).resolve().parents if folder.exists())
         there, what = shutil.disk_usage(beside).free, "disk"

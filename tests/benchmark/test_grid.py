@@ -346,7 +346,7 @@ def test_the_plan_learns_from_what_the_folder_holds(planned, tmp_path):
 def test_as_many_workers_as_asked_or_as_fit(planned, monkeypatch):
     jobs, _ = planned
     assert workers_that_fit(jobs, 7, "cpu") == 7
-    monkeypatch.setattr("sctraj._adata.available_memory", lambda: 1)
+    monkeypatch.setattr("sctraj._memory.available_memory", lambda: 1)
     assert workers_that_fit(jobs, None, "cpu") == 1
     with pytest.raises(ValueError, match="at least one"):
         workers_that_fit(jobs, 0, "cpu")

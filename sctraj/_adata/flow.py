@@ -1,0 +1,211 @@
+"""A fitted flow in an AnnData: written, read back, and held against the cells that it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .cells import Cells, fingerprint_of, holds_numbers, names_digest, read_column, read_rep, read_snapshots
+from .slots import STORE, STORE_ID, TRAJECTORIES, VELOCITY, is_flow
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from ..flow.vector_field import VectorField
+
+FEW = 256  # cells whose stored velocities are computed again, to see whether they belong to a flow
+APART = 2e-3  # relative difference of velocities beyond rounding, be it that of coordinates kept in float16
+
+
+@dataclass(frozen=True)
+class StoredFlow:
+    """A fitted flow as it stands in ``uns``: its parameters, its field, and the cells it belongs to."""
+
+    params: Mapping[str, Any]
+    vector_field: VectorField
+    cells: Cells
+
+
+def write_flow(
+    adata: AnnData,
+    key: str,
+    *,
+    params: Mapping[str, Any],
+    weights: Mapping[str, np.ndarray],
+    loss: np.ndarray,
+    validation_loss: np.ndarray,
+    cells: Cells,
+) -> None:
+    """Write ``uns[key]``: arrays, numbers and text only."""
+    adata.uns[key] = {
+        "params": dict(params),
+        "weights": dict(weights),
+        "loss": loss,
+        "validation_loss": validation_loss,
+        "times": np.array(cells.snapshots.times),
+        "versions": versions(),
+        "fingerprint": cells.fingerprint,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions on which a fit's numbers depend."""
+    import torch
+
+    from .. import __version__
+
+    return {"sctraj": __version__, "torch": str(torch.__version__)}
+
+
+def stored(adata: AnnData, key: str) -> dict[str, Any]:
+    """Return ``uns[key]`` of a fitted flow."""
+    flow = adata.uns.get(key)
+    if not is_flow(flow):
+        raise KeyError(f'No flow in adata.uns["{key}"]. Call sctraj.tl.fit_flow(adata) first, or pass its key.')
+    return dict(flow)
+
+
+def read_flow(adata: AnnData, key: str, *, module: Any = None) -> StoredFlow:
+    """Return a fitted flow, having checked that it was fitted on these cells in this representation.
+
+    Raises
+    ------
+    KeyError
+        If there is none.
+    ValueError
+        If it was fitted on other cells or another representation.
+    """
+    flow = stored(adata, key)
+    params = flow["params"]
+    cells = read_snapshots(adata, str(params["time_key"]), str(params["use_rep"]), least=1)
+    if cells.fingerprint != str(flow["fingerprint"]):
+        raise _other_cells(adata, key, module)
+    return StoredFlow(params, _field_of(flow, module), cells)
+
+
+def _field_of(flow: Mapping[str, Any], module: Any = None) -> VectorField:
+    from ..flow.closed_form import ClosedFormField
+    from ..flow.vector_field import NeuralField
+
+    if flow["params"].get("field") == "closed-form":
+        return ClosedFormField.from_arrays(flow["weights"])
+    return NeuralField.from_arrays(flow["weights"], module)
+
+
+def _other_cells(adata: AnnData, key: str, module: Any) -> ValueError:
+    """Return the error for a flow of other cells, which says in what they differ."""
+    params = stored(adata, key)["params"]
+    if adata.n_obs != int(params["n_obs"]):
+        found = f"{adata.n_obs} cells"
+    elif _velocities_belong(adata, key, module):
+        found = "the same cells by other names or in another order"
+        return ValueError(
+            f'Expected the cells that uns["{key}"] was fitted on by their names and in their order, found {found}. Put '
+            f"adata.obs_names and the order back, or call sctraj.tl.fit_flow again."
+        )
+    else:
+        found = "other times or coordinates"
+    return ValueError(
+        f'Expected the {int(params["n_obs"])} cells, times and "{params["use_rep"]}" that uns["{key}"] was fitted '
+        f"on, found {found}. Call sctraj.tl.fit_flow again, or go back to the AnnData it was fitted on."
+    )
+
+
+def check_cells(adata: AnnData, key: str) -> None:
+    """Raise a ValueError where cells, all or a part of those fitted, have other times or coordinates than at the fit.
+
+    All of them in their order have the flow's fingerprint. Of others the times must be the flow's, and the velocities
+    stored at a few of them those that the flow's own field has at their times and coordinates. Cells without a
+    velocity, and of a field that is a user's module all coordinates of a part, are taken as they are.
+    """
+    flow = stored(adata, key)
+    params = flow["params"]
+    time_key, use_rep = str(params["time_key"]), str(params["use_rep"])
+    if (
+        VELOCITY.format(key=key) not in adata.obsm
+        or time_key not in adata.obs
+        or not holds_numbers(adata.obs[time_key])
+    ):
+        return  # what is missing is said by who reads it
+    times, values = read_column(adata, time_key).astype(np.float64).to_numpy(), read_rep(adata, use_rep)
+    whole = adata.n_obs == int(params["n_obs"])
+    if whole and np.isfinite(times).all() and fingerprint_of(adata, times, values) == str(flow["fingerprint"]):
+        return
+    if _velocities_belong(adata, key, None) is False:
+        raise ValueError(
+            f'Expected cells with the times and "{use_rep}" that uns["{key}"] was fitted on, found other times or '
+            f"coordinates, beside which its velocities and trajectories mean nothing. Call sctraj.tl.fit_flow again, "
+            f"or put them back."
+        )
+
+
+def _velocities_belong(adata: AnnData, key: str, module: Any) -> bool | None:
+    """Whether times are the flow's and stored velocities its field's at the cells; None where that cannot be told."""
+    import torch
+
+    flow = stored(adata, key)
+    name = VELOCITY.format(key=key)
+    if name not in adata.obsm:
+        return None
+    times = read_column(adata, str(flow["params"]["time_key"])).astype(np.float64).to_numpy()
+    points, velocity = read_rep(adata, str(flow["params"]["use_rep"])), np.asarray(adata.obsm[name])
+    known = np.flatnonzero(np.isfinite(velocity).all(axis=1) & np.isfinite(times))
+    if not np.isin(times[known], np.asarray(flow["times"])).all() or points.shape[1] != velocity.shape[1]:
+        return False
+    if not known.size or ("module" in flow["params"] and module is None):
+        return None
+    rows = known[np.linspace(0, known.size - 1, min(FEW, known.size)).astype(int)]
+    field, expected = _field_of(flow, module), np.empty((len(rows), points.shape[1]))
+    with torch.no_grad():
+        for t in np.unique(times[rows]):
+            at = times[rows] == t
+            expected[at] = field(float(t), points[rows[at]])
+    return bool(np.linalg.norm(velocity[rows] - expected) <= APART * np.linalg.norm(expected))
+
+
+def read_trajectories(adata: AnnData, key: str, rows: Any = slice(None)) -> np.ndarray:
+    """Return trajectories ``(n, n_times, d)``, of all or some rows, from ``obsm`` or the store that ``uns`` names.
+
+    Raises
+    ------
+    KeyError
+        If there are none.
+    ValueError
+        If the store is not there, or holds another flow's trajectories or other cells.
+    """
+    name, flow = TRAJECTORIES.format(key=key), adata.uns.get(key)
+    if name in adata.obsm:
+        return np.asarray(adata.obsm[name][rows])
+    where = flow.get(STORE) if isinstance(flow, Mapping) else None
+    if where is None:
+        raise KeyError(f'No adata.obsm["{name}"]. Call sctraj.tl.trajectories(adata) first, or pass its key.')
+    import zarr
+
+    try:
+        group = zarr.open_group(str(where), mode="r")
+        points: Any = group["points"]
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(
+            f'Expected trajectories in {where}, which uns["{key}"]["{STORE}"] names, found none. Move the folder back, '
+            f"or call sctraj.tl.trajectories(adata) again."
+        ) from error
+    if group.attrs.get("id") != flow.get(STORE_ID):
+        raise ValueError(
+            f'Expected the trajectories of uns["{key}"] in {where}, found others, computed later or by another flow. '
+            f"Call sctraj.tl.trajectories again, with a store that no other flow writes to."
+        )
+    if points.shape[0] != adata.n_obs:
+        raise ValueError(
+            f"Expected the trajectories of {adata.n_obs} cells in {where}, found {points.shape[0]}: those of the "
+            f"AnnData that this one is a part of. Take the rows from that one."
+        )
+    names = names_digest(adata)
+    if group.attrs.get("cells", names) != names:  # older stores have none
+        raise ValueError(
+            f"Expected the trajectories of these {adata.n_obs} cells in {where}, found others, or the same ones in "
+            f"another order. Take the rows from the AnnData they were computed for."
+        )
+    return np.asarray(points[rows] if isinstance(rows, slice) else points.oindex[np.asarray(rows)])

@@ -1,0 +1,96 @@
+"""The names of all slots, and what may be written to."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+TIME = "time"  # obs: real time, float64; uns: unit, source column, mapping
+FLOW = "flow"  # default `key_added`: uns[key] and the prefix of what follows
+VELOCITY = "{key}_velocity"  # obsm: n_obs x d float32, per unit time, in use_rep units
+GROWTH = "{key}_growth"  # obs: float32, log mass change per unit time relative to the population's; where it grows
+VELOCITY_SD = "{key}_velocity_sd"  # obs: float32, spread of the members' velocities; with more than one member
+TRAJECTORIES = "{key}_trajectories"  # obsm: n_obs x n_times x d float32; the times in uns[key]["trajectory_times"]
+STORE = "trajectory_store"  # uns[key]: folder of the zarr group that holds trajectories and weights instead of obsm
+STORE_ID = "trajectory_store_id"  # uns[key]: the group's own, which tells whether another flow's took its place
+W1 = "{key}_w1"  # obsm: DataFrame n_obs x methods; NaN at the first and last snapshot
+RESTORED = "{key}_restored"  # obsm: n_obs x d float32; NaN at the first and last snapshot
+WEIGHTS = "{key}_trajectory_weights"  # obsm: n_obs x n_times float32, mass relative to the cell's own; where it grows
+LEAVE_ONE_OUT = "leave_one_out"  # uns: tidy DataFrame; prefixed with "{key}_" when key is not FLOW
+PROTOCOL = "{table}_protocol"  # uns: how that table came about; {table} is the name above
+
+
+def table_name(key: str) -> str:
+    """Return the name of the leave-one-out table in ``uns``."""
+    return LEAVE_ONE_OUT if key == FLOW else f"{key}_{LEAVE_ONE_OUT}"
+
+
+def check_key(key: str) -> None:
+    """Raise a ValueError for a name that h5ad and zarr cannot hold."""
+    if not key or "/" in key:
+        raise ValueError(
+            f'key_added must be a name without "/" (h5ad and zarr read it as a folder), not {key!r}. Pass another.'
+        )
+
+
+def check_flow_key(adata: AnnData, key: str) -> None:
+    """Raise a ValueError for a name that cannot be stored, or under which ``uns`` holds something else than a flow."""
+    check_key(key)
+    if key in adata.uns and not is_flow(adata.uns[key]):
+        raise ValueError(
+            f'Expected a flow or nothing in adata.uns["{key}"], found something else, which is never overwritten. '
+            f'Pass another key_added, or delete it first: del adata.uns["{key}"].'
+        )
+
+
+def is_flow(value: Any) -> bool:
+    """Whether an entry of ``uns`` is a fitted flow."""
+    return isinstance(value, Mapping) and "weights" in value and "params" in value
+
+
+def is_ours(adata: AnnData, name: str) -> bool:
+    """Whether a matrix in ``obsm`` is what a flow or leave-one-out wrote, rather than a representation."""
+    keys = {str(key) for key in adata.uns if is_flow(adata.uns[key])}
+    keys |= {key.removesuffix(LEAVE_ONE_OUT)[:-1] or FLOW for key in adata.uns if key.endswith(LEAVE_ONE_OUT)}
+    return any(name == slot.format(key=key) for key in keys for slot in (VELOCITY, TRAJECTORIES, WEIGHTS, W1, RESTORED))
+
+
+def check_own(adata: AnnData, *, copy: bool) -> None:
+    """Raise a ValueError, before any work, where `own` could not return anything to write to.
+
+    A backed AnnData itself can be written to (new slots stay in memory until it is saved); a copy of it, or of a view
+    of it, would need a file of its own.
+    """
+    if adata.isbacked and (copy or adata.is_view):
+        found = "a view of a backed one" if adata.is_view else "a backed one and copy=True"
+        raise ValueError(
+            f"Expected an AnnData that can be written to or copied, found {found}: its copy would need a file of its "
+            f"own. {'Call' if adata.is_view else 'Pass copy=False, or call'} adata.to_memory() first."
+        )
+
+
+def own(adata: AnnData, *, copy: bool) -> AnnData:
+    """Return what may be written to: the copy asked for, or the AnnData itself, a view made actual with a warning."""
+    check_own(adata, copy=copy)
+    if copy:
+        return adata.copy()
+    if adata.is_view:
+        warnings.warn("Received a view of an AnnData. Making a copy.", stacklevel=3)
+        adata._init_as_actual(adata.copy())
+    return adata
+
+
+def drop_column(adata: AnnData, column: str) -> None:
+    """Take a column out of ``obs``, where it is there."""
+    if column not in adata.obs:
+        return
+    if isinstance(adata.obs, pd.DataFrame):
+        del adata.obs[column]
+    else:  # lazy: a dataset, which has no deletion of its own
+        adata.obs = adata.obs.ds.drop_vars(column)
