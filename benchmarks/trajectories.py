@@ -87,7 +87,8 @@ def main() -> None:
     args = options(__doc__.splitlines()[0], FILES, default=[*WIDER, *REAL], seeds=3).parse_args()
     logging.getLogger("sctraj").setLevel(logging.WARNING)
     n_cells, n_steps = (QUICK_CELLS, QUICK_STEPS) if args.quick else (N_CELLS, None)
-    tasks = [(name, seed) for name in args.data for seed in range(args.seeds)]
+    firsts = {name: 0 if name in FILES else args.first for name in args.data}  # of real data these are seeds of fits
+    tasks = [(name, first + n) for name, first in firsts.items() for n in range(args.seeds)]
     if args.quick:
         tasks = [("branching", 0)]
     for name in {name for name, _ in tasks if name in FILES and not (args.real / FILES[name]).exists()}:
