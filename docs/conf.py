@@ -1,5 +1,8 @@
 """Sphinx: `pip install ".[docs]" && sphinx-build docs docs/_build`."""
 
+import shutil
+from pathlib import Path
+
 import sctraj
 
 project = "sctraj"
@@ -16,7 +19,9 @@ html_theme = "furo"
 html_title = f"sctraj {release}"
 exclude_patterns = ["_build"]
 
-# the tutorials are stored executed, and .ci/run executes them anew
+# the tutorials are stored executed, and .ci/run executes them anew; sphinx takes pages from its own folder alone
+HERE = Path(__file__).parent
+shutil.copytree(HERE.parent / "tutorials", HERE / "tutorials", dirs_exist_ok=True)
 nb_execution_mode = "off"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3

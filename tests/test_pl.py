@@ -492,7 +492,7 @@ def test_one_fast_cell_does_not_shrink_the_other_arrows(adata):
 
 
 # --- leave one out -------------------------------------------------------------------------------------------------
-def values(adata, method, metric="w1"):
+def values(adata, method, metric="energy"):
     table = adata.uns["leave_one_out"]
     return table[(table["method"] == method) & (table["metric"] == metric)].groupby("time")["value"]
 
@@ -524,13 +524,13 @@ def test_every_distance_that_is_written_has_words_on_its_axis(cells):
 
 
 def test_baselines_are_dashed_and_the_noise_reference_is_a_band(adata):
-    ax = pl.leave_one_out(adata, metric="energy")
+    ax = pl.leave_one_out(adata, metric="w1")
     for name in ("previous", "next", "ot-interpolation"):
         (line,) = (line for line in ax.lines if line.get_label() == name)
-        np.testing.assert_allclose(line.get_ydata(), values(adata, name, "energy").mean())
+        np.testing.assert_allclose(line.get_ydata(), values(adata, name, "w1").mean())
         assert line.get_linestyle() != "-"
     band = ax.collections[0].get_paths()[0].get_extents()
-    noise = values(adata, "noise-reference", "energy")
+    noise = values(adata, "noise-reference", "w1")
     assert (band.x0, band.x1) == (1.0, 3.0)
     assert band.y0 == pytest.approx((noise.mean() - noise.std(ddof=0)).min())
     assert band.y1 == pytest.approx((noise.mean() + noise.std(ddof=0)).max())

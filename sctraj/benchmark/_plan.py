@@ -179,13 +179,13 @@ def _size(adata: AnnData) -> int:
 
 
 def workers_that_fit(jobs: Sequence[Job], asked: int | None, device: str) -> int:
-    """Return how many processes to start: as asked, or one per GPU, or one per core as far as memory goes."""
+    """Return how many processes to start: as asked, or one per GPU (one for a GPU that is named), or one per core as far as memory goes."""
     if asked is not None:
         if asked < 1:
             raise ValueError(f"expected at least one job at a time, found {asked}")
         return asked
     if device.startswith("cuda"):
-        return max(1, n_gpus())
+        return max(1, n_gpus()) if device == "cuda" else 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory, largest = _memory.available_memory(), max((job.bytes for job in jobs), default=1)
     return max(1, min(cores // (jobs[0].threads if jobs else 1), cores if memory is None else memory // largest))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -74,12 +75,13 @@ class Outcome:
 # --- in a worker ---------------------------------------------------------------------------------------------------
 _CELLS: dict[str, AnnData] = {}  # by fingerprint; what this worker was sent when it started
 _GPU: list[FileLock] = []  # held as long as this worker lives
+_TURN = threading.Lock()  # numbers of threads are the whole process's, whose thread pool would compute several units
 
 
 def _receive(cells: Mapping[str, AnnData], device: str) -> None:
     """Take in the cells, once, and a GPU of one's own where there are several."""
     _CELLS.update(cells)
-    if device.startswith("cuda") and not _GPU:
+    if device == "cuda" and not _GPU:  # one that is named is everyone's
         _lease_gpu()
 
 
@@ -118,8 +120,8 @@ def compute(job: Job, evaluate: Evaluate, code: str) -> Outcome:
                 "expected the same sctraj on every worker, found other sources on one; install the same everywhere, "
                 "and leave its files alone while a run is on"
             )
-        torch.set_num_threads(job.threads)  # of the thread that calls it
-        with threadpool_limits(job.threads):
+        with _TURN, threadpool_limits(job.threads):
+            torch.set_num_threads(job.threads)
             cells = _CELLS[job.fingerprint]
             table = evaluate(job.unit, cells, **job.reading, device=job.device, bootstraps=job.bootstraps)
     except Exception as error:
@@ -183,7 +185,7 @@ def dask_workers(address: str, n: int, cells: Mapping[str, AnnData], *, device: 
         except OSError as error:
             raise OSError(
                 f"expected a Dask scheduler with workers at {address}, found none ({error}); start them with: dask "
-                f"scheduler, and on every machine dask worker {address}"
+                f"scheduler, and on every machine dask worker {address} --nworkers auto --nthreads 1"
             ) from error
         plugin = _cells_plugin(cells, device)
         client.register_plugin(plugin)  # also of workers that come, or come back, later
@@ -192,12 +194,12 @@ def dask_workers(address: str, n: int, cells: Mapping[str, AnnData], *, device: 
             raise RuntimeError(
                 "expected workers that offer a GPU, found none; start one a device: dask worker --resources GPU=1 ..."
             )
-        size = _offers if resources else _threads
+        size = _offers if resources else _processes
         yield Pool(client.get_executor(pure=False, resources=resources or None), lambda: max(1, size(client)))
 
 
-def _threads(client: Any) -> int:
-    return sum(worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values())
+def _processes(client: Any) -> int:
+    return len(client.scheduler_info(n_workers=-1)["workers"])
 
 
 def _offers(client: Any) -> int:

@@ -197,12 +197,13 @@ def share_astray(moved: Tensor, cells: Tensor) -> float:
     ----------
     moved, cells
         Points ``(n, d)`` and the cloud ``(m, d)``, of two cells at least. It is the distance to the 5th nearest other
-        cell that counts.
+        cell that counts. Points with NaN are astray.
     """
     cells = cells.cpu().double()
     k = min(NEAREST, len(cells) - 1)
     own = _to_nearest(cells, cells, k + 1)  # itself is the first
-    return float((_to_nearest(moved.cpu().double(), cells, k) > own.max()).double().mean())
+    near = _to_nearest(moved.cpu().double(), cells, k) <= own.max()
+    return 1 - float(near.double().mean())
 
 
 def _to_nearest(x: Tensor, cells: Tensor, k: int) -> Tensor:

@@ -216,7 +216,7 @@ def variance_ratio(
 ) -> float:
     """Trace of the covariance of the restored ``x`` over that of the observed ``y``, both unbiased: 1 is right.
 
-    Below one: shrunk, which W1 alone rewards.
+    Below one: shrunk, which W1 rewards in many dimensions.
 
     Parameters
     ----------

@@ -99,7 +99,8 @@ def estimated_wasserstein(
     smallest = [_cost(*block, p) for block in _some_blocks(a, b, SIZES[0], SMALLEST_BLOCKS, stream)]
     cost = _extrapolated(a, b, SIZES[0], smallest, p, stream)
     value = cost.value ** (1 / p)
-    return Estimate(value, cost.error / (p * value ** (p - 1)), cost.n_points)
+    error = cost.error if p == 1 else math.sqrt(cost.value + cost.error) - value  # of the root near zero, too
+    return Estimate(value, error, cost.n_points)
 
 
 def restoration_plan(
@@ -224,6 +225,8 @@ def _extrapolated(a: Cloud, b: Cloud, size: int, found: Sequence[float], p: int,
 def _tail(drops: NDArray, sizes: Sequence[int], side: float) -> float:
     """Fit ``c m^(-b)`` to what each doubling takes off ``(groups, sizes - 1)``; return what is left up to ``side``."""
     mean, size = drops.mean(0), np.array(sizes, dtype=float)
+    if not drops.any():  # as where both clouds are at one place
+        return 0.0
     spread = drops.std(0, ddof=1) / math.sqrt(len(drops)) + 0.03 * np.abs(mean).max()  # no difference counts for all
     best, tail = math.inf, 0.0
     for power in np.geomspace(0.01, 1.5, 200):

@@ -48,7 +48,7 @@ class Integration:
     n_steps
         On the whole way, or where several gaps are crossed in each of them.
     tolerance
-        Of dopri5, relative to the position and to the data's rms deviation.
+        Of dopri5, relative to the position and to the data's rms deviation; of log masses absolute.
     """
 
     solver: Solver
@@ -102,7 +102,8 @@ def transport(field: Field, x: Tensor, t0: Tensor | float, t1: Tensor | float, h
     for cells in _tiles(state):
         if how.solver == "dopri5":
             ends = torch.tensor([0.0, 1.0], dtype=x.dtype, device=x.device)
-            atol = how.tolerance * float(field.scale.min())
+            atol = how.tolerance * field.scale.min().expand(d)
+            atol = torch.cat([atol, atol.new_full((cells.shape[-1] - d,), how.tolerance)])
             pushed.append(odeint(rate, cells, ends, method=how.solver, rtol=how.tolerance, atol=atol)[-1])
         else:
             pushed.append(_in_steps(rate, cells, how.solver, how.n_steps))

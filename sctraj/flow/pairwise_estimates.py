@@ -43,6 +43,7 @@ def estimated_energy_distance(
 
     Both clouds are cut at random into blocks of ``PAIR_BLOCK`` points, ``PARTITIONS`` times anew: every point enters
     each time, but only the pairs within blocks do. An incomplete U-statistic (Blom 1976), unbiased for the whole one.
+    A cloud that is too small to be cut into as many is met whole by every block of the other.
 
     Parameters
     ----------
@@ -165,15 +166,22 @@ def _pairwise(
     where they meet each other.
     """
     sides = [points_a_side(u, v) for u, v in zip(us, vs, strict=True)]
+    most = max(map(_pairs_a_side, us, vs))
     both = [centred(us[0]), centred(vs[0])] if about_mean else []
-    if max(sides) <= LARGEST_PAIRWISE:
+    if most <= LARGEST_PAIRWISE:
         of_v = distinct_means(vs[:1], kernels) if within_v is None else within_v
         values = _differences(*_cross(us, vs, kernels, both), distinct_means(us, kernels), of_v)
         return [[Estimate(float(v), 0.0, round(side)) for v, side in zip(row, sides)] for row in values]
-    n_blocks = round(max(sides) / PAIR_BLOCK)
+    n_blocks = round(most / PAIR_BLOCK)
     rows = [np.stack(row) for row in zip(*_partitioned(us, vs[0], kernels, both, n_blocks, rng))]
     found = [(row.mean(0), row.std(0, ddof=1) / math.sqrt(PARTITIONS)) for row in rows]
     return [[Estimate(float(v), float(e), PAIR_BLOCK) for v, e in zip(*row)] for row in found]
+
+
+def _pairs_a_side(u: Cloud, v: Cloud) -> float:
+    """Points that two clouds of equal size would have with as many pairs, among each cloud's own and between them."""
+    n, m = (int((cloud.mass > 0).sum()) for cloud in (u, v))
+    return math.sqrt((n * n + n * m + m * m) / 3)
 
 
 def _cross(
@@ -200,11 +208,15 @@ def _partitioned(
 ) -> Iterator[list[NDArray[np.float64]]]:
     """Yield `_differences` for each of the partitions, from the pairs within its blocks alone."""
     stream = np.random.default_rng(rng)
+    # too few points for two in every block: met whole
+    few = [len(cloud.mass) < 2 * n_blocks for cloud in (us[0], v)]
+    known = [distinct_means(cloud, kernels) if one else None for one, cloud in zip(few, (us, [v]))]
     itself = np.array([float(kernel(torch.zeros(1, dtype=torch.float64))) for kernel in kernels])[:, None]
     for _ in range(PARTITIONS):
         # of the pairs x-y within blocks, those about the means, x-x, y-y
         totals, pairs = [np.zeros(1)] * 4, [np.zeros(1)] * 4
-        for rows in zip(*(_in_blocks(len(cloud.mass), n_blocks, stream) for cloud in (us[0], v))):
+        cut = [_in_blocks(len(c.mass), n_blocks, stream, whole=one) for c, one in zip((us[0], v), few)]
+        for rows in zip(*cut):
             part_u, (part_v,) = _rows(us, rows[0]), _rows([v], rows[1])
             masses, squares = (
                 [np.array([float(f(part.mass)) for part in parts]) for parts in (part_u, [part_v])]
@@ -212,17 +224,22 @@ def _partitioned(
             )
             parts_of_both = [one for cloud, own in zip(both, rows) for one in _rows([cloud], own)]
             cross, shape = _cross(part_u, [part_v] * len(part_u), kernels, parts_of_both)
-            of_u, of_v = (mean_kernels(part, part, kernels) for part in (part_u, [part_v]))
-            inside = (cross, shape, of_u - itself * squares[0], of_v - itself * squares[1])
             met = masses[0] * masses[1]
-            weight = (met, met[: len(shape)], masses[0] ** 2 - squares[0], masses[1] ** 2 - squares[1])
+            inside, weight = [cross, shape], [met, met[: len(shape)]]
+            for part, mass, square, whole in zip((part_u, [part_v]), masses, squares, known):
+                pairs_met = mass**2 - square
+                own = mean_kernels(part, part, kernels) - itself * square if whole is None else whole * pairs_met
+                inside.append(own)
+                weight.append(pairs_met)
             totals = [total + part for total, part in zip(totals, inside)]
             pairs = [total + part for total, part in zip(pairs, weight)]
         yield _differences(*(total / weight for total, weight in zip(totals, pairs)))
 
 
-def _in_blocks(n: int, n_blocks: int, rng: np.random.Generator) -> tuple[Tensor, ...]:
-    """Cut ``n`` points in random order into equal numbers: all pairs are met equally likely."""
+def _in_blocks(n: int, n_blocks: int, rng: np.random.Generator, *, whole: bool) -> Sequence[Tensor]:
+    """Cut ``n`` points in random order into equal numbers: all pairs are met equally likely; or give all each time."""
+    if whole:
+        return [torch.arange(n)] * n_blocks
     return torch.from_numpy(rng.permutation(n)).tensor_split(n_blocks)
 
 

@@ -59,8 +59,8 @@ def fit_flow(
     """Fit the continuous flow between snapshots by conditional flow matching (Tong et al. 2023, arXiv 2302.00482).
 
     The default pairs cells of consecutive snapshots by unbalanced optimal transport, lets a pair's mass change on its
-    way and its path bend towards the cells' kin in the snapshots before and after, and trains a network on the
-    velocities and growth rates along these paths.
+    way and its path bend towards the cells' kin (mean ancestors in the snapshot before, mean descendants in the one
+    after), and trains a network on the velocities and growth rates along these paths.
 
     Parameters
     ----------
@@ -74,7 +74,9 @@ def fit_flow(
         ``"uot-cfm"``: cells of consecutive snapshots are paired by unbalanced optimal transport, and parts of the
         population may grow or shrink relative to each other. ``"ot-cfm"``: by exact optimal transport, mass is
         conserved. ``"i-cfm"``: at random. ``"sb-cfm"``: by a Schroedinger bridge; also gives a score, and so a
-        stochastic flow. ``"vp-cfm"``: at random, along variance-preserving paths.
+        stochastic flow. ``"vp-cfm"``: at random, along variance-preserving paths. The default is the most accurate
+        where a snapshot is left out of four or more; of three ``"sb-cfm"`` is, and cells that are followed once round
+        a cycle keep to it best by ``"ot-cfm"``.
     path
         Of the first three methods: ``"hermite"``, cubic paths through a cell at a velocity measured from its kin
         before and after; turns that the whole population takes are taken less where they come and go with single
@@ -84,7 +86,9 @@ def fit_flow(
         None: hermite for ``"uot-cfm"``, straight for the others.
     field
         ``"neural"``: a network trained by flow matching; its cost at a cell does not grow with the number of pairs.
-        ``"closed-form"``: a kernel average of the pairs' velocities, without training or seed, and nearly as accurate.
+        ``"closed-form"``: a kernel average of the pairs' velocities, without training or seed; less accurate (1.0 to
+        1.1 times the energy distance of held-out real snapshots, up to 1.9 times of simulated ones) but where cells
+        are few and dimensions many.
     growth_key
         Column of ``obs`` with prior growth rates (log mass change per unit of time, such as from a proliferation
         signature), for ``"uot-cfm"``. Only differences between cells count: numbers of sampled cells tell nothing
@@ -107,10 +111,11 @@ def fit_flow(
         ``(B, d)``, or ``(B, 2 d)`` (velocity, score) for ``"sb-cfm"``. For ``"uot-cfm"`` to ``(B, d + 1)`` (velocity,
         growth): with ``(B, d)`` the flow does not grow, which is logged. Without randomness of its own (dropout).
     n_members
-        Fits from different seeds, trained together; more than one give the velocity's uncertainty. Members of a
-        closed-form field differ by the cells they see: each has a bootstrap of every snapshot.
+        Fits trained together; more than one give ``_velocity_sd``. Those of a neural field differ by their seeds, so
+        that it is what training leaves open, and not that other cells might have been sampled: less than the
+        uncertainty. Each of a closed-form field has a bootstrap of every snapshot's cells, so that it has both.
     width
-        Units of a hidden layer of the built-in network. This and the next six are of the neural field.
+        Units of a hidden layer of the built-in network. This and what follows up to `patience` are of the neural field.
     depth
         Hidden layers of the built-in network.
     n_steps
@@ -146,7 +151,7 @@ def fit_flow(
         population's turns that the first member takes: to tell it takes four snapshots, with fewer it is 1; and
         ``farther``, how much `sctraj.tl.interpolate` counts a snapshot beside the next nearer one; of paths that are
         wider than sigma the ``spreads``, one per interval, between two snapshots alone that half-way),
-        ``weights`` (arrays), ``loss``, ``times``, ``versions``, ``fingerprint``.
+        ``weights`` (arrays), ``loss``, ``validation_loss``, ``times``, ``versions``, ``fingerprint``.
     ``obsm[key_added + "_velocity"]`` : float32, n_obs x d
         Velocity at the cell's own time, in units of the representation per unit of time; the members' mean.
     ``obs[key_added + "_growth"]`` : float32

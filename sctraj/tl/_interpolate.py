@@ -40,8 +40,8 @@ def interpolate(
 
     All cells of the snapshots before and after that time are moved along the flow to it, and carry weights: nearer
     snapshots weigh more, and parts of the population that grow gain. It is what `sctraj.tl.leave_one_out` judges. At a
-    snapshot's own time it is that snapshot. (Which farther snapshots are moved goes by how many there are, and without
-    the one left out there is one fewer.)
+    snapshot's own time it is that snapshot. (How many farther snapshots are moved goes by how many there are,
+    of which a fit that leaves one out has one fewer.)
 
     Parameters
     ----------

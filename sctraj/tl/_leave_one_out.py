@@ -76,7 +76,7 @@ def leave_one_out(
     """Hold out every interior snapshot in turn, restore it, and measure how far off the restoration is.
 
     Train without snapshot t, move all observed cells of the snapshots before and after it along the flow to t (Euler,
-    100 steps), and compare with all observed cells of t, on the real clock. With ``start="before"`` this is the
+    100 steps a gap), and compare with all observed cells of t, on the real clock. With ``start="before"`` this is the
     published protocol (Tong et al. 2023, section 5.2), which moves the snapshot before alone. All folds and seeds of a
     method are trained in one batch.
 

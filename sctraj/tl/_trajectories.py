@@ -67,8 +67,8 @@ def trajectories(
     solver
         ``"rk4"`` or ``"euler"`` on a fixed grid, or ``"dopri5"``.
     n_steps
-        Steps of a fixed grid, and of the simulation, per mean gap between snapshots. None: 10 of rk4 (within 0.02 % of
-        the data's spread of 50 steps' places), 50 of the others.
+        Steps of a fixed grid, and of the simulation, per mean gap between snapshots. None: 10 of rk4, which end
+        within 0.02 % of the data's spread of where 50 do, and 50 of Euler and of the simulation.
     tolerance
         Of ``"dopri5"``, relative.
     module
@@ -302,7 +302,12 @@ def _replaced(path: Path) -> Iterator[Any]:
         yield zarr.open_group(str(new), mode="w")
         if path.exists():
             path.rename(old)  # no folder can be put in the place of a full one
-        new.rename(path)
+        try:
+            new.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)

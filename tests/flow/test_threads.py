@@ -50,4 +50,26 @@ def test_blocks_of_an_interval_keep_to_torchs_threads(threads_of_torch, monkeypa
     rng = torch.Generator().manual_seed(0)
     interval = Snapshots((0.0, 1.0), tuple(torch.randn(60, 2, generator=rng) for _ in range(2))).intervals()[0]
     threads_of_torch(1, lambda: couple(interval, rng, block=10))
-    assert len(started) == n_pools  # of one thread each
+    assert not started
+    threads_of_torch(2, lambda: couple(interval, rng, block=10))
+    assert len(started) == 2 * n_pools
+
+
+def test_the_end_of_one_callers_parts_gives_anothers_no_more_threads(threads_of_torch):
+    def late(wait: float) -> int:
+        time.sleep(wait)
+        return torch.get_num_threads()
+
+    def both() -> None:
+        callers = [
+            threading.Thread(target=lambda wait=wait: seen.extend(at_once(late, [(wait,)] * 4))) for wait in (0.1, 0.3)
+        ]
+        for one in callers:  # the second starts while the first is on, and goes on when that ends
+            one.start()
+            time.sleep(0.05)
+        for one in callers:
+            one.join()
+
+    seen: list[int] = []
+    threads_of_torch(2, both)
+    assert seen == [1] * 8
