@@ -565,9 +565,30 @@ def test_known_growth_is_recovered(field) -> None:
         ratios.append(found / true)
         # log mass ratios per cell are noisy: a rank correlation is what a biologist would see
         rank = cells.obs.loc[late, ["flow_growth", "growth_rate"]].corr("spearman").iloc[0, 1]
-        assert rank > 0.4
-    # soft marginals take a part of the contrast for movement between the fates: within a factor of 1.6
-    assert 1 / 1.6 < np.mean(ratios) < 1.6
+        assert rank > 0.6
+    # about half of the contrast is read as movement between the fates, which have only begun to part
+    assert 0.4 < np.mean(ratios) < 1
+
+
+@pytest.mark.parametrize("family", ["crossing", "high-dimensional"])
+def test_growth_rates_are_nearer_to_the_truth_than_a_guess_of_none(family) -> None:
+    """Of the crossing, where nothing grows, they are small; a cell's way through the gap would be worth .27 a day."""
+    cells = sctraj.datasets.simulated_course(family, 1000)
+    sctraj.tl.fit_flow(cells, field="closed-form")
+    by_time = cells.obs.groupby("time")
+    found, true = (cells.obs[name] - by_time[name].transform("mean") for name in ("flow_growth", "growth_rate"))
+    assert found.std() > 0.01
+    assert (found - true).std() < (0.12 if family == "crossing" else 0.95 * true.std())
+
+
+@pytest.mark.parametrize("times", [None, np.linspace(0, 4, 12)])
+def test_velocities_have_nearly_their_true_length_however_near_snapshots_are(times) -> None:
+    cells = sctraj.datasets.simulated_course("branching", 2000, times=times)
+    sctraj.tl.fit_flow(cells, field="closed-form")
+    inner = cells.obs["time"].between(0.1, 3.9).to_numpy()
+    true = cells.obsm["drift_latent"][inner].astype(float)
+    found = cells.obsm["flow_velocity"][inner] @ cells.varm["latent_axes"][:, : true.shape[1]]
+    assert 0.8 < np.median((found * true).sum(1) / (true**2).sum(1)) < 1.1
 
 
 @pytest.mark.parametrize("field", ["neural", "closed-form"])

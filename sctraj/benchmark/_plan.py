@@ -179,7 +179,10 @@ def _size(adata: AnnData) -> int:
 
 
 def workers_that_fit(jobs: Sequence[Job], asked: int | None, device: str) -> int:
-    """Return how many processes to start: as asked, or one per GPU (one for a GPU that is named), or one per core as far as memory goes."""
+    """Return how many processes to start: as asked, or one per GPU (one in all for a GPU that is named), or per core.
+
+    Of the latter as many as memory goes for.
+    """
     if asked is not None:
         if asked < 1:
             raise ValueError(f"expected at least one job at a time, found {asked}")

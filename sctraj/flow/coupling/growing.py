@@ -18,13 +18,14 @@ from .independent import draw
 from .pairs import WeightedPairs, rescaled
 from .phase_space import in_phase_space
 from .sinkhorn import SHARPEST
-from .unbalanced import unbalanced
+from .unbalanced import UnbalancedPlan, unbalanced
 
-# in units of the exact plan's cost, so that neither units nor numbers of cells matter
-EPSILON = 0.05  # entropy of the plans that growth and kin are read from: each cell has some ten partners
-# on marginals that differ from the snapshots', where growth is read: softer, and more of a shift is read as growth
-PENALTY = 2.0
-KIN_PENALTY = 4.0  # where kin are: a soft plan sends mass only to near cells, and so makes every move look short
+# of the plan that growth and kin are read from, in units of the exact plan's cost: each cell has some ten partners
+EPSILON = 0.05
+# on marginals that differ from the snapshots', beside the exact plan's cost, in units of a snapshot's total variance: a
+# squared length that is the course's, whatever the time between snapshots, as in the dynamic problem (Chizat et al.
+# 2018). By the cost alone the nearer snapshots are the more of a move would be read as growth; without it, the farther
+PENALTY = 8.0
 LEAST = 1e-6  # of a cell's mass takes part whatever it costs: the network simplex loses masses at its rounding
 UNIT_BLOCKS = 3  # that the unit is taken from, and of small ones as many as come to a usual one
 WHOLE = 1500  # cells a side that are met whole
@@ -71,7 +72,7 @@ class GrowingPlan:
     meetings
         Who was coupled with whom, one of all cells where the snapshots are not in blocks.
     unit
-        Of entropy and penalties where cells are paired by velocity, once they are.
+        Of entropy where cells are paired by velocity, once they are.
     """
 
     pairs: WeightedPairs
@@ -101,17 +102,16 @@ def growing(
     *,
     epsilon: float = EPSILON,
     penalty: float = PENALTY,
-    kin_penalty: float = KIN_PENALTY,
     block: int | None = None,
     exact_cost: float | None = None,
 ) -> GrowingPlan:
     """Couple an interval's ends where parts of the population grow or shrink relative to each other.
 
-    Entropic unbalanced transport says how much of each cell's mass takes part: its marginals ``r`` and ``c``. The exact
-    plan ``P`` between these pairs the cells, and both ends are weighted back: a pair has the mass
-    ``P_ij a_i / r_i`` at the start and ``P_ij b_j / c_j`` at the end, so that the population starts and ends as the
-    snapshots are. A prior of growth (``interval.growth0``) makes ``a exp(growth length)`` the marginal that the plan
-    is held to, as in Schiebinger et al. 2019. Snapshots of more than ``block`` cells are met in random blocks.
+    Entropic unbalanced transport says how much of each cell's mass takes part, its marginals ``r`` and ``c``, and which
+    cells are whose kin. The exact plan ``P`` between these pairs the cells, and both ends are weighted back: a pair has
+    the mass ``P_ij a_i / r_i`` at the start and ``P_ij b_j / c_j`` at the end, so that the population starts and ends
+    as the snapshots are. A prior of growth (``interval.growth0``) makes ``a exp(growth length)`` the marginal that the
+    plan is held to, as in Schiebinger et al. 2019. Snapshots of more than ``block`` cells are met in random blocks.
 
     Parameters
     ----------
@@ -119,10 +119,10 @@ def growing(
         The two snapshots.
     rng
         Of the blocks.
-    epsilon, penalty
-        Of the unbalanced plan, in units of the exact plan's cost (where there are blocks, the median of a few of them).
-    kin_penalty
-        Penalty of the stiffer plan that mean ancestors and descendants are taken from, in the same units.
+    epsilon
+        Entropy of the unbalanced plan, in units of the exact plan's cost (where there are blocks, the median of a few).
+    penalty
+        On its marginals: the exact plan's cost and so many times the mean of both snapshots' total variances.
     block
         Cells a side; by default snapshots of up to 1,500 cells are met whole, larger ones in blocks of at
         most 1,000.
@@ -134,10 +134,10 @@ def growing(
     cut = list(blocks(interval, rng, block=block))
     held = [_held(part) for _, _, part, _ in cut]
     unit = _unit(held, epsilon, exact_cost if held[0] is interval else None)
-    solve = partial(_taking_part, epsilon=epsilon * unit, penalty=penalty * unit)
-    taking = at_once(solve, [(own, part) for own, (_, _, part, _) in zip(held, cut)])
-    meetings = tuple(Meeting(*one, *both) for one, both in zip(cut, taking))
-    kin = _kin(interval, meetings, held, epsilon * unit, kin_penalty * unit)
+    solve = partial(_met, epsilon=epsilon * unit, penalty=_strength(interval, penalty, unit))
+    found = at_once(solve, [(own, part) for own, (_, _, part, _) in zip(held, cut)])
+    meetings = tuple(Meeting(*one, *both) for one, (both, _) in zip(cut, found))
+    kin = _of_all(interval, meetings, [own for _, own in found])
     return GrowingPlan(_pairs(meetings, held), *kin, meetings)
 
 
@@ -150,7 +150,7 @@ def paired_by_velocity(
     time: float | None = None,
     kin_alone: bool = False,
     epsilon: float = EPSILON,
-    kin_penalty: float = KIN_PENALTY,
+    penalty: float = PENALTY,
 ) -> GrowingPlan:
     """Couple the same cells anew by where they go as well as by where they are: the cost is `in_phase_space`.
 
@@ -169,9 +169,11 @@ def paired_by_velocity(
         Over which speeding up costs what moving does; the interval's length by default.
     kin_alone
         Whether mean ancestors and descendants are all that is asked for; the pairs are then as they were.
-    epsilon, kin_penalty
+    epsilon
         Of the plan that mean ancestors and descendants are taken from, in units of the exact plan's cost in the first
         phase space.
+    penalty
+        On its marginals, as in `growing`, of variances and cost in phase space.
 
     Raises
     ------
@@ -183,13 +185,14 @@ def paired_by_velocity(
     space = in_phase_space(interval, velocity0, velocity1, time=time)
     held = [_within(space, meeting) for meeting in plan.meetings]
     unit = _unit(held, epsilon, plan.unit)
-    kin = _kin(interval, plan.meetings, held, epsilon * unit, kin_penalty * unit)
+    solve = partial(_kin, epsilon=epsilon * unit, penalty=_strength(space, penalty, unit))
+    kin = _of_all(interval, plan.meetings, at_once(solve, [(m.part, own) for m, own in zip(plan.meetings, held)]))
     pairs = plan.pairs if kin_alone else _pairs(plan.meetings, held)
     return GrowingPlan(pairs, *kin, plan.meetings, unit)
 
 
 def _unit(held: Sequence[Interval], epsilon: float, known: float | None) -> float:
-    """Return the unit of entropy and penalties: the cost of the exact plan, of blocks the median of a few of them.
+    """Return the unit of entropy: the cost of the exact plan, of blocks the median of a few of them.
 
     A few do, since blocks are of one law, and by the (lower) median a cell far away in one of them changes nothing;
     where most of them are copies, the largest. Of a snapshot and its copy the cost is zero: then what rounding allows.
@@ -215,13 +218,34 @@ def _held(part: Interval) -> Interval:
     return replace(part, mass0=grown * (part.mass0.sum() / grown.sum()), growth0=None)  # equal rates change no bit
 
 
-def _taking_part(held: Interval, part: Interval, *, epsilon: float, penalty: float) -> tuple[Tensor, Tensor]:
-    """Return how much of each cell of a block takes part, ``(m0,)`` and ``(m1,)``, each summing to one."""
+def _strength(interval: Interval, penalty: float, cost: float) -> float:
+    """Return the penalty on marginals in units of cost: that of the exact plan and so many times the ends' variance."""
+    ends = ((x.double(), m.double()) for x, m in ((interval.x0, interval.mass0), (interval.x1, interval.mass1)))
+    variance = sum(float(m @ (x - m @ x).square().sum(1)) for x, m in ends) / 2
+    return cost + penalty * variance
+
+
+Marginals = tuple[Tensor, Tensor]
+Kin = tuple[Tensor, Tensor]
+
+
+def _met(held: Interval, part: Interval, *, epsilon: float, penalty: float) -> tuple[Marginals, Kin]:
+    """Return how much of each cell of a block takes part, ``(m0,)`` and ``(m1,)``, each summing to one; and its kin."""
     plan = unbalanced(held, epsilon=epsilon, penalty=penalty)
     # marginals that sum to one, however little of a block that is far from usual takes part
     r, c = ((m.log() + ratio).softmax(0) for m, ratio in ((held.mass0, plan.log_ratio0), (held.mass1, plan.log_ratio1)))
     r, c = torch.maximum(r, LEAST * part.mass0), torch.maximum(c, LEAST * part.mass1)
-    return r / r.sum(), c / c.sum()
+    return (r / r.sum(), c / c.sum()), _related(plan, part)
+
+
+def _kin(part: Interval, held: Interval, *, epsilon: float, penalty: float) -> Kin:
+    """Return the kin of a block's cells where ``held`` has them in a space in which squared distances are the cost."""
+    return _related(unbalanced(held, epsilon=epsilon, penalty=penalty), part)
+
+
+def _related(plan: UnbalancedPlan, part: Interval) -> Kin:
+    """Return the mean descendants ``(m0, d)`` and ancestors ``(m1, d)`` of a block's cells, where they are."""
+    return plan.descendants(part.x1.double()), plan.ancestors(part.x0.double())
 
 
 def _within(space: Interval, meeting: Meeting) -> Interval:
@@ -245,29 +269,13 @@ def _paired(meeting: Meeting, held: Interval) -> WeightedPairs:
     return WeightedPairs(meeting.i[best.i], meeting.j[best.j], mass0, mass1)
 
 
-def _kin(
-    interval: Interval,
-    meetings: Sequence[Meeting],
-    held: Sequence[Interval],
-    epsilon: float,
-    penalty: float,
-) -> tuple[Tensor, Tensor]:
-    """Return the mean descendants ``(n0, d)`` and ancestors ``(n1, d)`` of an interval's cells by an unbalanced plan.
-
-    ``held`` are the meetings' cells where squared distances are the cost, with the marginals that plans are held to;
-    epsilon and penalty are in units of it.
-    """
-    found = at_once(partial(_related, epsilon=epsilon, penalty=penalty), list(zip(meetings, held)))
+def _of_all(interval: Interval, meetings: Sequence[Meeting], found: Sequence[Kin]) -> Kin:
+    """Return the mean descendants ``(n0, d)`` and ancestors ``(n1, d)`` of all cells from those of every block's."""
     descendants, ancestors = zip(*found)
     return (
         _averaged([(m.i, m.part.mass0) for m in meetings], descendants, interval.x0),
         _averaged([(m.j, m.part.mass1) for m in meetings], ancestors, interval.x1),
     )
-
-
-def _related(meeting: Meeting, held: Interval, *, epsilon: float, penalty: float) -> tuple[Tensor, Tensor]:
-    plan = unbalanced(held, epsilon=epsilon, penalty=penalty)
-    return plan.descendants(meeting.part.x1.double()), plan.ancestors(meeting.part.x0.double())
 
 
 def _averaged(end: Sequence[tuple[Tensor, Tensor]], means: Sequence[Tensor], cells: Tensor) -> Tensor:
