@@ -255,8 +255,8 @@ PUBLISHED = (
     "Run the published protocol on embryoid bodies, Cite and Multiome, as far as they can be had, and put the "
     "published values beside ours."
 )
-# options of the one run that units of a grid have no use for
-ONE_RUN = ("growth_key", "progress")
+# options of the one run that units of a grid take too, beside the settings of a method
+OF_UNITS = ("time_key", "use_rep", "methods", "start", "n_seeds", "rng", "device")
 GRID_ALONE = ("tasks", "strict", "bootstraps", "threads", "labels")  # and these are a grid's
 
 
@@ -293,7 +293,8 @@ def benchmark_command(
         return
     settings = {name: arguments[name] for name in given & {*benchmark.known_settings()}} if units else {}
     if units:
-        _refuse(given & {*ONE_RUN}, f"with --{' and --'.join(units)}")
+        one_run = {*inspect.signature(tl.leave_one_out).parameters} - {*OF_UNITS, *benchmark.known_settings()}
+        _refuse(given & one_run, f"with --{' and --'.join(units)}")
         described |= {"device": arguments["device"], "settings": settings}
     if published:
         taken = {"n_seeds", "device", "threads", "bootstraps", *settings}

@@ -94,7 +94,7 @@ def test_cells_by_other_names_or_in_another_order_are_told_from_other_cells(cell
     renamed = cells.copy()
     renamed.obs_names = [f"other {name}" for name in cells.obs_names]
     for same in (renamed, cells[::-1].copy()):
-        with pytest.raises(ValueError, match=r"found the same cells by other names or in another order\. Put"):
+        with pytest.raises(ValueError, match=r"found the same cells by other names, in another order, or .* Put"):
             _adata.read_flow(same, "flow")
     renamed.obsm["X_pca"] = renamed.obsm["X_pca"][::-1]
     with pytest.raises(ValueError, match="found other times or coordinates"):

@@ -101,10 +101,10 @@ def _other_cells(adata: AnnData, key: str, module: Any) -> ValueError:
     if adata.n_obs != int(params["n_obs"]):
         found = f"{adata.n_obs} cells"
     elif _velocities_belong(adata, key, module):
-        found = "the same cells by other names or in another order"
         return ValueError(
-            f'Expected the cells that uns["{key}"] was fitted on by their names and in their order, found {found}. Put '
-            f"adata.obs_names and the order back, or call sctraj.tl.fit_flow again."
+            f'Expected the cells that uns["{key}"] was fitted on by their names and in their order, and coordinates to '
+            f"the last digit, found the same cells by other names, in another order, or in another precision than "
+            f'"{params["use_rep"]}" had. Put that back, or call sctraj.tl.fit_flow again.'
         )
     else:
         found = "other times or coordinates"

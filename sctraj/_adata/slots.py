@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ def check_key(key: str) -> None:
 
 def check_flow_key(adata: AnnData, key: str) -> None:
     """Raise a ValueError for a name that cannot be stored, or under which ``uns`` holds something else than a flow."""
+    check_anndata(adata)
     check_key(key)
     if key in adata.uns and not is_flow(adata.uns[key]):
         raise ValueError(
@@ -61,12 +63,20 @@ def is_ours(adata: AnnData, name: str) -> bool:
     return any(name == slot.format(key=key) for key in keys for slot in (VELOCITY, TRAJECTORIES, WEIGHTS, W1, RESTORED))
 
 
+def check_anndata(adata: object) -> None:
+    """Raise a TypeError for what is no AnnData, such as the path of one."""
+    if not hasattr(adata, "obsm") or not hasattr(adata, "uns"):
+        read = " Read the file first: anndata.read_h5ad(path)." if isinstance(adata, (str, os.PathLike)) else ""
+        raise TypeError(f"Expected an AnnData, found {type(adata).__name__}.{read}")
+
+
 def check_own(adata: AnnData, *, copy: bool) -> None:
     """Raise a ValueError, before any work, where `own` could not return anything to write to.
 
     A backed AnnData itself can be written to (new slots stay in memory until it is saved); a copy of it, or of a view
-    of it, would need a file of its own.
+    of it, would need a file of its own. A TypeError for what is no AnnData.
     """
+    check_anndata(adata)
     if adata.isbacked and (copy or adata.is_view):
         found = "a view of a backed one" if adata.is_view else "a backed one and copy=True"
         raise ValueError(

@@ -87,7 +87,15 @@ class Data:
             If they cannot be had, or are not as described.
         """
         adata = self._read()
-        if Path(self.source).suffix == ".h5ad" and (self.times or _is_text(adata.obs[self.time_key])):
+        labelled = Path(self.source).suffix == ".h5ad" and (bool(self.times) or _is_text(adata.obs[self.time_key]))
+        return self._on_clock(adata, labelled=labelled)
+
+    def given(self, adata: AnnData) -> AnnData:
+        """Return cells that were read already on the clock that is asked for: themselves, or a copy of other times."""
+        return self._on_clock(adata.copy(), labelled=bool(self.times)) if self.times or self.index_clock else adata
+
+    def _on_clock(self, adata: AnnData, *, labelled: bool) -> AnnData:
+        if labelled:
             labels = adata.obs[self.time_key].astype(str)
             mapping = dict(self.times)
             if missing := sorted(set(labels) - set(mapping)):

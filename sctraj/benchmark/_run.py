@@ -208,6 +208,7 @@ def run_grid(
     if dask is None and not plan:
         pick_device(grid.device)  # for its error
     folder, there = Path(folder), dict(cells or {})
+    there |= {one.name: one.given(there[one.name]) for one in grid.data if one.name in there}
     there |= {one.name: one.load() for one in grid.data if one.name not in there}
     there |= {one.name: one.ready(there[one.name]) for one in grid.data}
     work = _plan.jobs_of(grid, there)

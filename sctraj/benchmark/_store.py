@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 PACKAGE = Path(__file__).resolve().parents[1]
-NO_NUMBER_DEPENDS_ON = ("cli.py", "__main__.py", "pl", "benchmark/_report.py", "benchmark/_results.py")
+NO_NUMBER_DEPENDS_ON = ("cli.py", "__main__.py", "pl/", "benchmark/_report.py", "benchmark/_results.py")
 
 
 # --- what a unit's numbers depend on -------------------------------------------------------------------------------
@@ -37,15 +38,10 @@ def code_hash() -> str:
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
     """Return the versions of sctraj and of the libraries that its numbers come from."""
-    import ot
-    import scipy
-    import sklearn
-    import torch
-
     from .. import __version__
 
-    used = {"torch": torch, "numpy": np, "scipy": scipy, "POT": ot, "scikit-learn": sklearn}
-    return {"sctraj": __version__} | {name: str(module.__version__) for name, module in used.items()}
+    used = ("torch", "numpy", "scipy", "POT", "torchdiffeq", "anndata", "scanpy")
+    return {"sctraj": __version__} | {name: version(name) for name in used}
 
 
 def fingerprint(adata: AnnData, *, time_key: str, use_rep: str, labels: str | None = None) -> str:

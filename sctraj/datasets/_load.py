@@ -82,6 +82,8 @@ def load(
         adata = _from_h5ad(path, time_key, use_rep, velocity_key)
     else:
         raise ValueError(f"expected a file that ends in .npz, .csv, .tsv or .h5ad, found {path}")
+    if "time" in adata.obs and time_key != "time":
+        logger.warning(f'obs["time"] of {path} is replaced by the times that {time_key!r} stands for')
     adata.obs["time"] = _times(adata.obs[time_key], mapping, f"{time_key!r} of {path}")
     return adata
 
@@ -160,6 +162,9 @@ def _from_h5ad(path: Path, time_key: str, use_rep: str | Sequence[str] | None, v
     wanted = [key, *([velocity_key] if velocity_key else [])]
     if missing := [name for name in wanted if name not in adata.obsm]:
         raise ValueError(f"expected {_listed(missing)} in obsm of {path}, found {_listed(adata.obsm)}")
+    if key != "X_pca" and "X_pca" in adata.obsm:
+        logger.warning(f'obsm["X_pca"] of {path} is replaced by {key!r}')
+        adata.varm.pop("PCs", None)  # which belong to the former
     return _with_cells(adata, adata.obsm[key], adata.obsm[velocity_key] if velocity_key else None, path)
 
 

@@ -62,7 +62,7 @@ def find_basis(adata: AnnData, basis: str | None, *, dims: tuple[int, int], use_
     name = next((name for name in (wanted, f"X_{wanted}") if name in present or name == "X" == use_rep), None)
     if name is None:
         offered = [one for one in present if not is_ours(adata, one)]
-        raise KeyError(f"basis={wanted!r} is not in adata.obsm; present are {offered}.")
+        raise KeyError(f"basis={wanted!r} is not in adata.obsm; present are {offered}. Pass one of them, or no basis.")
     matrix = adata.X if name == "X" else adata.obsm[name]
     n = matrix.shape[1]
     if np.size(dims) != 2 or not all(isinstance(one, Integral) and 0 <= one < n for one in dims):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,7 +53,8 @@ def standardize(
         `n_dims` is no integer.
     ValueError
         Fewer dimensions than `n_dims`; a dimension with one value for every cell; values that are not finite;
-        `key_added` naming the source. `adata` is then as it was.
+        `key_added` naming the source, or something that is there and was not written by this. `adata` is then as it
+        was.
 
     Notes
     -----
@@ -62,6 +64,14 @@ def standardize(
     if key_added == use_rep:
         raise ValueError(f'key_added is "{use_rep}", the source, which is never overwritten. Pass another.')
     check_key(key_added)
+    record = adata.uns.get(key_added)
+    ours = isinstance(record, Mapping) and {"use_rep", "mean", "std"} <= {*record}
+    for slot, name in ((adata.obsm, "obsm"), (adata.uns, "uns")):
+        if key_added in slot and not ours:
+            raise ValueError(
+                f'adata.{name}["{key_added}"] is there already and was not standardized. Pass another key_added, or '
+                f'delete it first: del adata.{name}["{key_added}"].'
+            )
     n_dims = operator.index(n_dims)
     values = read_rep(adata, use_rep)
     if not 1 <= n_dims <= values.shape[1]:

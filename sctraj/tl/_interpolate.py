@@ -156,7 +156,8 @@ def interpolate(
 def _decoder(adata: AnnData, use_rep: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Return genes, their means and loadings ``(n_genes, d)`` that lead from ``X_pca`` back to genes, if there are.
 
-    scanpy keeps no means, so they are computed again from ``X``; that ``(X - mean) PCs`` gives ``X_pca`` is checked.
+    scanpy keeps no means, so they are computed again from ``X``; that ``(X - mean) PCs`` gives ``X_pca`` is checked, up
+    to the mean of ``X_pca``, which is not zero where cells were left out after the PCA.
     """
     if use_rep != "X_pca" or "PCs" not in adata.varm:
         return None
@@ -167,10 +168,10 @@ def _decoder(adata: AnnData, use_rep: str) -> tuple[np.ndarray, np.ndarray, np.n
     if matrix is not None and loadings.shape[1] == scores.shape[1]:
         matrix = matrix[:, genes]
         mean = np.asarray(matrix.mean(axis=0)).ravel().astype(np.float64)
-        projected = np.asarray(matrix @ loadings[genes]) - mean @ loadings[genes]
-        worst = np.abs(projected - scores).max() / np.abs(scores).max()
+        projected, centre = np.asarray(matrix @ loadings[genes]) - mean @ loadings[genes], scores.mean(axis=0)
+        worst = np.abs(projected - (scores - centre)).max() / np.abs(scores).max()
         if worst < 1e-2:
-            return genes, mean, loadings[genes]
+            return genes, mean - loadings[genes] @ centre, loadings[genes]
         reason = f"(X - mean) PCs differs from X_pca by up to {worst:.2g} of its largest value"
     else:
         reason = "X is missing or PCs has fewer components than X_pca"

@@ -268,8 +268,8 @@ def _check_size(shape: tuple[int, int, int], dtype: str, store: str | None) -> N
         elsewhere = "store=FOLDER (on disk)" if store is None else "a store on a larger disk"
         raise ValueError(
             f"expected trajectories that fit into the {there / 2**30:.1f} GiB of {what} that are free, found "
-            f"{cells} cells x {times} times x {d} dimensions in {dtype}, {needed / 2**30:.1f} GiB; pass fewer times, a "
-            f"part of the cells, {half}or {elsewhere}"
+            f"{cells} cells x {times} times x {d} dimensions in {dtype}, {needed / 2**30:.1f} GiB; pass fewer times, "
+            f"{half}or {elsewhere}, or fit the flow to a part of the cells"
         )
 
 
