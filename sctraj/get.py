@@ -34,8 +34,9 @@ def vector_field(adata: AnnData, *, key: str = _adata.FLOW, module: nn.Module | 
     Returns
     -------
     A field of M members. ``field(t, x)`` takes a real time and an array ``(n, d)`` in the units of the
-    representation and returns the members' mean velocity ``(n, d)`` per unit of time. ``field.velocity(t, x)`` and
-    ``field.score(t, x)`` take and return tensors ``(M, n, d)``.
+    representation and returns the members' mean velocity ``(n, d)`` per unit of time. ``field.velocity(t, x)``,
+    ``field.score(t, x)`` and ``field.growth(t, x)`` take and return tensors ``(M, n, d)``. Before the first and after
+    the last snapshot's time it answers too, with nothing that it learned.
 
     Raises
     ------

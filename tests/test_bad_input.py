@@ -199,3 +199,18 @@ def test_the_class_of_a_module_is_none(cells: AnnData) -> None:
         sctraj.tl.trajectories(cells, module=nn.Linear)
     with pytest.raises(TypeError, match="class Linear"):
         sctraj.tl.interpolate(cells, 1.0, module=nn.Linear)
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        sctraj.tl.fit_flow, sctraj.tl.leave_one_out, sctraj.tl.trajectories, sctraj.pp.standardize, sctraj.get.vector_field,
+        lambda adata: sctraj.tl.interpolate(adata, 1.0), lambda adata: sctraj.pp.parse_time(adata, "day"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "said"), [("cells.h5ad", "found str. Read the file first"), (None, "found NoneType")]
+)
+def test_what_is_no_anndata_is_named(verb, given, said) -> None:
+    with pytest.raises(TypeError, match=f"Expected an AnnData, {said}"):
+        verb(given)

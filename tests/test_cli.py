@@ -331,6 +331,7 @@ def test_options_that_would_do_nothing_are_usage_errors(source, here):
         "IN has no meaning with --grid": (source, "--grid", "grid.toml"),
         "--tasks has no meaning with --published": ("--published", "--tasks", "cells"),
         "--growth-key has no meaning with --jobs": (source, "--growth-key", "growth", "--jobs", 1),
+        "--jitter has no meaning with --tasks": (source, "--jitter", 1, "--tasks", "cells"),
     }
     for message, arguments in wrong.items():
         result = sctraj("benchmark", *arguments)

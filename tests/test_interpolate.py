@@ -69,3 +69,16 @@ def test_a_time_column_of_a_name_that_is_written_is_refused(cells: AnnData, time
     tl.fit_flow(cells, time_key, field="closed-form")
     with pytest.raises(ValueError, match=rf'"source_cell" and "weight".*time_key="{time_key}"; rename'):
         tl.interpolate(cells, 1.5)
+
+
+def test_cells_are_decoded_after_a_part_of_them_was_left_out(cells: AnnData) -> None:
+    """The PCA is of all cells, about their mean; of the rest ``X_pca`` has another one."""
+    part = cells[cells.obs["fate"] != "A"].copy()
+    assert np.abs(part.obsm["X_pca"].mean(0)).max() > 0.1
+    tl.fit_flow(part, field="closed-form")
+    there = tl.interpolate(part, 2.5)  # a snapshot's own time: its cells as they are, through the PCA and back
+    own = part[part.obs["time"] == 2.5]
+    rebuilt = cells.X.mean(0) + own.obsm["X_pca"] @ cells.varm["PCs"].T
+    np.testing.assert_allclose(
+        there.X, rebuilt[:, [cells.var_names.get_loc(n) for n in there.var_names]], atol=0.03
+    )  # means of genes beside the PCA's plane are the part's own

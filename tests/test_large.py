@@ -378,3 +378,21 @@ def test_paths_that_leave_the_sampled_cells_are_said(caplog, stored, tmp_path) -
     sctraj.tl.trajectories(cells, times=3, **kept)
     assert "100% of the cells of time" in caplog.text
     assert "do not follow their paths so far" in caplog.text
+
+
+def test_earlier_trajectories_are_put_back_where_new_ones_cannot_take_their_place(tmp_path, monkeypatch):
+    pytest.importorskip("zarr")
+    place, rename = tmp_path / "paths", Path.rename
+    place.mkdir()
+    (place / "earlier").touch()
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.endswith(".part"):
+            raise PermissionError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(PermissionError), verb._replaced(place):
+        pass
+    assert [one.name for one in tmp_path.iterdir()] == ["paths"]
+    assert (place / "earlier").exists()

@@ -575,6 +575,17 @@ def test_standardize_refuses_what_it_cannot_do(kwargs, error, message):
     assert adata.uns == {}
 
 
+@pytest.mark.parametrize("slot", ["obsm", "uns"])
+def test_standardize_overwrites_nothing_of_others(slot):
+    adata = embedded()
+    getattr(adata, slot)["own"] = adata.obsm["X_pca"][:, :2].copy()
+    with pytest.raises(ValueError, match=rf'adata.{slot}\["own"\] is there already and was not standardized'):
+        sct.pp.standardize(adata, key_added="own")
+    sct.pp.standardize(adata)
+    sct.pp.standardize(adata, n_dims=3)  # its own
+    assert adata.obsm["X_std"].shape[1] == 3
+
+
 def test_standardize_refuses_other_shapes_and_one_cell():
     adata = embedded()
     adata.obsm["cube"] = np.zeros((60, 3, 2))

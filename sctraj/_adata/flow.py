@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .cells import Cells, fingerprint_of, holds_numbers, names_digest, read_column, read_rep, read_snapshots
-from .slots import STORE, STORE_ID, TRAJECTORIES, VELOCITY, is_flow
+from .slots import STORE, STORE_ID, TRAJECTORIES, VELOCITY, check_anndata, is_flow
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -62,6 +62,7 @@ def versions() -> dict[str, str]:
 
 def stored(adata: AnnData, key: str) -> dict[str, Any]:
     """Return ``uns[key]`` of a fitted flow."""
+    check_anndata(adata)
     flow = adata.uns.get(key)
     if not is_flow(flow):
         raise KeyError(f'No flow in adata.uns["{key}"]. Call sctraj.tl.fit_flow(adata) first, or pass its key.')

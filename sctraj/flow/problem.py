@@ -77,7 +77,7 @@ class Problem:
 
     @property
     def tempo(self) -> float:
-        """Of a network's clock, which at 1 goes on by one in a mean gap.
+        """Factor on the time, in mean gaps, that a network is given.
 
         Slow on a growing plan's pairs: they all but follow a map, so that cells at one place move alike all through
         an interval, and what changes faster is more often one sample's age or composition than the course. Such a

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from .._adata import check_key, looks_like_time, own
+from .._adata import check_anndata, check_key, looks_like_time, own
 from .._log import logger
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def parse_time(
         counts from conception, ``P`` from birth); a `mapping` with gaps; a unit that times cannot be converted to;
         a `key_added` that would overwrite something else. `adata` is then as it was.
     """
+    check_anndata(adata)
     _check_slots(adata, key, key_added)
     if window not in ("error", "midpoint"):
         raise ValueError(f'window must be "error" or "midpoint", not {window!r}.')

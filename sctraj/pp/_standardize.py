@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .._adata import check_key, own, read_rep
+from .._adata import check_anndata, check_key, own, read_rep
 from .._log import logger
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def standardize(
     Mean and standard deviation have seen the cells of every snapshot, so those of one held out later as well. The
     published numbers are defined so; a protocol that must not do this fits the space without the held-out snapshot.
     """
+    check_anndata(adata)
     if key_added == use_rep:
         raise ValueError(f'key_added is "{use_rep}", the source, which is never overwritten. Pass another.')
     check_key(key_added)

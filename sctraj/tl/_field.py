@@ -51,8 +51,8 @@ def check_jitter(jitter: float, field: Field) -> None:
 def farther_shares(kind: Field, problems: Sequence[Problem]) -> list[float]:
     """Return how much farther snapshots count in each member's populations, see `flow.starts.farther_share`.
 
-    Nothing in those of a closed-form field: on the way it carries cells through the nearer snapshots, and gives them
-    what each of these is off by.
+    Nothing in those of a closed-form field: on their way farther cells come through the nearer snapshots and take over
+    what these are off by, so that nothing is gained.
     """
     return [problem.farther if kind == "neural" else 0.0 for problem in problems]
 

@@ -97,7 +97,8 @@ def trajectories(
 
     ``obsm[key + "_trajectories"]`` : float32, n_obs x n_times x d
         In units of the representation; at a cell's own time, where it is among the times, exactly where it was
-        observed.
+        observed. ``anndata.concat(..., join="outer")`` with cells that lack it fails: delete it first, or pass a
+        `store`.
     ``obsm[key + "_trajectory_weights"]`` : float32, n_obs x n_times
         What has become of the cell's mass, relative to the mean over the cells of its snapshot; where the flow grows.
     ``uns[key]["trajectory_times"]`` : float64, n_times

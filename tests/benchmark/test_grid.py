@@ -175,6 +175,10 @@ def test_cells_are_read_as_described(tmp_path):
     np.testing.assert_array_equal(
         np.unique(data_of(told | {"index_clock": True}, tmp_path).load().obs["day"]), [0, 1, 2]
     )
+    for told_more, expected in (({}, [0, 1, 3]), ({"index_clock": True}, [0, 1, 2])):  # of cells that are there, too
+        given = data_of(told | told_more, tmp_path).given(adata)
+        np.testing.assert_array_equal(np.unique(given.obs["day"]), expected)
+    assert adata.obs["day"].iloc[0] == "D0"
     for times in ({"D0": 0, "D1": 1}, {}):
         with pytest.raises(ValueError, match=r'found none for .*D3; give them in the grid file: times = \{ "D'):
             data_of(told | {"times": times}, tmp_path).load()

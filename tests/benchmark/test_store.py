@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sctraj.benchmark import Unit, _store, _workers
+from sctraj.benchmark import Unit, _plan, _store, _workers
 from sctraj.benchmark._files import from_text, to_text, write_durably
 from sctraj.benchmark._store import Store, fingerprint, key_of
 
@@ -196,6 +196,18 @@ def test_every_worker_leases_a_gpu_of_its_own(tmp_path, monkeypatch):
     assert seen == ["0", "1", ""]
     for lease in leases:
         lease.release()
+
+
+def test_a_gpu_that_is_named_is_not_leased_and_has_one_worker(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(_workers, "n_gpus", lambda: 2)
+    monkeypatch.setattr(_plan, "n_gpus", lambda: 2)
+    monkeypatch.setattr(_workers, "_GPU", [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    _workers._receive({}, "cuda:1")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert not _workers._GPU
+    assert [_plan.workers_that_fit([], None, device) for device in ("cuda", "cuda:1")] == [2, 1]
 
 
 # --- real kills ----------------------------------------------------------------------------------------------------

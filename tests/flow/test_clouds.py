@@ -91,6 +91,7 @@ def test_points_are_astray_beyond_where_any_cell_is_from_the_others():
     points = torch.tensor([[0.5], [19.9], [20.0], [20.1], [-1.1]])  # 4.5, 4.9, 5, 5.1 and 5.1 away
     assert share_astray(points, cells) == pytest.approx(2 / 5)
     assert share_astray(cells, cells) == 0
+    assert share_astray(torch.tensor([[3.0], [float("nan")]]), cells) == 0.5
     assert share_astray(torch.tensor([[0.5], [3.0]]), cells[:2]) == 0.5  # two cells, 1 apart: the nearest counts
 
 

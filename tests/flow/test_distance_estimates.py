@@ -142,3 +142,14 @@ def test_shares_of_a_large_restoration_average_to_the_estimate(law):
     mean = np.average(plan.barycentre, weights=b, axis=0)
     np.testing.assert_allclose(mean, np.average(x, weights=a, axis=0), atol=1e-7)  # slivers at the cuts
     assert bool((plan.share >= 0).all())
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_clouds_at_one_place_and_clouds_that_are_all_but_the_same_have_finite_errors(monkeypatch, p):
+    monkeypatch.setattr(distance_estimates, "LARGEST_EXACT", 500)
+    z = np.random.default_rng(0).normal(size=(2000, 1))
+    assert estimated_wasserstein(np.zeros((2000, 1)), np.zeros((2000, 1)), p=p)[:2] == (0.0, 0.0)
+    for y in (z, z + 1e-9):
+        value, error, _ = estimated_wasserstein(z, y, p=p)
+        assert 0 <= value < 0.2
+        assert error < 0.2

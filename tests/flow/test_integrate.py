@@ -176,6 +176,15 @@ def test_a_growth_rate_linear_in_time_is_integrated_exactly(solver, t0, t1):
     torch.testing.assert_close(moved.log_mass, area.expand(2, 50), rtol=0, atol=1e-12)  # of second order: rounding
 
 
+@pytest.mark.parametrize("unit", [1.0, 1e4])
+def test_dopri5_meets_its_tolerance_of_masses_in_any_unit_of_the_cells(unit):
+    field = Growing(SPIRAL, constant=(0.7, -1.3), slope=(2.0, 0.5))
+    field.scale = unit * field.scale
+    moved = transport(field, unit * cells(), 0.3, 1.7, Integration("dopri5", 1, 1e-6))
+    true = torch.tensor([0.7, -1.3]) * 1.4 + torch.tensor([2.0, 0.5]) * (1.7**2 - 0.3**2) / 2
+    torch.testing.assert_close(moved.log_mass, true.double()[:, None].expand(2, 50), rtol=0, atol=1e-5)
+
+
 def test_growth_is_integrated_along_the_cells_way():
     # with v = t x A the integral of t x_0 is known from that of dx/dt: x(t1) - x(t0) = A int t x dt
     class Along(Growing):

@@ -109,3 +109,24 @@ def test_estimates_far_from_the_origin_are_those_about_it(estimated):
     x, y, _ = large_clouds("far", 0)
     near, far = estimated(x, y, rng=0), estimated(x + 1e5, y + 1e5, rng=0)
     assert far == pytest.approx(near, rel=1e-6)  # the coordinates lose 17 bits of 53
+
+
+@pytest.mark.parametrize("estimated", [estimated_energy_distance, estimated_mmd])
+@pytest.mark.parametrize("few", [2, 9])
+@pytest.mark.usefixtures("small_blocks")
+def test_a_few_points_beside_many_are_met_whole(estimated, few):
+    """The pairs of the many are met in blocks none the less: of 4,000 there are as many as of any two clouds."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(4000, 2)), rng.normal(size=(few, 2)) + 1
+    met, means = [], pairwise_estimates.mean_kernels
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            pairwise_estimates,
+            "mean_kernels",
+            lambda us, vs, *rest: (met.append(len(us[0].points) * len(vs[0].points)), means(us, vs, *rest))[1],
+        )
+        found = estimated(x, y, bandwidth=1.0) if estimated is estimated_mmd else estimated(x, y)
+    assert max(met) < 4000**2 / 10
+    exact = mmd(x, y, bandwidth=1.0) if estimated is estimated_mmd else energy_distance(x, y)
+    assert found.value == pytest.approx(exact, abs=5 * found.error)
+    assert 0 < found.error < 0.02
