@@ -37,6 +37,7 @@ from sctraj._adata import read_snapshots
 from sctraj.datasets import simulated_course, simulated_differentiation
 from sctraj.datasets._courses import _COURSES, Family, carried
 from sctraj.flow import hold_out, judgement, problem
+from sctraj.flow.fields import make_field
 from sctraj.flow.flow_matching import Training
 from sctraj.flow.hold_out import BASELINES, NOISE_REFERENCE
 from sctraj.flow.integrate import AS_PUBLISHED
@@ -44,7 +45,6 @@ from sctraj.flow.judgement import Observed
 from sctraj.flow.problem import Problem
 from sctraj.flow.restoration import CONTROLS, Restoration, mixed
 from sctraj.flow.snapshots import Snapshots
-from sctraj.tl._field import make_field
 from sctraj.tl._seeds import member_seeds
 
 REAL = {

@@ -204,8 +204,9 @@ def test_the_class_of_a_module_is_none(cells: AnnData) -> None:
 @pytest.mark.parametrize(
     "verb",
     [
-        sctraj.tl.fit_flow, sctraj.tl.leave_one_out, sctraj.tl.trajectories, sctraj.pp.standardize, sctraj.get.vector_field,
-        lambda adata: sctraj.tl.interpolate(adata, 1.0), lambda adata: sctraj.pp.parse_time(adata, "day"),
+        sctraj.tl.fit_flow, sctraj.tl.leave_one_out, sctraj.tl.trajectories, sctraj.pp.standardize,
+        sctraj.get.vector_field, lambda adata: sctraj.tl.interpolate(adata, 1.0),
+        lambda adata: sctraj.pp.parse_time(adata, "day"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize(

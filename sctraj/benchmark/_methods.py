@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, zeros
 
 from .. import tl
+from ..flow.fields import farther_shares, make_field
 from ..flow.flow_matching import Training, pick_device
 from ..flow.hold_out import BASELINES, NOISE_REFERENCE
 from ..flow.integrate import AS_PUBLISHED
@@ -28,7 +29,7 @@ from ..flow.restoration import gathered, interpolated
 from ..flow.snapshots import Snapshots
 from ..flow.starts import Origin, Start, origins
 from ..flow.vector_field import VectorField
-from ..tl._field import check_field, farther_shares, make_field
+from ..tl._field import check_field
 from ..tl._seeds import member_seeds
 
 Method = Callable[..., Any]

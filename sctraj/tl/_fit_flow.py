@@ -10,12 +10,13 @@ import torch
 
 from .. import _adata
 from .._log import logger
+from ..flow.fields import FieldKind, farther_shares, make_field
 from ..flow.flow_matching import Training, pick_device
 from ..flow.integrate import CELLS
 from ..flow.plans import Plans
 from ..flow.problem import Problem, make_problems, taking_part
 from ..flow.snapshots import Snapshots, resampled
-from ._field import Field, check_field, farther_shares, fit_record, make_field, path_name
+from ._field import check_field, fit_record, path_name
 from ._outliers import warn_of_outliers
 from ._seeds import member_seeds, seed_of
 
@@ -36,7 +37,7 @@ def fit_flow(
     use_rep: str = "X_pca",
     method: Method = "uot-cfm",
     path: Path | None = None,
-    field: Field = "neural",
+    field: FieldKind = "neural",
     growth_key: str | None = None,
     sigma: float | None = None,
     block: int | None = None,

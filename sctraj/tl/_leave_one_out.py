@@ -13,6 +13,7 @@ import torch
 from .. import _adata
 from .._log import logger
 from ..flow import hold_out
+from ..flow.fields import FieldKind, farther_shares, make_field
 from ..flow.flow_matching import Training, pick_device
 from ..flow.integrate import AS_PUBLISHED
 from ..flow.judgement import Judgement, judge_all
@@ -20,7 +21,7 @@ from ..flow.plans import Plans
 from ..flow.problem import METHODS
 from ..flow.restoration import Restoration
 from ..flow.starts import Start
-from ._field import Field, check_field, check_jitter, farther_shares, fit_record, make_field, path_name
+from ._field import check_field, check_jitter, fit_record, path_name
 from ._fit_flow import Path
 from ._outliers import warn_of_outliers
 from ._seeds import member_seeds, seed_of
@@ -51,7 +52,7 @@ def leave_one_out(
     use_rep: str = "X_pca",
     methods: Sequence[str] = ("uot-cfm",),
     path: Path | None = None,
-    field: Field = "neural",
+    field: FieldKind = "neural",
     growth_key: str | None = None,
     start: Start = "both",
     jitter: float = 0.0,
@@ -202,23 +203,9 @@ def leave_one_out(
     references, halves = _references(snapshots, seeds, plans if block is None else Plans())
     found += references
     judged = judge_all([(one.restoration, one.observed) for one in found])
-    rows = [row for one, judgement in zip(found, judged) for row in _rows(one, judgement, snapshots.times[one.k])]
-    shares, barycentres = {}, {}
-    for method in methods:
-        mine = [(one, judgement) for one, judgement in zip(found, judged) if one.method == method]
-        shares[method], barycentres[method] = _by_cell(cells, mine)
-
-    adata = _adata.own(adata, copy=copy)
-    table, w1, name = (
-        _adata.table_name(key_added),
-        _adata.W1.format(key=key_added),
-        _adata.RESTORED.format(key=key_added),
-    )
-    adata.uns[table] = pd.DataFrame(rows)
-    record = fit_record(
+    protocol = fit_record(
         field, training, time_key=time_key, use_rep=use_rep, growth_key=growth_key, block=block, device=where
-    )
-    adata.uns[_adata.PROTOCOL.format(table=table)] = record | {
+    ) | {
         "methods": np.array(methods),
         "paths": np.array([path_name(path, problems[0]) for _, problems, _ in prepared.values()]),
         "n_seeds": n_seeds,
@@ -232,16 +219,33 @@ def leave_one_out(
         "versions": _adata.versions(),
         "fingerprint": cells.fingerprint,
     }
-    adata.obsm[w1] = pd.DataFrame(shares, index=adata.obs_names)
-    adata.obsm[name] = barycentres[methods[0]]
+    adata = _adata.own(adata, copy=copy)
+    written = _write(adata, key_added, cells, methods, list(zip(found, judged)), protocol)
     logger.info(
-        f"left out each of {len(snapshots) - 2} snapshots, {n_seeds} seed(s), "
-        f"{', '.join(methods)} ({field} field). {use_rep} was "
-        f"computed beforehand: if on all cells, it has seen the held-out snapshots. The noise reference's halves have "
-        f"{_sizes(halves)} cells. Wrote "
-        f'uns["{table}"], uns["{_adata.PROTOCOL.format(table=table)}"], obsm["{w1}"], obsm["{name}"]'
+        f"left out each of {len(snapshots) - 2} snapshots, {n_seeds} seed(s), {', '.join(methods)} ({field} field). "
+        f"{use_rep} was computed beforehand: if on all cells, it has seen the held-out snapshots. The noise "
+        f"reference's halves have {_sizes(halves)} cells. Wrote {written}"
     )
     return adata if copy else None
+
+
+def _write(
+    adata: AnnData,
+    key: str,
+    cells: Cells,
+    methods: Sequence[str],
+    judged: Sequence[tuple[_Found, Judgement]],
+    protocol: Mapping[str, object],
+) -> str:
+    """Write the table, its protocol, and what every cell has of them; return the slots' names."""
+    rows = [row for one, judgement in judged for row in _rows(one, judgement, cells.snapshots.times[one.k])]
+    by_cell = {method: _by_cell(cells, [pair for pair in judged if pair[0].method == method]) for method in methods}
+    table = _adata.table_name(key)
+    record, w1, restored = (name.format(table=table, key=key) for name in (_adata.PROTOCOL, _adata.W1, _adata.RESTORED))
+    adata.uns[table], adata.uns[record] = pd.DataFrame(rows), dict(protocol)
+    adata.obsm[w1] = pd.DataFrame({method: shares for method, (shares, _) in by_cell.items()}, index=adata.obs_names)
+    adata.obsm[restored] = by_cell[methods[0]][1]
+    return f'uns["{table}"], uns["{record}"], obsm["{w1}"], obsm["{restored}"]'
 
 
 def _sizes(halves: Sequence[tuple[int, int]]) -> str:

@@ -1,0 +1,69 @@
+"""A field of either kind for the same problems: a network that is trained, or a kernel average that is put together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from .closed_form import closed_form
+from .flow_matching import Fit, Training, fit
+from .problem import Problem
+
+FieldKind = Literal["neural", "closed-form"]
+logger = logging.getLogger(__name__)
+
+
+def make_field(
+    kind: FieldKind,
+    problems: Sequence[Problem],
+    validation: Sequence[Problem],
+    training: Training,
+    device: torch.device,
+    *,
+    progress: bool,
+) -> Fit:
+    """Train the members' fields, or put them together, in single precision.
+
+    Parameters
+    ----------
+    problems, validation
+        One per member; those of held-back cells, or none.
+    training
+        Of a neural field.
+    device
+        Where it is computed, and where the field stays.
+    progress
+        Whether to show a bar of the training.
+    """
+    if kind == "closed-form":
+        field = closed_form(problems, device=device, dtype=torch.float32)
+        empty = torch.zeros(0, len(problems))
+        return Fit(field, loss=empty, validation_loss=empty)
+    first = problems[0]
+    d = first.snapshots.dimension
+    if first.std > 0 and training.module is None and d > training.width:
+        # benchmarks/schroedinger_bridge.py, 100 dimensions: KL 3.0 through 64, 1.2 through 128
+        logger.warning(
+            f"a score in {d} dimensions loses much in layers as narrow as {training.width}; pass width={2 * d}"
+        )
+    fitted = fit(
+        problems, validation=validation, training=training, device=device, dtype=torch.float32, progress=progress
+    )
+    if first.grows and not fitted.vector_field.grows:
+        logger.warning(
+            f"the pairs grow, but the module has no output for growth, so that the flow does not; have it map to "
+            f"{d + 1} columns, velocity and growth, or pass method='ot-cfm'"
+        )
+    return fitted
+
+
+def farther_shares(kind: FieldKind, problems: Sequence[Problem]) -> list[float]:
+    """Return how much farther snapshots count in each member's populations, see `starts.farther_share`.
+
+    Nothing in those of a closed-form field: on their way farther cells come through the nearer snapshots and take over
+    what these are off by, so that nothing is gained.
+    """
+    return [problem.farther if kind == "neural" else 0.0 for problem in problems]
