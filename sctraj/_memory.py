@@ -1,8 +1,12 @@
-"""How much memory there is."""
+"""How much memory there is, and how much of it arrays take."""
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
+
+import numpy as np
 
 
 def available_memory() -> int | None:
@@ -18,3 +22,8 @@ def available_memory() -> int | None:
                 return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
         return None
     return int(psutil.virtual_memory().available)
+
+
+def size_of(shape: Sequence[int], dtype: str) -> int:
+    """Bytes of an array."""
+    return math.prod(shape) * np.dtype(dtype).itemsize

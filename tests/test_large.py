@@ -160,7 +160,7 @@ def test_a_store_holds_what_memory_would(fitted: AnnData, rows, dtype, tmp_path,
     sctraj.tl.trajectories(fitted, times=4, n_steps=3)
     points, weights = fitted.obsm["flow_trajectories"], fitted.obsm["flow_trajectory_weights"]
     monkeypatch.setattr(verb, "SLAB", rows * 5 * 6 * 4)  # five times: four even ones, and the second snapshot's
-    monkeypatch.setattr(verb, "CHUNK", 1000)
+    monkeypatch.setattr(_adata.store, "CHUNK", 1000)
     for _ in range(2):  # earlier trajectories are replaced
         sctraj.tl.trajectories(fitted, times=4, n_steps=3, dtype=dtype, store=str(tmp_path / "paths"))
     assert not {"flow_trajectories", "flow_trajectory_weights"} & set(fitted.obsm)
@@ -392,7 +392,7 @@ def test_earlier_trajectories_are_put_back_where_new_ones_cannot_take_their_plac
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(PermissionError), verb._replaced(place):
+    with pytest.raises(PermissionError), _adata.replaced(place):
         pass
     assert [one.name for one in tmp_path.iterdir()] == ["paths"]
     assert (place / "earlier").exists()

@@ -39,6 +39,7 @@ from .slots import (
     own,
     table_name,
 )
+from .store import add_array, check_replaceable, replaced
 
 __all__ = [
     "FLOW",
@@ -56,11 +57,13 @@ __all__ = [
     "WEIGHTS",
     "Cells",
     "StoredFlow",
+    "add_array",
     "check_anndata",
     "check_cells",
     "check_flow_key",
     "check_key",
     "check_own",
+    "check_replaceable",
     "drop_column",
     "is_ours",
     "looks_like_time",
@@ -73,6 +76,7 @@ __all__ = [
     "read_snapshots",
     "read_times",
     "read_trajectories",
+    "replaced",
     "stored",
     "table_name",
     "versions",

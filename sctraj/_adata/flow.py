@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .cells import Cells, fingerprint_of, holds_numbers, names_digest, read_column, read_rep, read_snapshots
+from .cells import Cells, fingerprint_of, holds_numbers, read_column, read_rep, read_snapshots
 from .slots import STORE, STORE_ID, TRAJECTORIES, VELOCITY, check_anndata, is_flow
+from .store import read_stored
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -183,30 +184,4 @@ def read_trajectories(adata: AnnData, key: str, rows: Any = slice(None)) -> np.n
     where = flow.get(STORE) if isinstance(flow, Mapping) else None
     if where is None:
         raise KeyError(f'No adata.obsm["{name}"]. Call sctraj.tl.trajectories(adata) first, or pass its key.')
-    import zarr
-
-    try:
-        group = zarr.open_group(str(where), mode="r")
-        points: Any = group["points"]
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(
-            f'Expected trajectories in {where}, which uns["{key}"]["{STORE}"] names, found none. Move the folder back, '
-            f"or call sctraj.tl.trajectories(adata) again."
-        ) from error
-    if group.attrs.get("id") != flow.get(STORE_ID):
-        raise ValueError(
-            f'Expected the trajectories of uns["{key}"] in {where}, found others, computed later or by another flow. '
-            f"Call sctraj.tl.trajectories again, with a store that no other flow writes to."
-        )
-    if points.shape[0] != adata.n_obs:
-        raise ValueError(
-            f"Expected the trajectories of {adata.n_obs} cells in {where}, found {points.shape[0]}: those of the "
-            f"AnnData that this one is a part of. Take the rows from that one."
-        )
-    names = names_digest(adata)
-    if group.attrs.get("cells", names) != names:  # older stores have none
-        raise ValueError(
-            f"Expected the trajectories of these {adata.n_obs} cells in {where}, found others, or the same ones in "
-            f"another order. Take the rows from the AnnData they were computed for."
-        )
-    return np.asarray(points[rows] if isinstance(rows, slice) else points.oindex[np.asarray(rows)])
+    return read_stored(adata, key, str(where), flow.get(STORE_ID), rows)

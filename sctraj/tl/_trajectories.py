@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from uuid import uuid4
@@ -16,6 +15,7 @@ import torch
 
 from .. import _adata, _memory
 from .._log import logger
+from .._memory import size_of
 from ..flow.clouds import share_astray
 from ..flow.flow_matching import pick_device
 from ..flow.integrate import Field, Integration, Moved, Solver, simulate, transport
@@ -29,11 +29,9 @@ if TYPE_CHECKING:
 
 DType = Literal["float32", "float16"]
 SLAB = 2**28  # bytes of trajectories held at once on their way to a store
-CHUNK = 2**20  # bytes of a chunk of the store
 LOOKED_AT = 1000  # cells of a snapshot, at most, whose paths are looked at for whether they keep to the cells
 ASTRAY = 0.1  # share of them that is said
 LARGEST_HALF = 2**14  # a coordinate that float16 takes, with room for where its cell may go
-OURS = {"sctraj": "trajectories"}  # attribute of a store, without which it is not overwritten
 
 
 def trajectories(
@@ -144,7 +142,7 @@ def trajectories(
             f"{largest:.3g}; pass 'float32'"
         )
     if store is not None:
-        _check_replaceable(Path(store))
+        _adata.check_replaceable(Path(store))
     stream = torch.Generator().manual_seed(seed)
 
     def move(x: torch.Tensor, t0: float, t1: float) -> Moved:
@@ -175,12 +173,12 @@ def trajectories(
     else:
         record = {_adata.STORE: os.path.abspath(store), _adata.STORE_ID: uuid4().hex}
         written = record[_adata.STORE]
-        with _replaced(Path(store)) as group:
-            weights = fill(_array(group, "points", shape, dtype))
+        with _adata.replaced(Path(store)) as group:
+            weights = fill(_adata.add_array(group, "points", shape, dtype))
             if weights is not None:
-                _array(group, "weights", shape[:2], "float32")[:] = weights
-            _array(group, "times", (len(grid),), "float64")[:] = grid
-            group.attrs.update(OURS | {"id": record[_adata.STORE_ID], "cells": _adata.names_digest(adata)})
+                _adata.add_array(group, "weights", shape[:2], "float32")[:] = weights
+            _adata.add_array(group, "times", (len(grid),), "float64")[:] = grid
+            group.attrs.update({"id": record[_adata.STORE_ID], "cells": _adata.names_digest(adata)})
 
     adata = _adata.own(adata, copy=copy)
     _put(adata, key, slots, record | {"trajectory_times": grid})
@@ -211,7 +209,7 @@ def _follow(
     """
     n, n_times, d = out.shape
     stored = not isinstance(out, np.ndarray)
-    at_once = max(1, SLAB // _size((n_times, d), "float32")) if stored else n
+    at_once = max(1, SLAB // size_of((n_times, d), "float32")) if stored else n
     log_mass = np.empty((n, n_times), np.float32)
     for start in range(0, n, at_once):
         stop = min(n, start + at_once)
@@ -250,14 +248,9 @@ def _warn_of_strays(cells: _adata.Cells, grid: np.ndarray, points: Any) -> None:
         )
 
 
-def _size(shape: Sequence[int], dtype: str) -> int:
-    """Bytes of an array."""
-    return math.prod(shape) * np.dtype(dtype).itemsize
-
-
 def _check_size(shape: tuple[int, int, int], dtype: str, store: str | None) -> None:
     """Raise a ValueError where the trajectories would fill the memory, or the store the disk."""
-    needed = _size(shape, dtype) + _size(shape[:2], "float32")  # with the weights
+    needed = size_of(shape, dtype) + size_of(shape[:2], "float32")  # with the weights
     if store is None:
         there, what = _memory.available_memory(), "memory"
     else:
@@ -272,53 +265,6 @@ def _check_size(shape: tuple[int, int, int], dtype: str, store: str | None) -> N
             f"{cells} cells x {times} times x {d} dimensions in {dtype}, {needed / 2**30:.1f} GiB; pass fewer times, "
             f"{half}or {elsewhere}, or fit the flow to a part of the cells"
         )
-
-
-def _check_replaceable(path: Path) -> None:
-    """Raise where there is no zarr, or a folder that holds something else than earlier trajectories."""
-    try:
-        import zarr
-    except ImportError as error:
-        raise ImportError("expected zarr for store=..., found none; pip install zarr") from error
-    if path.exists():
-        try:
-            ours = dict(zarr.open_group(str(path), mode="r").attrs).items() >= OURS.items()
-        except (OSError, KeyError, ValueError):  # zarr's own errors are ValueErrors or OSErrors, by its version
-            ours = False
-        if not ours:
-            raise ValueError(
-                f"expected a store that is not there yet or holds trajectories, found something else at {path}; pass "
-                f"another, or remove it"
-            )
-
-
-@contextmanager
-def _replaced(path: Path) -> Iterator[Any]:
-    """Give a new zarr group beside a folder, and put it in the folder's place once it is complete."""
-    import zarr
-
-    path = path.resolve()  # a link stays one
-    new, old = (path.with_name(f".{path.name}.{uuid4().hex}.{what}") for what in ("part", "old"))
-    try:
-        yield zarr.open_group(str(new), mode="w")
-        if path.exists():
-            path.rename(old)  # no folder can be put in the place of a full one
-        try:
-            new.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _array(group: Any, name: str, shape: tuple[int, ...], dtype: str) -> Any:
-    """Make an array in a group, in chunks of whole rows."""
-    create = getattr(group, "create_array", None) or group.create_dataset  # zarr 3, zarr 2
-    rows = min(shape[0], max(1, CHUNK // _size(shape[1:], dtype)))
-    return create(name, shape=shape, chunks=(rows, *shape[1:]), dtype=dtype)
 
 
 def _time_grid(times: int | Sequence[float], snapshots: Sequence[float]) -> np.ndarray:
