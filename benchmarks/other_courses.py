@@ -1,4 +1,4 @@
-"""Two more real time courses, as files for restoration.py and the peers: no choice of sctraj's has seen them.
+"""Two more real time courses, as files for restoration.py and the peers: their held-out snapshots entered no choice.
 
 python benchmarks/other_courses.py HSMMSingleCell/data destiny/data --output others
 
