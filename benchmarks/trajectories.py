@@ -52,6 +52,7 @@ def found(field: VectorField, start: torch.Tensor, end: torch.Tensor, t0: float,
 
 def judged(name: str, seed: int, n_cells: int, real: Path, n_steps: int | None) -> list[dict]:
     torch.set_num_threads(1)
+    logging.getLogger("sctraj").setLevel(logging.WARNING)  # of this process
     adata, snapshots = load(name, seed, n_cells, real)
     steps = {} if n_steps is None else {"n_steps": n_steps}
     rows = []

@@ -35,6 +35,7 @@ MEASURES = ("cosine", "length", "growth", "correlation")
 
 def judged(name: str, seed: int, n_cells: int, real: Path, n_steps: int | None) -> list[dict]:
     torch.set_num_threads(1)
+    logging.getLogger("sctraj").setLevel(logging.WARNING)  # of this process
     adata, _ = load(name, seed, n_cells, real)
     rows = []
     for method, settings in METHODS.items():

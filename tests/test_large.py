@@ -210,9 +210,7 @@ def test_what_does_not_fit_is_said_before_the_work(fitted: AnnData, tmp_path, mo
 
     monkeypatch.setattr(verb, "_path", work)
     needed = 150 * 6 * 6 * 4 + 150 * 6 * 4  # five even times, and the second snapshot's
-    numbers = (
-        r"150 cells x 6 times x 6 dimensions in float32.*fewer times, dtype='float16'.*store="
-    )
+    numbers = r"150 cells x 6 times x 6 dimensions in float32.*fewer times, dtype='float16'.*store="
     monkeypatch.setattr(_memory, "available_memory", lambda: needed - 1)
     with pytest.raises(ValueError, match=numbers):
         sctraj.tl.trajectories(fitted, times=5)
