@@ -37,9 +37,10 @@ from sctraj._adata import read_snapshots
 from sctraj.datasets import simulated_course, simulated_differentiation
 from sctraj.datasets._courses import _COURSES, Family, carried
 from sctraj.flow import hold_out, judgement, problem
+from sctraj.flow.baselines import BASELINES
 from sctraj.flow.fields import make_field
 from sctraj.flow.flow_matching import Training
-from sctraj.flow.hold_out import BASELINES, NOISE_REFERENCE
+from sctraj.flow.hold_out import NOISE_REFERENCE
 from sctraj.flow.integrate import AS_PUBLISHED
 from sctraj.flow.judgement import Observed
 from sctraj.flow.problem import Problem

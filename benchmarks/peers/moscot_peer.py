@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from moscot.problems.time import TemporalProblem
 
-from sctraj.benchmark._methods import neighbours
+from sctraj.flow.baselines import neighbours
 from sctraj.flow.snapshots import Snapshots
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import wot
 
-from sctraj.benchmark._methods import neighbours
+from sctraj.flow.baselines import neighbours
 from sctraj.flow.snapshots import Snapshots
 
 from .common import seeded

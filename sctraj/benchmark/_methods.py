@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor, zeros
 
 from .. import tl
+from ..flow.baselines import BASELINES, baseline, neighbours
 from ..flow.fields import farther_shares, make_field
 from ..flow.flow_matching import Training, pick_device
-from ..flow.hold_out import BASELINES, NOISE_REFERENCE
+from ..flow.hold_out import NOISE_REFERENCE
 from ..flow.integrate import AS_PUBLISHED
 from ..flow.plans import Plans
 from ..flow.problem import METHODS, Problem, make_path, make_problems
-from ..flow.restoration import gathered, interpolated
+from ..flow.restoration import gathered
 from ..flow.snapshots import Snapshots
 from ..flow.starts import Origin, Start, origins
 from ..flow.vector_field import VectorField
@@ -165,42 +166,15 @@ def _plain(values: Any) -> Any:
 
 
 # --- baselines
-def neighbours(snapshots: Snapshots, time: float) -> tuple[int | None, int | None]:
-    """Return the kept snapshots next to a time, before and after it, and never one at the time itself."""
-    before = [k for k, t in enumerate(snapshots.times) if t < time]
-    after = [k for k, t in enumerate(snapshots.times) if t > time]
-    return (before[-1] if before else None), (after[0] if after else None)
+def _without_a_model(name: str) -> Method:
+    def restored(snapshots: Snapshots, time: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        found = baseline(snapshots, time, name, Plans())
+        return found.points, found.weights
+
+    return restored
 
 
-def previous(snapshots: Snapshots, time: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Copy the snapshot before."""
-    return _copied(snapshots, neighbours(snapshots, time)[0], time, "before")
-
-
-def following(snapshots: Snapshots, time: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Copy the snapshot after."""
-    return _copied(snapshots, neighbours(snapshots, time)[1], time, "after")
-
-
-def _copied(snapshots: Snapshots, k: int | None, time: float, side: str) -> tuple[Tensor, Tensor]:
-    if k is None:
-        raise ValueError(f"expected a kept snapshot {side} time {time:g} to copy, found none; leave this baseline out")
-    return snapshots.points[k], snapshots.mass[k]
-
-
-def interpolation(snapshots: Snapshots, time: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Interpolate between the neighbours; beyond the last snapshot the chords of the last interval are drawn out."""
-    before, after = neighbours(snapshots, time)
-    if before is None:
-        raise ValueError(f"expected a kept snapshot before time {time:g}, found none; leave this baseline out")
-    kept = [before, after] if after is not None else [before - 1, before]
-    fields, plans = (snapshots.times, snapshots.points, snapshots.mass), Plans()
-    two = Snapshots(*(tuple(field[k] for k in kept) for field in fields))  # type: ignore[arg-type]
-    found = interpolated(plans.taking_part(two).intervals()[0], time, plans)
-    return found.points, found.weights
-
-
-_BASELINES: dict[str, Method] = dict(zip(BASELINES, (previous, following, interpolation), strict=True))
+_BASELINES: dict[str, Method] = {name: _without_a_model(name) for name in BASELINES}
 
 
 # --- settings

@@ -17,10 +17,11 @@ import numpy as np
 import pandas as pd
 
 from .. import _adata, _memory, tl
+from ..flow.baselines import BASELINES
 from ..flow.coupling.blocked import BLOCK
 from ..flow.coupling.growing import WHOLE
 from ..flow.distance import LARGEST_EXACT
-from ..flow.hold_out import BASELINES, NOISE_REFERENCE, SMALLEST_HELD_OUT
+from ..flow.hold_out import NOISE_REFERENCE, SMALLEST_HELD_OUT
 from ..flow.plans import MOST_CELLS
 from ..flow.problem import METHODS as OWN
 from ..flow.starts import reach

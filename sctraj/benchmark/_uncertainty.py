@@ -38,7 +38,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from ..flow.hold_out import BASELINES, NOISE_REFERENCE
+from ..flow.baselines import BASELINES
+from ..flow.hold_out import NOISE_REFERENCE
 from ._judge import POINT
 
 LEVEL = 0.95

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import baselines
+from .baselines import INTERPOLATION
 from .integrate import Field, Integration
 from .plans import Plans
 from .problem import DISPLACEMENT_CELLS, Problem, make_problems, taking_part
-from .restoration import Restoration, gathered, interpolated
+from .restoration import Restoration, gathered
 from .snapshots import Interval, Snapshots
 from .starts import Start, origins
 
-BASELINES = ("previous", "next", "ot-interpolation")
 NOISE_REFERENCE = "noise-reference"
 SMALLEST_HELD_OUT = 4  # cells: two halves of two, so that the noise reference's distances can be taken
 
@@ -105,18 +106,10 @@ def restore(
 
 
 def baseline(snapshots: Snapshots, k: int, name: str, plans: Plans | None = None) -> Restoration:
-    """Restore snapshot ``k`` without a model, from its kept neighbours.
-
-    ``"previous"`` and ``"next"`` copy a neighbour, ``"ot-interpolation"`` is `interpolated` between the two, by their
-    plan if it is among ``plans``.
-    """
-    kept = snapshots.without(k)
-    if name == "previous":
-        return Restoration(kept.points[k - 1], kept.mass[k - 1])
-    if name == "next":
-        return Restoration(kept.points[k], kept.mass[k])
+    """Restore snapshot ``k`` from its kept neighbours without a model, see `baselines.baseline`."""
     plans = plans or Plans()
-    return interpolated(across(snapshots, k, plans), snapshots.times[k], plans)
+    few = plans.taking_part(snapshots) if name == INTERPOLATION else snapshots  # the same tensors, whose plan is known
+    return baselines.baseline(few.without(k), snapshots.times[k], name, plans)
 
 
 def across(snapshots: Snapshots, k: int, plans: Plans) -> Interval:

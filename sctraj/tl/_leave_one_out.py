@@ -13,6 +13,7 @@ import torch
 from .. import _adata
 from .._log import logger
 from ..flow import hold_out
+from ..flow.baselines import BASELINES
 from ..flow.fields import FieldKind, farther_shares, make_field
 from ..flow.flow_matching import Training, pick_device
 from ..flow.integrate import AS_PUBLISHED
@@ -365,7 +366,7 @@ def _references(snapshots: Snapshots, seeds: Sequence[int], plans: Plans) -> tup
     found, sizes = [], []
     bridges = [hold_out.across(snapshots, k, plans) for k in hold_out.interior(snapshots)]
     plans.prepare(bridges, "ot-cfm")
-    for name in hold_out.BASELINES:
+    for name in BASELINES:
         for k in hold_out.interior(snapshots):
             found.append(_Found(name, k, 0, hold_out.baseline(snapshots, k, name, plans), snapshots.points[k]))
     for k in hold_out.interior(snapshots):

@@ -19,7 +19,7 @@ from sctraj.benchmark._judge import half_sample
 from sctraj.benchmark._methods import Cloud, Query, call, find_method, own_settings, register
 from sctraj.benchmark._representation import fit_recipe, log_normalised, to_common
 from sctraj.benchmark._tasks import TASKS, find_task
-from sctraj.flow import distance, hold_out, pairwise_estimates, plans
+from sctraj.flow import baselines, distance, pairwise_estimates, plans
 from sctraj.flow.snapshots import Snapshots
 
 CLOSED = (("field", "closed-form"),)
@@ -258,7 +258,7 @@ def test_leave_one_out_agrees_with_the_verb(course):
     """Two ways to the same numbers: the grid's unit, and `tl.leave_one_out`."""
     cells = course[course.obs["time"] < 5].copy()
     pp.standardize(cells, n_dims=3)
-    for start, own, others in (("both", "uot-cfm", ()), ("before", "ot-cfm", hold_out.BASELINES)):
+    for start, own, others in (("both", "uot-cfm", ()), ("before", "ot-cfm", baselines.BASELINES)):
         tl.leave_one_out(cells, use_rep="X_std", methods=[own], field="closed-form", start=start, n_seeds=1)
         wanted = cells.uns["leave_one_out"].query("method != 'noise-reference'")
         wanted = wanted.set_index(["method", "time", "metric"])["value"]

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sctraj.flow.baselines import BASELINES
 from sctraj.flow.distance import wasserstein
-from sctraj.flow.hold_out import BASELINES, baseline, halves, hold_out_problems, interior, restore
+from sctraj.flow.hold_out import baseline, halves, hold_out_problems, interior, restore
 from sctraj.flow.integrate import Integration
 from sctraj.flow.judgement import Observed, judge
 from sctraj.flow.restoration import moved

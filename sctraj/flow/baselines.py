@@ -1,0 +1,56 @@
+"""Restorations without a model: a neighbouring snapshot copied, or optimal transport interpolation between both."""
+
+from __future__ import annotations
+
+from .plans import Plans
+from .restoration import Restoration, interpolated
+from .snapshots import Interval, Snapshots
+
+PREVIOUS, NEXT, INTERPOLATION = BASELINES = ("previous", "next", "ot-interpolation")
+
+
+def neighbours(snapshots: Snapshots, time: float) -> tuple[int | None, int | None]:
+    """Return the snapshots next to a time, before and after it, and never one at the time itself."""
+    before = [k for k, t in enumerate(snapshots.times) if t < time]
+    after = [k for k, t in enumerate(snapshots.times) if t > time]
+    return (before[-1] if before else None), (after[0] if after else None)
+
+
+def baseline(kept: Snapshots, time: float, name: str, plans: Plans) -> Restoration:
+    """Restore the population at a time from kept snapshots.
+
+    Parameters
+    ----------
+    kept
+        Without what is restored.
+    time
+        Real time.
+    name
+        ``"previous"`` and ``"next"`` copy a neighbour, ``"ot-interpolation"`` is `interpolated` between the two.
+    plans
+        In which that of the neighbours' cells that take part may be known.
+
+    Raises
+    ------
+    ValueError
+        If the neighbour to copy, or one before the time, is not there.
+    """
+    if name == INTERPOLATION:
+        return interpolated(bridge(plans.taking_part(kept), time), time, plans)
+    before, after = neighbours(kept, time)
+    k, side = (before, "before") if name == PREVIOUS else (after, "after")
+    if k is None:
+        raise ValueError(f"expected a kept snapshot {side} time {time:g} to copy, found none; leave this baseline out")
+    return Restoration(kept.points[k], kept.mass[k])
+
+
+def bridge(kept: Snapshots, time: float) -> Interval:
+    """Return the interval between the neighbours of a time, or for one after all the last, to draw chords out from."""
+    before, after = neighbours(kept, time)
+    if before is None or (after is None and before == 0):
+        fewest = "one" if after is not None else "two"
+        raise ValueError(f"expected {fewest} kept before time {time:g}, found too few; leave this baseline out")
+    if after is None:
+        return kept.intervals()[before - 1]
+    apart = kept.without(before + 1) if after - before == 2 else kept  # of a snapshot at the time itself
+    return apart.intervals()[before]
