@@ -32,7 +32,7 @@ KINDS = {kind.__name__: kind for kind in (Straight, Hermite, BrownianBridge, Tri
 
 
 @dataclass(frozen=True)
-class Strand:
+class IntervalPairs:
     """One interval's pairs and what they weigh.
 
     Attributes
@@ -53,10 +53,10 @@ class Strand:
 
 @dataclass(frozen=True)
 class _Member:
-    """One member: its path, its strands in order of time, and the origin ``(d,)`` of their coordinates."""
+    """One member: its path, its intervals in order of time, and the origin ``(d,)`` of their coordinates."""
 
     path: ProbabilityPath
-    strands: tuple[Strand, ...]
+    intervals: tuple[IntervalPairs, ...]
     origin: Tensor
 
 
@@ -69,7 +69,7 @@ class ClosedFormField(VectorField):
     Parameters
     ----------
     members
-        Paths and strands.
+        Paths and pairs.
     scales
         Root mean square deviation of each member's data.
     """
@@ -77,12 +77,12 @@ class ClosedFormField(VectorField):
     def __init__(self, members: Sequence[_Member], scales: Sequence[float]) -> None:
         super().__init__()
         self._parts = tuple(members)
-        self._grows = any(not torch.equal(s.mass0, s.mass1) for part in members for s in part.strands)
+        self._grows = any(not torch.equal(s.mass0, s.mass1) for part in members for s in part.intervals)
         dtype = members[0].origin.dtype
         self.register_buffer("scale", torch.tensor(scales, dtype=dtype).reshape(-1, 1, 1))
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        """Move the strands with the module (``to``, ``cpu``, ``cuda``, ``double``)."""
+        """Move the pairs with the module (``to``, ``cpu``, ``cuda``, ``double``)."""
         super()._apply(fn, recurse)
         self._parts = applied(self._parts, fn)
         return self
@@ -118,14 +118,14 @@ class ClosedFormField(VectorField):
         return torch.as_tensor(t, dtype=torch.float64).expand(self.members, 1, 1)[:, 0, 0].tolist()
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Return paths, strands and scales as arrays; a member's names begin with its number."""
+        """Return paths, pairs and scales as arrays; a member's names begin with its number."""
         arrays = {"scale": self.scale.flatten().cpu().numpy()}
         for m, part in enumerate(self._parts):
             arrays[f"{m}.origin"] = part.origin.cpu().numpy()
             for name, value in _values(part.path).items():
                 arrays[f"{m}.path.{type(part.path).__name__}.{name}"] = value
-            for k, strand in enumerate(part.strands):
-                held = {**_values(strand.pairs), **_values(strand)}
+            for k, interval in enumerate(part.intervals):
+                held = {**_values(interval.pairs), **_values(interval)}
                 arrays |= {f"{m}.{k}.{name}": value for name, value in held.items()}
         return arrays
 
@@ -139,13 +139,13 @@ class ClosedFormField(VectorField):
             path = {name.split(".", 2)[2]: _value(own[name]) for name in own if name.startswith("path.")}
             kind = next(name.split(".")[1] for name in own if name.startswith("path."))
             law = KINDS[kind](**_gathered(path))
-            strands: list[Strand] = []
-            while f"{len(strands)}.mass0" in own:
-                start = f"{len(strands)}."
+            intervals: list[IntervalPairs] = []
+            while f"{len(intervals)}.mass0" in own:
+                start = f"{len(intervals)}."
                 held: dict[str, Any] = {n.removeprefix(start): _value(v) for n, v in own.items() if n.startswith(start)}
                 rest = {name: held.pop(name) for name in ("mass0", "mass1", "floor")}
-                strands.append(Strand(Pairs(**held), **rest))
-            members.append(_Member(law, tuple(strands), torch.as_tensor(np.asarray(own["origin"]))))
+                intervals.append(IntervalPairs(Pairs(**held), **rest))
+            members.append(_Member(law, tuple(intervals), torch.as_tensor(np.asarray(own["origin"]))))
         return cls(members, scales)
 
 
@@ -170,7 +170,7 @@ def closed_form(problems: Sequence[Problem], *, device: torch.device, dtype: tor
     for problem in problems:
         measured = scaling(problem.snapshots, std=0.0)
         origin = measured.shift
-        strands = []
+        intervals = []
         for k in range(len(problem.couplings)):
             listed = problem.listed(k)
             pairs = problem.pairs(k, listed.i, listed.j)
@@ -183,13 +183,13 @@ def closed_form(problems: Sequence[Problem], *, device: torch.device, dtype: tor
             assert ends[0] is not None
             assert ends[1] is not None
             relative = Pairs(ends[0], ends[1], pairs.t0, pairs.t1, ends[2], ends[3])
-            strands.append(Strand(relative, listed.mass0.to(dtype), listed.mass1.to(dtype), floor))
+            intervals.append(IntervalPairs(relative, listed.mass0.to(dtype), listed.mass1.to(dtype), floor))
         path = problem.path
         if isinstance(path, Trigonometric):
             path = Trigonometric(path.sigma, (0 if path.centre is None else path.centre) - origin)
         if isinstance(path, MetricPath):
             path = replace(path, shift=path.shift - origin)
-        members.append(_Member(path, tuple(strands), origin.to(dtype)))
+        members.append(_Member(path, tuple(intervals), origin.to(dtype)))
         scales.append(measured.scale)
     return ClosedFormField(members, scales).to(device)
 
@@ -205,18 +205,20 @@ class _Now(NamedTuple):
     @classmethod
     def of(cls, part: _Member, t: float, dtype: torch.dtype) -> _Now:
         # all times in the points' precision: where they are the same they must not differ by rounding
-        now, *starts = torch.tensor([t, *(float(strand.pairs.t0) for strand in part.strands)], dtype=dtype).tolist()
-        strand = part.strands[max(sum(start <= now for start in starts) - 1, 0)]
-        pairs, path = strand.pairs, part.path
+        now, *starts = torch.tensor(
+            [t, *(float(interval.pairs.t0) for interval in part.intervals)], dtype=dtype
+        ).tolist()
+        interval = part.intervals[max(sum(start <= now for start in starts) - 1, 0)]
+        pairs, path = interval.pairs, part.path
         length = float(pairs.length)
         there = min(max((t - float(pairs.t0)) / length, 0.0), 1.0)
         s = min(max(there, path.margin), 1 - path.margin)
-        at = path.moments(pairs, strand.mass0.new_full((1, 1), s, dtype=dtype))
+        at = path.moments(pairs, interval.mass0.new_full((1, 1), s, dtype=dtype))
         if s != there:  # the spread alone keeps its margin: a cell at its snapshot is where its pairs' means are
             at = replace(at, mean=at.mean + (there - s) * length * at.mean_rate)
-        mass = ((1 - s) * strand.mass0 + s * strand.mass1).clamp(min=1e-30)
-        rate = (strand.mass1 - strand.mass0) / mass / length
-        return cls(at, mass, rate, max(strand.floor, path.sigma / 10))
+        mass = ((1 - s) * interval.mass0 + s * interval.mass1).clamp(min=1e-30)
+        rate = (interval.mass1 - interval.mass0) / mass / length
+        return cls(at, mass, rate, max(interval.floor, path.sigma / 10))
 
     def tiles(self, path: ProbabilityPath, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield points ``(n, d)``, their squared distances to the pairs ``(n, n_pairs)`` and bandwidths ``(n, 1)``."""

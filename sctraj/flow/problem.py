@@ -353,7 +353,7 @@ def _by_velocity(snapshots: Snapshots, kin: Sequence[GrowingPlan], plans: Plans)
     for left in reversed(range(ROUNDS if len(snapshots) > 2 else 0)):
         ends = tuple(pairwise(velocities(snapshots, kin)))
         solve = partial(plans.by_velocity, kin_alone=left > 0)
-        if all(len(plan.meetings) == 1 for plan in kin):
+        if all(len(plan.blocks) == 1 for plan in kin):
             kin = at_once(solve, list(zip(kin, intervals, *zip(*ends), times)))
         else:  # blocks of an interval are solved at once
             kin = [solve(*asked) for asked in zip(kin, intervals, *zip(*ends), times)]

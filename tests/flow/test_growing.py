@@ -262,8 +262,8 @@ def test_by_default_most_of_a_rigid_shift_is_movement(shift, d):
     penalty = 8 * d + exact(interval).cost
     share = 2 / (4 + penalty)
     moved = plan.pairs.middle @ (interval.x1[plan.pairs.j] - interval.x0[plan.pairs.i])
-    (meeting,) = plan.meetings
-    taking = meeting.taking1 @ interval.x1 - meeting.taking0 @ interval.x0
+    (block,) = plan.blocks
+    taking = block.marginal1 @ interval.x1 - block.marginal0 @ interval.x0
     assert float(taking[0]) == pytest.approx((1 - 2 * share) * shift, rel=0.1)
     assert float(moved[0]) > 0.75 * shift
 

@@ -135,7 +135,7 @@ def test_cells_on_their_way_through_each_other_are_paired_with_themselves(block)
             assert off[1] < 0.35
     for mass, index in ((again.pairs.mass0, again.pairs.i), (again.pairs.mass1, again.pairs.j)):
         torch.testing.assert_close(sums(index, mass, 60), interval.mass0, rtol=0, atol=1e-14)
-    assert again.meetings is plan.meetings  # what takes part of each cell is read from places alone
+    assert again.blocks is plan.blocks  # what takes part of each cell is read from places alone
 
 
 def test_a_plan_of_pairs_alone_is_refused():
@@ -188,7 +188,7 @@ def test_kin_alone_are_those_of_the_whole_and_pairs_stay(block):
     plan = growing(interval, torch.Generator().manual_seed(0), block=block)
     whole, alone = (paired_by_velocity(plan, interval, v0, v1, kin_alone=only) for only in (False, True))
     assert alone.pairs is plan.pairs
-    assert alone.meetings is whole.meetings is plan.meetings
+    assert alone.blocks is whole.blocks is plan.blocks
     for kin in ("descendants", "ancestors"):
         before, found, asked = (getattr(p, kin) for p in (plan, whole, alone))
         assert torch.equal(asked, found)

@@ -33,7 +33,7 @@ BLOCK = 1000  # of larger snapshots: those of 1,500, or whole snapshots, take lo
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Block:
     """Cells of both snapshots that are coupled with each other alone, and how much of each takes part.
 
     Attributes
@@ -44,7 +44,7 @@ class Meeting:
         The cells, with masses that sum to one.
     share
         Of all mass.
-    taking0, taking1
+    marginal0, marginal1
         What takes part of them, each summing to one: the marginals of the pairs' exact plan.
     """
 
@@ -52,8 +52,8 @@ class Meeting:
     j: Tensor
     part: Interval
     share: float
-    taking0: Tensor
-    taking1: Tensor
+    marginal0: Tensor
+    marginal1: Tensor
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class GrowingPlan:
         mass, the cell itself.
     ancestors
         Mean of the cells that a target cell's mass comes from, ``(n1, d)``, likewise.
-    meetings
+    blocks
         Who was coupled with whom, one of all cells where the snapshots are not in blocks.
     unit
         Of entropy where cells are paired by velocity, once they are.
@@ -78,7 +78,7 @@ class GrowingPlan:
     pairs: WeightedPairs
     descendants: Tensor
     ancestors: Tensor
-    meetings: tuple[Meeting, ...] = ()
+    blocks: tuple[Block, ...] = ()
     unit: float | None = None
 
     def choose(self, n: int, rng: torch.Generator) -> Tensor:
@@ -92,7 +92,7 @@ class GrowingPlan:
 
     @cached_property
     def pairs_alone(self) -> GrowingPlan:
-        """The plan without kin and meetings, which of large snapshots are most of it."""
+        """The plan without kin and blocks, which of large snapshots are most of it."""
         return GrowingPlan(self.pairs, self.descendants[:0], self.ancestors[:0])
 
 
@@ -136,9 +136,9 @@ def growing(
     unit = _unit(held, epsilon, exact_cost if held[0] is interval else None)
     solve = partial(_met, epsilon=epsilon * unit, penalty=_strength(interval, penalty, unit))
     found = at_once(solve, [(own, part) for own, (_, _, part, _) in zip(held, cut)])
-    meetings = tuple(Meeting(*one, *both) for one, (both, _) in zip(cut, found))
-    kin = _of_all(interval, meetings, [own for _, own in found])
-    return GrowingPlan(_pairs(meetings, held), *kin, meetings)
+    coupled = tuple(Block(*one, *both) for one, (both, _) in zip(cut, found))
+    kin = _of_all(interval, coupled, [own for _, own in found])
+    return GrowingPlan(_pairs(coupled, held), *kin, coupled)
 
 
 def paired_by_velocity(
@@ -180,15 +180,15 @@ def paired_by_velocity(
     ValueError
         If the plan is one of pairs alone.
     """
-    if not plan.meetings:
+    if not plan.blocks:
         raise ValueError("expected a plan as `growing` makes it, found one of pairs alone; couple the interval first")
     space = in_phase_space(interval, velocity0, velocity1, time=time)
-    held = [_within(space, meeting) for meeting in plan.meetings]
+    held = [_within(space, one) for one in plan.blocks]
     unit = _unit(held, epsilon, plan.unit)
     solve = partial(_kin, epsilon=epsilon * unit, penalty=_strength(space, penalty, unit))
-    kin = _of_all(interval, plan.meetings, at_once(solve, [(m.part, own) for m, own in zip(plan.meetings, held)]))
-    pairs = plan.pairs if kin_alone else _pairs(plan.meetings, held)
-    return GrowingPlan(pairs, *kin, plan.meetings, unit)
+    kin = _of_all(interval, plan.blocks, at_once(solve, [(b.part, own) for b, own in zip(plan.blocks, held)]))
+    pairs = plan.pairs if kin_alone else _pairs(plan.blocks, held)
+    return GrowingPlan(pairs, *kin, plan.blocks, unit)
 
 
 def _unit(held: Sequence[Interval], epsilon: float, known: float | None) -> float:
@@ -248,38 +248,38 @@ def _related(plan: UnbalancedPlan, part: Interval) -> Kin:
     return plan.descendants(part.x1.double()), plan.ancestors(part.x0.double())
 
 
-def _within(space: Interval, meeting: Meeting) -> Interval:
-    """Return a meeting's cells where they are in a space, with the marginals that its plans are held to."""
-    return _held(replace(meeting.part, x0=space.x0[meeting.i], x1=space.x1[meeting.j]))
+def _within(space: Interval, block: Block) -> Interval:
+    """Return a block's cells where they are in a space, with the marginals that its plans are held to."""
+    return _held(replace(block.part, x0=space.x0[block.i], x1=space.x1[block.j]))
 
 
-def _pairs(meetings: Sequence[Meeting], held: Sequence[Interval]) -> WeightedPairs:
-    """Pair what takes part of each cell by the exact plan within every meeting, as indices of all cells.
+def _pairs(coupled: Sequence[Block], held: Sequence[Interval]) -> WeightedPairs:
+    """Pair what takes part of each cell by the exact plan within every block, as indices of all cells.
 
-    ``held`` are the meetings' cells where squared distances are the cost.
+    ``held`` are the blocks' cells where squared distances are the cost.
     """
-    found = at_once(_paired, list(zip(meetings, held)))
-    columns = zip(*((p.i, p.j, p.mass0 * m.share, p.mass1 * m.share) for p, m in zip(found, meetings)))
+    found = at_once(_paired, list(zip(coupled, held)))
+    columns = zip(*((p.i, p.j, p.mass0 * b.share, p.mass1 * b.share) for p, b in zip(found, coupled)))
     return WeightedPairs(*map(torch.cat, columns))
 
 
-def _paired(meeting: Meeting, held: Interval) -> WeightedPairs:
-    best = exact(replace(held, mass0=meeting.taking0, mass1=meeting.taking1))
-    mass0, mass1 = rescaled(best.mass, best.i, meeting.part.mass0), rescaled(best.mass, best.j, meeting.part.mass1)
-    return WeightedPairs(meeting.i[best.i], meeting.j[best.j], mass0, mass1)
+def _paired(block: Block, held: Interval) -> WeightedPairs:
+    best = exact(replace(held, mass0=block.marginal0, mass1=block.marginal1))
+    mass0, mass1 = rescaled(best.mass, best.i, block.part.mass0), rescaled(best.mass, best.j, block.part.mass1)
+    return WeightedPairs(block.i[best.i], block.j[best.j], mass0, mass1)
 
 
-def _of_all(interval: Interval, meetings: Sequence[Meeting], found: Sequence[Kin]) -> Kin:
+def _of_all(interval: Interval, coupled: Sequence[Block], found: Sequence[Kin]) -> Kin:
     """Return the mean descendants ``(n0, d)`` and ancestors ``(n1, d)`` of all cells from those of every block's."""
     descendants, ancestors = zip(*found)
     return (
-        _averaged([(m.i, m.part.mass0) for m in meetings], descendants, interval.x0),
-        _averaged([(m.j, m.part.mass1) for m in meetings], ancestors, interval.x1),
+        _averaged([(b.i, b.part.mass0) for b in coupled], descendants, interval.x0),
+        _averaged([(b.j, b.part.mass1) for b in coupled], ancestors, interval.x1),
     )
 
 
 def _averaged(end: Sequence[tuple[Tensor, Tensor]], means: Sequence[Tensor], cells: Tensor) -> Tensor:
-    """Return the mean kin of all cells ``(n, d)`` from those of each meeting's own, of which masses are given too."""
+    """Return the mean kin of all cells ``(n, d)`` from those of each block's own, of which masses are given too."""
     if len(end) == 1:
         return means[0]
     total, weight = torch.zeros_like(cells, dtype=torch.float64), torch.zeros(len(cells), 1, dtype=torch.float64)
