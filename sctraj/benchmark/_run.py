@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 FOLDER = "sctraj_benchmark"
 IN_WORDS = {  # what is printed, for whoever has not read a word about it
-    "w1": "Wasserstein-1 distance",
     "energy": "energy distance, unbiased: 0 on average for two samples of one law",
     "variance_ratio": "variance, restored / observed: 1 is right",
+    "w1": "Wasserstein-1 distance, as papers print it",
 }
 
 
@@ -111,8 +111,8 @@ def _draw(adata: AnnData, key: str) -> Figure:
 
     figure = Figure(figsize=(17, 4.5), layout="constrained")  # of its own: pyplot keeps no hold of it
     left, middle, right = figure.subplots(1, 3)
-    pl.leave_one_out(adata, metric="w1", key=key, ax=left)
-    pl.leave_one_out(adata, metric="energy", key=key, ax=middle)
+    pl.leave_one_out(adata, metric="energy", key=key, ax=left)
+    pl.leave_one_out(adata, metric="w1", key=key, ax=middle)
     pl.leave_one_out(adata, kind="map", key=key, ax=right)
     return figure
 
