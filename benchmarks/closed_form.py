@@ -63,7 +63,7 @@ def rate(one: ClosedFormField, points: torch.Tensor) -> float:
 def needed(one: ClosedFormField, points: torch.Tensor) -> int:
     """Nearest pairs that hold all but a thousandth of a query's weight, median over 64 queries."""
     part = one._parts[0]
-    pairs = part.strands[0].pairs
+    pairs = part.intervals[0].pairs
     middle = (pairs.x0 + pairs.x1) / 2
     distance2 = torch.cdist(points[0, :64] - part.origin, middle).square().sort(1).values
     weight = torch.softmax(-distance2 / (2 * distance2[:, 4:5]), 1).cumsum(1)

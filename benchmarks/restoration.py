@@ -53,14 +53,14 @@ REAL = {
     "eb-50d": "embryoid_body_2750.h5ad",
     "ipsc-5d": "ipsc_cardiomyocyte_1081.h5ad",
 }
-UNSEEN = {  # by any choice; made by other_courses.py
+OTHERS = {  # held-out snapshots entered no choice; made by other_courses.py
     "myoblast-5d": "myoblast_271.h5ad",
     "myoblast-20d": "myoblast_271.h5ad",
     "embryo-5d": "mouse_embryo_428.h5ad",
     "embryo-20d": "mouse_embryo_428.h5ad",
 }
 WIDER = {"ipsc-10d": REAL["ipsc-5d"]}  # for trajectories.py; never held out
-FILES = REAL | UNSEEN | WIDER
+FILES = REAL | OTHERS | WIDER
 SIMULATED = [f"{family}{effects}" for family in get_args(Family) for effects in ("", "+effects")] + ["differentiation"]
 COUNTS = (3, 4, 12)  # snapshots of the same families at even times, as many cells in all
 RESAMPLED = [f"{family}:{n}{effects}" for n in COUNTS for family in get_args(Family) for effects in ("", "+effects")]
@@ -312,7 +312,7 @@ def check_default(rows: pd.DataFrame, name: str, seed: int, n_cells: int, traini
 
 
 def options(description: str, real: Iterable[str], *, default: Sequence[str], seeds: int) -> argparse.ArgumentParser:
-    """What to run on: the named ``real`` sets and all simulated ones; trajectories.py asks for the same."""
+    """What to run on: the named ``real`` sets and all simulated ones; for trajectories.py and velocities.py too."""
     parser = argparse.ArgumentParser(description=description)
     names = [*real, *SIMULATED, *RESAMPLED]
     parser.add_argument("--quick", action="store_true", help="one small simulated set, short training")
@@ -328,7 +328,7 @@ def options(description: str, real: Iterable[str], *, default: Sequence[str], se
 
 
 def main() -> None:
-    parser = options(__doc__.splitlines()[0], [*REAL, *UNSEEN], default=[*REAL, *SIMULATED], seeds=5)
+    parser = options(__doc__.splitlines()[0], [*REAL, *OTHERS], default=[*REAL, *SIMULATED], seeds=5)
     parser.add_argument("--output", type=Path, help="csv of all held-out snapshots")
     parser.add_argument("--read", type=Path, help="csv of an earlier run, to print its tables alone")
     args = parser.parse_args()

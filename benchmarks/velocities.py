@@ -79,6 +79,7 @@ def report(frame: pd.DataFrame) -> str:
 
 def main() -> None:
     args = options(__doc__.splitlines()[0], [], default=COURSES, seeds=2).parse_args()
+    args.data = [name for name in args.data if not name.startswith(DIFFUSE)]
     logging.getLogger("sctraj").setLevel(logging.WARNING)
     n_cells, n_steps = (QUICK_CELLS, QUICK_STEPS) if args.quick else (N_CELLS, None)
     tasks = [(name, args.first + draw) for name in args.data for draw in range(args.seeds)]

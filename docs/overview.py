@@ -20,5 +20,5 @@ axes[0].set_title("velocity, learned from six snapshots")
 sctraj.pl.trajectories(adata, basis="X_latent", n_cells=80, ax=axes[1])
 axes[1].set_title("every cell's own trajectory")
 sctraj.pl.leave_one_out(adata, metric="energy", ax=axes[2])
-axes[2].set(title="how well a hidden snapshot is restored", ylim=(-0.05, 1.0))  # copies of neighbours go on above
+axes[2].set(title="how well a hidden snapshot is restored\n(copied neighbours go on above)", ylim=(-0.05, 1.0))
 figure.savefig(Path(__file__).parent / "images" / "overview.png", dpi=110)

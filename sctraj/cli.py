@@ -308,8 +308,10 @@ def benchmark_command(
     prepare(adata, time_key=arguments["time_key"], column=column, pca=pca, unit=unit, window=window)
     if not units:
         if n_dims != 0:
-            pp.standardize(adata, arguments["use_rep"], n_dims=n_dims)
-            arguments["use_rep"] = inspect.signature(pp.standardize).parameters["key_added"].default
+            key = inspect.signature(pp.standardize).parameters["key_added"].default
+            key += "_benchmark" * (key in adata.obsm and key not in adata.uns)  # another's, which stays
+            pp.standardize(adata, arguments["use_rep"], n_dims=n_dims, key_added=key)
+            arguments["use_rep"] = key
         benchmark.run(adata, **where, **arguments)
         return
     name = "simulated" if source is None else source.stem

@@ -180,9 +180,9 @@ def _size(adata: AnnData) -> int:
 
 
 def workers_that_fit(jobs: Sequence[Job], asked: int | None, device: str) -> int:
-    """Return how many processes to start: as asked, or one per GPU (one in all for a GPU that is named), or per core.
+    """Return how many processes to start: as many as asked for; else one for each GPU, or for one that is named.
 
-    Of the latter as many as memory goes for.
+    Without GPUs one for each core, as far as memory goes.
     """
     if asked is not None:
         if asked < 1:

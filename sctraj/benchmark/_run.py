@@ -188,7 +188,8 @@ def run_grid(
     plan
         Print the units with their time and memory, and compute nothing.
     cells
-        Data sets that have been read already, by name.
+        Data sets that have been read already, by name, with times as in their files: `times` and `index_clock` of the
+        grid are applied to a copy.
     compute
         Computes a unit's rows; for tests.
     beside

@@ -121,6 +121,7 @@ def compute(job: Job, evaluate: Evaluate, code: str) -> Outcome:
                 "and leave its files alone while a run is on"
             )
         with _TURN, threadpool_limits(job.threads):
+            start = time.perf_counter()  # not the wait for one's turn
             torch.set_num_threads(job.threads)
             cells = _CELLS[job.fingerprint]
             table = evaluate(job.unit, cells, **job.reading, device=job.device, bootstraps=job.bootstraps)

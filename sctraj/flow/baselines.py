@@ -28,13 +28,15 @@ def baseline(kept: Snapshots, time: float, name: str, plans: Plans) -> Restorati
     name
         ``"previous"`` and ``"next"`` copy a neighbour, ``"ot-interpolation"`` is `interpolated` between the two.
     plans
-        In which that of the neighbours' cells that take part may be known.
+        Couplings solved so far, among which that between the two neighbours may be.
 
     Raises
     ------
     ValueError
-        If the neighbour to copy, or one before the time, is not there.
+        If the name is unknown, or the neighbour to copy, or one before the time, is not there.
     """
+    if name not in BASELINES:
+        raise ValueError(f"expected a baseline of {', '.join(BASELINES)}, found {name!r}")
     if name == INTERPOLATION:
         return interpolated(bridge(plans.taking_part(kept), time), time, plans)
     before, after = neighbours(kept, time)
@@ -45,11 +47,11 @@ def baseline(kept: Snapshots, time: float, name: str, plans: Plans) -> Restorati
 
 
 def bridge(kept: Snapshots, time: float) -> Interval:
-    """Return the interval between the neighbours of a time, or for one after all the last, to draw chords out from."""
+    """Return the interval between the snapshots next to a time; for a time after all of them the last interval."""
     before, after = neighbours(kept, time)
     if before is None or (after is None and before == 0):
-        fewest = "one" if after is not None else "two"
-        raise ValueError(f"expected {fewest} kept before time {time:g}, found too few; leave this baseline out")
+        fewest = "one kept snapshot" if after is not None else "two kept snapshots"
+        raise ValueError(f"expected at least {fewest} before time {time:g}, found too few; leave this baseline out")
     if after is None:
         return kept.intervals()[before - 1]
     apart = kept.without(before + 1) if after - before == 2 else kept  # of a snapshot at the time itself

@@ -211,6 +211,7 @@ def _partitioned(
     # too few points for two in every block: met whole
     few = [len(cloud.mass) < 2 * n_blocks for cloud in (us[0], v)]
     known = [distinct_means(cloud, kernels) if one else None for one, cloud in zip(few, (us, [v]))]
+    crossed = _cross(us, [v] * len(us), kernels, both) if any(few) else None  # the same every time
     itself = np.array([float(kernel(torch.zeros(1, dtype=torch.float64))) for kernel in kernels])[:, None]
     for _ in range(PARTITIONS):
         # of the pairs x-y within blocks, those about the means, x-x, y-y
@@ -222,9 +223,12 @@ def _partitioned(
                 [np.array([float(f(part.mass)) for part in parts]) for parts in (part_u, [part_v])]
                 for f in (torch.sum, lambda mass: mass.square().sum())
             )
-            parts_of_both = [one for cloud, own in zip(both, rows) for one in _rows([cloud], own)]
-            cross, shape = _cross(part_u, [part_v] * len(part_u), kernels, parts_of_both)
             met = masses[0] * masses[1]
+            if crossed is None:
+                parts_of_both = [one for cloud, own in zip(both, rows) for one in _rows([cloud], own)]
+                cross, shape = _cross(part_u, [part_v] * len(part_u), kernels, parts_of_both)
+            else:
+                cross, shape = crossed[0] * met, crossed[1] * met[: len(crossed[1])]
             inside, weight = [cross, shape], [met, met[: len(shape)]]
             for part, mass, square, whole in zip((part_u, [part_v]), masses, squares, known):
                 pairs_met = mass**2 - square

@@ -37,8 +37,8 @@ class Plans:
     """Couplings solved so far, for snapshots that share intervals, as those of the folds do, and how to solve them.
 
     A coupling is found again where the interval and what is asked of it are the same; the blocks of large snapshots are
-    drawn anew from one seed for each interval, so they are the same too. Discard it
-    once problems are put together.
+    drawn anew from one seed for each interval, so they are the same too. To be discarded once problems are put
+    together.
 
     Parameters
     ----------

@@ -70,11 +70,10 @@ def farther_share(n_snapshots: int, reliability: float | None) -> float:
     """Return how much a snapshot counts beside the next nearer one on its side, from 0 to 1.
 
     What a sample is off by (an age, a composition, a batch of its own) travels with its cells, and of several samples
-    the more cancels the more evenly they count; over a longer way the field's own errors grow. Where
-    differences between snapshots are noise, all count the same; where they are the course, the nearest alone: the share
-    is that of the
-    population's accelerations which is noise, ``1 - reliability`` (`tangents.reliability`), or 0 where that is below
-    ``FAINT`` or snapshots are too few to `reach` beyond the nearest.
+    the more cancels the more evenly they count; over a longer way the field's own errors grow. Where differences
+    between snapshots are noise, all count the same; where they are the course, the nearest alone: the share is that of
+    the population's accelerations which is noise, ``1 - reliability`` (`tangents.reliability`), or 0 where that is
+    below ``FAINT`` or snapshots are too few to `reach` beyond the nearest.
 
     Parameters
     ----------

@@ -20,6 +20,7 @@ def at_once(solve: Callable[..., Result], parts: Sequence[tuple], most: int | No
     So the number of threads changes no bit. Neither torch nor the network simplex holds the interpreter while it
     computes. A single part has all of torch's threads.
     """
+    # (a thread that asks for the first time while another one is in here keeps to one of torch's threads)
     n_threads = torch.get_num_threads()
     if len(parts) == 1 or n_threads == 1:  # the latter also where a part has parts of its own
         return [solve(*part) for part in parts]

@@ -70,8 +70,8 @@ def standardize(
     for slot, name in ((adata.obsm, "obsm"), (adata.uns, "uns")):
         if key_added in slot and not ours:
             raise ValueError(
-                f'adata.{name}["{key_added}"] is there already and was not standardized. Pass another key_added, or '
-                f'delete it first: del adata.{name}["{key_added}"].'
+                f'adata.{name}["{key_added}"] is there already, without the record of sctraj.pp.standardize. Pass '
+                f'another key_added, or delete it first: del adata.{name}["{key_added}"].'
             )
     n_dims = operator.index(n_dims)
     values = read_rep(adata, use_rep)

@@ -169,7 +169,7 @@ def _decoder(adata: AnnData, use_rep: str) -> tuple[np.ndarray, np.ndarray, np.n
         matrix = matrix[:, genes]
         mean = np.asarray(matrix.mean(axis=0)).ravel().astype(np.float64)
         projected, centre = np.asarray(matrix @ loadings[genes]) - mean @ loadings[genes], scores.mean(axis=0)
-        worst = np.abs(projected - (scores - centre)).max() / np.abs(scores).max()
+        worst = np.abs(projected - (scores - centre)).max() / np.abs(scores - centre).max()
         if worst < 1e-2:
             return genes, mean - loadings[genes] @ centre, loadings[genes]
         reason = f"(X - mean) PCs differs from X_pca by up to {worst:.2g} of its largest value"

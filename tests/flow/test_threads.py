@@ -60,16 +60,20 @@ def test_the_end_of_one_callers_parts_gives_anothers_no_more_threads(threads_of_
         time.sleep(wait)
         return torch.get_num_threads()
 
+    def call(wait: float) -> None:
+        torch.get_num_threads()  # how many a thread has is settled when it first asks
+        ready.wait()
+        time.sleep(0.05 * (wait > 0.1))  # the second starts while the first is on, and goes on when that ends
+        seen.extend(at_once(late, [(wait,)] * 4))
+
     def both() -> None:
-        callers = [
-            threading.Thread(target=lambda wait=wait: seen.extend(at_once(late, [(wait,)] * 4))) for wait in (0.1, 0.3)
-        ]
-        for one in callers:  # the second starts while the first is on, and goes on when that ends
+        callers = [threading.Thread(target=call, args=(wait,)) for wait in (0.1, 0.3)]
+        for one in callers:
             one.start()
-            time.sleep(0.05)
         for one in callers:
             one.join()
 
+    ready = threading.Barrier(2)
     seen: list[int] = []
     threads_of_torch(2, both)
     assert seen == [1] * 8

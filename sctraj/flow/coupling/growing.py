@@ -22,9 +22,10 @@ from .unbalanced import UnbalancedPlan, unbalanced
 
 # of the plan that growth and kin are read from, in units of the exact plan's cost: each cell has some ten partners
 EPSILON = 0.05
-# on marginals that differ from the snapshots', beside the exact plan's cost, in units of a snapshot's total variance: a
-# squared length that is the course's, whatever the time between snapshots, as in the dynamic problem (Chizat et al.
-# 2018). By the cost alone the nearer snapshots are the more of a move would be read as growth; without it, the farther
+# on marginals that differ from the snapshots': the exact plan's cost and so many times a snapshot's total variance. The
+# variance is the course's own, whatever the time between snapshots (the squared length of the dynamic problem, Chizat
+# et al. 2018). By the cost alone more of each move is read as growth the nearer snapshots are; by the variance alone,
+# the farther they are
 PENALTY = 8.0
 LEAST = 1e-6  # of a cell's mass takes part whatever it costs: the network simplex loses masses at its rounding
 UNIT_BLOCKS = 3  # that the unit is taken from, and of small ones as many as come to a usual one
@@ -72,7 +73,7 @@ class GrowingPlan:
     blocks
         Who was coupled with whom, one of all cells where the snapshots are not in blocks.
     unit
-        Of entropy where cells are paired by velocity, once they are.
+        Of entropy, and the cost in the penalty, where cells are paired by velocity, once they are.
     """
 
     pairs: WeightedPairs
@@ -192,7 +193,7 @@ def paired_by_velocity(
 
 
 def _unit(held: Sequence[Interval], epsilon: float, known: float | None) -> float:
-    """Return the unit of entropy: the cost of the exact plan, of blocks the median of a few of them.
+    """Return the unit of entropy, and the cost in the penalty: of the exact plan, of blocks the median of a few.
 
     A few do, since blocks are of one law, and by the (lower) median a cell far away in one of them changes nothing;
     where most of them are copies, the largest. Of a snapshot and its copy the cost is zero: then what rounding allows.
