@@ -17,4 +17,5 @@ class _UntilConfigured(logging.Handler):
 logger = logging.getLogger("sctraj")
 if not logger.handlers:
     logger.addHandler(_UntilConfigured())
-    logger.setLevel(logging.INFO)
+    if logger.level == logging.NOTSET:  # else the user was here first
+        logger.setLevel(logging.INFO)

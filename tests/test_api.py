@@ -114,3 +114,14 @@ def test_importing_sctraj_imports_nothing_heavy():
     code = f"import sys, json, sctraj; print(json.dumps(sorted({HEAVY!r} & set(sys.modules))))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert json.loads(out) == []
+
+
+def test_a_level_of_the_logger_that_is_set_before_the_first_use_stays():
+    code = """if True:
+        import logging
+        logging.getLogger("sctraj").setLevel(logging.WARNING)
+        import sctraj
+        from sctraj._log import logger
+        print(logger.level == logging.WARNING)"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["True"]
