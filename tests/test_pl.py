@@ -761,3 +761,9 @@ def test_times_that_are_text_name_the_parser(adata):
     adata.obs["day"] = "D" + adata.obs["day"].astype(str)
     with pytest.raises(ValueError, match=r"pp\.parse_time"):
         pl.velocity(adata)
+
+
+def test_of_one_time_the_colour_bar_has_one_tick(adata):
+    ax = pl.velocity(adata[adata.obs["day"] == DAYS[1]])
+    (bar,) = [other for other in ax.figure.axes if other is not ax]
+    assert [float(tick) for tick in bar.get_yticks()] == [DAYS[1]]
