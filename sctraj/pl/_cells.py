@@ -257,11 +257,9 @@ def color_bar(ax: Axes, norm: Normalize, cmap: Colormap, label: str, **bar: Any)
         bar["pad"] = 0.05
     legend = ax.get_legend()  # in the room that it leaves, the panel is no longer as large as the sizes go by
     small = float(legend.get_texts()[0].get_fontsize()) / legend_size(None) if below and legend else shrinkage(ax)
+    if norm.vmin is not None and norm.vmin == norm.vmax:  # matplotlib makes up ends about a single value
+        bar["ticks"] = [norm.vmin]
     drawn = ax.figure.colorbar(ScalarMappable(norm, cmap), ax=ax, **bar)
-    if (
-        norm.vmin is not None and norm.vmin == norm.vmax
-    ):  # one value: the bar's ends, of matplotlib's making, mean nothing
-        drawn.set_ticks([norm.vmin])
     drawn.set_label(label, size=small * float(ax.xaxis.label.get_fontsize()))
     drawn.ax.tick_params(labelsize=small * float(drawn.long_axis.get_major_ticks(1)[0].label1.get_fontsize()))
     drawn.outline.set_visible(False)
