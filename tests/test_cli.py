@@ -277,6 +277,13 @@ def test_benchmark_judges_in_the_published_space_unless_told_otherwise(benchmark
     as_is = anndata.read_h5ad(here / "as_is" / "benchmark.h5ad")
     assert as_is.uns["leave_one_out_protocol"]["use_rep"] == "X_pca"
     assert as_is.obsm["flow_restored"].shape == (600, 6)
+    adata = anndata.read_h5ad(source)
+    adata.obsm["X_std"] = adata.obsm["X_pca"][:, :2]  # another's, which stays
+    adata.write_h5ad(source)
+    well(sctraj("benchmark", source, "-o", "beside", "--n-seeds", 1, "--methods", "i-cfm", *QUICK))
+    beside = anndata.read_h5ad(here / "beside" / "benchmark.h5ad")
+    np.testing.assert_array_equal(beside.obsm["X_std"], adata.obsm["X_std"])
+    assert beside.uns["leave_one_out_protocol"]["use_rep"] == "X_std_benchmark"
 
 
 def test_benchmark_replaces_the_results_of_an_earlier_run(source, here):

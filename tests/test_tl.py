@@ -551,7 +551,7 @@ def test_closed_form_slots_survive_a_file(cells: AnnData, tmp_path) -> None:
 
 @pytest.mark.parametrize("field", ["neural", "closed-form"])
 def test_known_growth_is_recovered(field) -> None:
-    """Branching fates of unlike growth: the fast one grows relative to the slow one, by about what is true."""
+    """Branching fates of unlike growth: rates order cells, and are nearer than a guess of none, by three tenths."""
     ratios = []
     for seed in range(4):
         cells = sctraj.datasets.simulated_course("branching", 2000, rng=seed)
@@ -566,6 +566,10 @@ def test_known_growth_is_recovered(field) -> None:
         # log mass ratios per cell are noisy: a rank correlation is what a biologist would see
         rank = cells.obs.loc[late, ["flow_growth", "growth_rate"]].corr("spearman").iloc[0, 1]
         assert rank > 0.6
+        by_time = cells.obs.groupby("time")[["flow_growth", "growth_rate"]]
+        about_mean = (cells.obs[["flow_growth", "growth_rate"]] - by_time.transform("mean"))[late]
+        error = (about_mean["flow_growth"] - about_mean["growth_rate"]).pow(2).mean() ** 0.5
+        assert error < 0.7 * about_mean["growth_rate"].pow(2).mean() ** 0.5
     # about half of the contrast is read as movement between the fates, which have only begun to part
     assert 0.4 < np.mean(ratios) < 1
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from torch import nn
 
+    from ..flow.snapshots import Snapshots
+
 DType = Literal["float32", "float16"]
 SLAB = 2**28  # bytes of trajectories held at once on their way to a store
 LOOKED_AT = 1000  # cells of a snapshot, at most, whose paths are looked at for whether they keep to the cells
@@ -135,12 +137,8 @@ def trajectories(
         )
     shape = (flow.cells.n_obs, len(grid), snapshots.dimension)
     _check_size(shape, dtype, store)
-    largest = max(float(end.abs()) for x in snapshots.points for end in x.aminmax())
-    if dtype == "float16" and largest > LARGEST_HALF:
-        raise ValueError(
-            f"expected coordinates of at most {LARGEST_HALF} for dtype='float16', which ends at 65504, found "
-            f"{largest:.3g}; pass 'float32'"
-        )
+    if dtype == "float16":
+        _check_half(snapshots)
     if store is not None:
         _adata.check_replaceable(Path(store))
     stream = torch.Generator().manual_seed(seed)
@@ -156,37 +154,53 @@ def trajectories(
         """Write all paths into an array or a store; return the cells' weights, where the flow grows."""
         log_mass = _follow(flow.cells, field, grid, move, points)
         _warn_of_strays(flow.cells, grid, points)
-        if not flow.vector_field.grows or stochastic:
-            return None
-        # relative to the mean of the snapshot's cells: growth is known up to the population's total alone
-        for rows in flow.cells.index:
-            log_mass[rows] = torch.from_numpy(log_mass[rows]).softmax(0).numpy() * len(rows)
-        return log_mass
+        return _weights(flow.cells, log_mass) if flow.vector_field.grows and not stochastic else None
 
-    slots: dict[str, np.ndarray] = {}
-    record: dict[str, str] = {}
+    slots, record = {}, {"trajectory_times": grid}
     if store is None:
-        points = np.empty(shape, dtype)
-        found = {_adata.TRAJECTORIES: points, _adata.WEIGHTS: fill(points)}
-        slots = {slot.format(key=key): values for slot, values in found.items() if values is not None}
+        slots = _in_memory(key, shape, dtype, fill)
         written = ", ".join(f'obsm["{slot}"]' for slot in slots)
     else:
-        record = {_adata.STORE: os.path.abspath(store), _adata.STORE_ID: uuid4().hex}
-        written = record[_adata.STORE]
-        with _adata.replaced(Path(store)) as group:
-            weights = fill(_adata.add_array(group, "points", shape, dtype))
-            if weights is not None:
-                _adata.add_array(group, "weights", shape[:2], "float32")[:] = weights
-            _adata.add_array(group, "times", (len(grid),), "float64")[:] = grid
-            group.attrs.update({"id": record[_adata.STORE_ID], "cells": _adata.names_digest(adata)})
-
+        record |= _in_store(store, adata, grid, shape, dtype, fill)
+        written = str(record[_adata.STORE])
     adata = _adata.own(adata, copy=copy)
-    _put(adata, key, slots, record | {"trajectory_times": grid})
+    _put(adata, key, slots, record)
     logger.info(
         f"trajectories of {flow.cells.n_obs} cells at {len(grid)} times from {grid[0]:g} to {grid[-1]:g}"
         f'{", stochastic" if stochastic else ""}; wrote {written}, uns["{key}"]["trajectory_times"]'
     )
     return adata if copy else None
+
+
+Fill = Callable[[Any], np.ndarray | None]  # writes all paths; returns the cells' weights, where the flow grows
+
+
+def _in_memory(key: str, shape: tuple[int, int, int], dtype: str, fill: Fill) -> dict[str, np.ndarray]:
+    """Return paths, and weights where there are some, by the names of their slots."""
+    points = np.empty(shape, dtype)
+    found = {_adata.TRAJECTORIES: points, _adata.WEIGHTS: fill(points)}
+    return {slot.format(key=key): values for slot, values in found.items() if values is not None}
+
+
+def _in_store(
+    store: str, adata: AnnData, grid: np.ndarray, shape: tuple[int, int, int], dtype: str, fill: Fill
+) -> dict[str, Any]:
+    """Write paths and weights into a zarr group; return what the flow keeps of where it is."""
+    record = {_adata.STORE: os.path.abspath(store), _adata.STORE_ID: uuid4().hex}
+    with _adata.replaced(Path(store)) as group:
+        weights = fill(_adata.add_array(group, "points", shape, dtype))
+        if weights is not None:
+            _adata.add_array(group, "weights", shape[:2], "float32")[:] = weights
+        _adata.add_array(group, "times", (len(grid),), "float64")[:] = grid
+        group.attrs.update({"id": record[_adata.STORE_ID], "cells": _adata.names_digest(adata)})
+    return record
+
+
+def _weights(cells: _adata.Cells, log_mass: np.ndarray) -> np.ndarray:
+    """Return masses relative to their snapshot's mean: growth is known up to the population's total alone."""
+    for rows in cells.index:
+        log_mass[rows] = torch.from_numpy(log_mass[rows]).softmax(0).numpy() * len(rows)
+    return log_mass
 
 
 def _put(adata: AnnData, key: str, slots: dict[str, np.ndarray], record: dict[str, Any]) -> None:
@@ -245,6 +259,16 @@ def _warn_of_strays(cells: _adata.Cells, grid: np.ndarray, points: Any) -> None:
         logger.warning(
             f"{share:.0%} of the cells of time {t0:g} are by time {t1:g} farther from the cells sampled there than any "
             f"of these is from the others; do not follow their paths so far"
+        )
+
+
+def _check_half(snapshots: Snapshots) -> None:
+    """Raise a ValueError for coordinates that float16 cannot hold."""
+    largest = max(float(end.abs()) for x in snapshots.points for end in x.aminmax())
+    if largest > LARGEST_HALF:
+        raise ValueError(
+            f"expected coordinates of at most {LARGEST_HALF} for dtype='float16', which ends at 65504, found "
+            f"{largest:.3g}; pass 'float32'"
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sctraj.flow.baselines import BASELINES
+from sctraj.flow.baselines import BASELINES, bridge
 from sctraj.flow.distance import wasserstein
 from sctraj.flow.hold_out import baseline, halves, hold_out_problems, interior, restore
 from sctraj.flow.integrate import Integration
@@ -258,6 +258,24 @@ def test_baselines_have_not_seen_what_they_restore(name):
     a, b = (baseline(data, 2, name) for data in (snapshots, other))
     assert torch.equal(a.points, b.points)
     assert torch.equal(a.mass, b.mass)
+
+
+def test_a_time_is_bridged_by_the_snapshots_next_to_it_and_never_by_one_at_it():
+    snapshots = make()
+    for time, ends in (
+        (TIMES[1], (0, 2)),
+        ((TIMES[0] + TIMES[1]) / 2, (0, 1)),
+        (TIMES[3] + 1, (2, 3)),
+        (TIMES[3], (1, 2)),
+    ):
+        interval = bridge(snapshots, time)
+        assert (interval.t0, interval.t1) == tuple(TIMES[k] for k in ends)
+    with pytest.raises(ValueError, match="at least one kept snapshot before time"):
+        bridge(snapshots, TIMES[0])
+    with pytest.raises(ValueError, match="at least two kept snapshots before time"):
+        bridge(snapshots.without(3).without(2), TIMES[1])
+    with pytest.raises(ValueError, match="a baseline of previous, next, ot-interpolation, found 'nxt'"):
+        baseline(snapshots, 1, "nxt")
 
 
 @pytest.mark.parametrize("n", [10, 11])

@@ -16,7 +16,7 @@ from sctraj.flow.vector_field import MLP, NeuralField, VectorField
 
 TIMES = (0.0, 1.0, 2.0, 3.0, 4.0)
 LATE = 0.5  # days by which the third sample is older than its label
-TRAINING = Training(None, 32, 2, 300, 64, 5e-3, 1e-5, 0.99, None)
+TRAINING = Training(None, 32, 2, 600, 64, 5e-3, 1e-5, 0.99, None)
 
 
 def course() -> Snapshots:
@@ -47,8 +47,8 @@ def speeds(field: VectorField) -> np.ndarray:
 
 def test_an_age_that_is_off_changes_the_speed_less_at_a_slow_tempo():
     slow, full = (np.ptp(speeds(fitted(tempo))) for tempo in (SLOW, 1.0))
-    assert full > 0.9  # of the plans' 2 (1 + LATE) against 2 (1 - LATE)
-    assert slow < full - 0.2
+    assert full > 1  # of the plans' 2 (1 + LATE) against 2 (1 - LATE)
+    assert slow < 0.75 * full
 
 
 @pytest.mark.parametrize("method", METHODS)
