@@ -10,8 +10,8 @@ time has its compilation. On a GPU the second of two runs is timed, for all, and
 200,000 cells the first run is of 20,000, and OTT's is not. --limit is for both. POT, OTT and GeomLoss have their arrays
 there, and memory is what torch took of the GPU's.
 Of a simulated course of three snapshots the first and the last are coupled; a thousand pairs, put on their chords at
-the middle's time, are compared with a thousand cells of the middle. Entropies are 0.05 of the exact cost (as in
-the default), penalties 2, and solvers stop at the same L1 error of the marginals, 1e-3. Cost is relative to the lowest of a
+the middle's time, are compared with a thousand cells of the middle. Entropies are 0.05 of the exact cost (as in the
+default), penalties 2, and solvers stop at the same L1 error of the marginals, 1e-3. Cost is relative to the lowest of a
 coupling that keeps both marginals; unbalanced ones and those of sampled cells may lie below. Marginals are those of the
 cells in pairs; of potentials, whoever found them, those of the plan that they stand for.
 """
