@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from functools import partial
 
 import anndata
 import numpy as np
@@ -436,6 +437,27 @@ def test_a_module_without_growth_is_said(cells: AnnData, caplog, method, columns
     caplog.clear()
     sctraj.tl.leave_one_out(cells, methods=(method, "i-cfm"), module=Net(7, 6), n_seeds=1, **QUICK)
     assert len(caplog.records) == (method == "uot-cfm")  # once, however many folds
+
+
+@pytest.mark.parametrize(
+    "verb", [partial(sctraj.tl.fit_flow, method="i-cfm"), partial(sctraj.tl.leave_one_out, methods="i-cfm", n_seeds=1)]
+)
+def test_options_that_nothing_uses_are_said(cells: AnnData, caplog, verb) -> None:
+    class Net(nn.Linear):
+        def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(torch.cat([t, x], -1))
+
+    caplog.set_level("WARNING", logger="sctraj")
+    verb(cells, field="closed-form", n_steps=7, learning_rate=0.1)
+    verb(cells, module=Net(7, 6), depth=2, n_steps=7)
+    assert [record.getMessage() for record in caplog.records] == [
+        "n_steps, learning_rate given, without effect on a closed-form field, which is not trained",
+        "depth given, without effect on a module of your own",
+    ]
+    caplog.clear()
+    verb(cells, field="closed-form")
+    verb(cells, depth=2, n_steps=7)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("field", ["neural", "closed-form"])

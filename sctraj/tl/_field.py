@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
+from .._log import logger
 from ..flow.fields import FieldKind
 from ..flow.flow_matching import Training
 from ..flow.problem import Problem
@@ -31,6 +34,18 @@ def check_module(module: nn.Module | None) -> None:
         raise TypeError(f"expected a module, found the class {module.__name__}; pass one of it: {module.__name__}(...)")
     if module is not None and not isinstance(module, torch.nn.Module):
         raise TypeError(f"expected a torch.nn.Module, found {type(module).__name__}; wrap it in one")
+
+
+def warn_of_unused(verb: Callable[..., object], field: FieldKind, training: Training) -> None:
+    """Log which of a verb's options differ from its defaults though nothing that is asked for uses them."""
+    unused = [option.name for option in dataclasses.fields(training)]
+    if field == "neural":
+        unused = [] if training.module is None else ["width", "depth"]
+    defaults = inspect.signature(verb).parameters
+    given = [name for name in unused if getattr(training, name) != defaults[name].default]
+    if given:
+        other = "a closed-form field, which is not trained" if field == "closed-form" else "a module of your own"
+        logger.warning(f"{', '.join(given)} given, without effect on {other}")
 
 
 def check_jitter(jitter: float, field: FieldKind) -> None:

@@ -16,7 +16,7 @@ from ..flow.integrate import CELLS
 from ..flow.plans import Plans
 from ..flow.problem import Problem, make_problems, taking_part
 from ..flow.snapshots import Snapshots, resampled
-from ._field import check_field, fit_record, path_name
+from ._field import check_field, fit_record, path_name, warn_of_unused
 from ._outliers import warn_of_outliers
 from ._seeds import member_seeds, seed_of
 
@@ -116,7 +116,8 @@ def fit_flow(
         that it is what training leaves open, and not that other cells might have been sampled: less than the
         uncertainty. Each of a closed-form field has a bootstrap of every snapshot's cells, so that it has both.
     width
-        Units of a hidden layer of the built-in network. This and what follows up to `patience` are of the neural field.
+        Units of a hidden layer of the built-in network. This and what follows up to `patience` are of the neural field;
+        where they are given in vain, this is logged.
     depth
         Hidden layers of the built-in network.
     n_steps
@@ -183,6 +184,7 @@ def fit_flow(
     seed = seed_of(rng)
     seeds = member_seeds(seed, n_members)
     cells = _adata.read_snapshots(adata, time_key, use_rep, least=2, growth_key=growth_key)
+    warn_of_unused(fit_flow, field, training)
     warn_of_outliers(adata, cells)
 
     def problems_of(snapshots: Snapshots, seeds: Sequence[int]) -> tuple[list[Problem], list[Problem]]:

@@ -22,7 +22,7 @@ from ..flow.plans import Plans
 from ..flow.problem import METHODS
 from ..flow.restoration import Restoration
 from ..flow.starts import Start
-from ._field import check_field, check_jitter, fit_record, path_name
+from ._field import check_field, check_jitter, fit_record, path_name, warn_of_unused
 from ._fit_flow import Path
 from ._outliers import warn_of_outliers
 from ._seeds import member_seeds, seed_of
@@ -179,6 +179,7 @@ def leave_one_out(
     cells = _adata.read_snapshots(adata, time_key, use_rep, least=3, growth_key=growth_key)
     snapshots = cells.snapshots
     _check_sizes(snapshots)
+    warn_of_unused(leave_one_out, field, training)
     warn_of_outliers(adata, cells)
     prepared = {
         method: hold_out.hold_out_problems(
