@@ -6,7 +6,7 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
@@ -104,6 +104,19 @@ def options(*functions: Callable[..., Any], skip: Iterable[str] = (), only: Iter
     return list(made.values())
 
 
+def as_options(message: str, flags: Mapping[str, str]) -> str:
+    """Say an error about arguments in terms of a command's options, ``flags`` by the arguments' names."""
+    parse = r'[Cc]all sctraj\.pp\.parse_time\(adata, "(.+?)"\) first and pass the column it writes'
+    if "column" in flags:
+        message = re.sub(parse, lambda found: f'Read them with {flags["column"]} "{found[1]}"', message)
+    for name, flag in flags.items():
+        # key="value", and names that are no words by themselves
+        message = re.sub(rf"""(?<![\w-]){name}=(['"]?)([\w.-]+)\1""", rf"{flag} \2", message)
+        if "_" in name:
+            message = re.sub(rf"(?<![\w-]){name}\b(?!['\"=])", flag, message)
+    return message
+
+
 class Verb(click.Command):
     """A command whose options are read from signatures when they are asked for, and not when sctraj starts.
 
@@ -136,7 +149,9 @@ class Verb(click.Command):
                 raise
             # str() of a KeyError puts its message in quotes
             message = error.args[0] if isinstance(error, KeyError) and error.args else error
-            raise click.ClickException(" ".join(str(message).split()) or type(error).__name__) from error
+            flags = {one.name: one.opts[-1] for one in self.params if isinstance(one, click.Option) and one.name}
+            told = as_options(" ".join(str(message).split()), flags)
+            raise click.ClickException(told or type(error).__name__) from error
 
 
 # --- files ---------------------------------------------------------------------------------------------------------

@@ -197,6 +197,32 @@ def test_an_hdf5_file_that_anndata_cannot_read_is_one_line_as_well(here):
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--time-key", "day"), 'Read them with --parse-time "day".'),
+        (("--time-key", "when"), "Pass one of them as --time-key."),
+        (("--method", "sb-cfm", "--sigma", "0"), "its limit at 0 is --method ot-cfm"),
+        (("--use-rep", "X_umap_"), "--use-rep"),
+    ],
+)
+def test_errors_are_in_terms_of_the_command_line(source, options, says):
+    cells = anndata.read_h5ad(source)
+    cells.obs["day"] = [f"day {time:g}" for time in cells.obs["time"]]
+    cells.write_h5ad(source)
+    result = sctraj("fit", source, "-o", "out.h5ad", *options)
+    assert says in result.stderr
+    assert "sctraj.pp" not in result.stderr
+    assert "_key" not in result.stderr
+
+
+def test_what_is_quoted_or_of_the_user_stays():
+    flags = {"time_key": "--time-key", "method": "--method"}
+    for message in ('found "time_key" in obs', "my_method=3", "another method", "time_keys", 'obs["method"]'):
+        assert cli.as_options(message, flags) == message
+    assert cli.as_options("pass method='a-b', time_key=\"day\".", flags) == "pass --method a-b, --time-key day."
+
+
 def test_debug_lets_the_error_through(source):
     result = sctraj("fit", source, "-o", "out.h5ad", "--time-key", "when", "--debug")
     assert isinstance(result.exception, KeyError)
