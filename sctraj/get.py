@@ -135,7 +135,7 @@ def trajectories(
     ValueError
         `rows` that are neither numbers nor names nor a mask of n_obs booleans.
     """
-    chosen = slice(None) if rows is None else _numbers(adata, rows)
+    chosen = slice(None) if rows is None else row_numbers(adata, rows)
     values = _adata.read_trajectories(adata, key, chosen)
     times = np.asarray(_adata.stored(adata, key)["trajectory_times"])
     index = pd.MultiIndex.from_product([adata.obs_names[chosen], times], names=["cell", "time"])
@@ -197,7 +197,7 @@ def leave_one_out(adata: AnnData, *, key: str = _adata.FLOW, metric: str | None 
     return wide
 
 
-def _numbers(adata: AnnData, rows: Sequence[int] | Sequence[bool] | Sequence[str]) -> np.ndarray:
+def row_numbers(adata: AnnData, rows: Sequence[int] | Sequence[bool] | Sequence[str]) -> np.ndarray:
     """Return the numbers of the cells that numbers, names or a mask stand for."""
     asked = np.asarray(rows)
     kind = pd.api.types.infer_dtype(asked, skipna=False) if asked.ndim == 1 else "no row of values"

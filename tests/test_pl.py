@@ -5,6 +5,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
 import torch
 
 matplotlib.use("Agg")
@@ -314,6 +315,40 @@ def test_more_paths_than_cells_and_none_at_all(adata):
     assert len(lines.get_segments()) == adata.n_obs * (TIMES.size - 1)
     (lines,) = artists(pl.trajectories(adata, n_cells=0), LineCollection)
     assert len(lines.get_segments()) == 0
+
+
+def test_the_cells_whose_paths_are_shown_can_be_chosen(adata):
+    (lines,) = artists(pl.trajectories(adata, rows=["cell5", "cell120"]), LineCollection)
+    starts = np.array(lines.get_segments()).reshape(2, TIMES.size - 1, 2, 2)[:, 0, 0]
+    np.testing.assert_allclose(starts, adata.obsm["flow_trajectories"][[5, 120], 0, :2], rtol=1e-6)
+    (lines,) = artists(pl.trajectories(adata, rows=adata.obs["day"] == 0, n_cells=30, rng=1), LineCollection)
+    chosen = np.sort(np.random.default_rng(1).choice(100, size=30, replace=False))
+    starts = np.array(lines.get_segments()).reshape(30, TIMES.size - 1, 2, 2)[:, 0, 0]
+    np.testing.assert_allclose(starts, adata.obsm["X_pca"][chosen, :2], rtol=1e-5)
+    with pytest.raises(KeyError, match="not in adata.obs_names"):
+        pl.trajectories(adata, rows=["nobody"])
+
+
+@pytest.mark.parametrize("gone", ["cells", "places"])
+def test_paths_are_not_drawn_among_cells_of_other_times(adata, gone):
+    late = (adata.obs["day"] >= 3).to_numpy()
+    if gone == "cells":
+        adata = adata[~late].copy()
+    else:
+        adata.obsm["X_linear"][late] = np.nan
+    assert pl.trajectories(adata, basis="X_pca").has_data()  # there they are where they are
+    with pytest.raises(ValueError, match=r"of day 3, 4 there are none .*rows="):
+        pl.trajectories(adata, basis="linear")
+    adata.obsm["flow_trajectories"] = adata.obsm["flow_trajectories"][:, :3]
+    adata.uns["flow"]["trajectory_times"] = TIMES[:3]  # paths that end before
+    assert pl.trajectories(adata, basis="linear").has_data()
+
+
+@pytest.mark.parametrize("draw", [pl.velocity, pl.trajectories])
+def test_a_snapshot_by_itself_has_the_colour_it_has_among_all(adata, draw):
+    ax = draw(adata[adata.obs["day"] == 1].copy())
+    points = artists(ax, PathCollection)[0]
+    assert (points.norm.vmin, points.norm.vmax) == (0, 4)
 
 
 def test_missing_stretches_of_a_path_are_left_out(adata):
@@ -703,8 +738,39 @@ def test_axes_that_are_several_are_refused(adata, name):
     assert not any(ax.has_data() for ax in axes.flat)
 
 
+@pytest.mark.parametrize("draw", [pl.velocity, pl.trajectories])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_gene_colours_the_cells(adata, draw, sparse):
+    adata.var_names = ["Sox2", "day"]
+    adata.X = np.column_stack([np.arange(adata.n_obs), np.zeros(adata.n_obs)]).astype(np.float32)
+    if sparse:
+        adata.X = scipy.sparse.csr_matrix(adata.X)
+    points = artists(draw(adata, color="Sox2"), PathCollection)[0]
+    np.testing.assert_allclose(np.sort(points.get_array()), np.arange(adata.n_obs))
+    points = artists(draw(adata, color="day"), PathCollection)[0]
+    assert points.get_array().max() == 4  # a column hides a gene
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["CD4 naive memory", "CD4 mixed memory", "CD8 naive memory", "CD8 mixed memory"],
+        [f"cluster {n} of the committed" for n in range(20)],
+        [f"a{'b' * n}{'c' * (30 - n)}d" for n in range(8)],
+        ["progenitor", "progenitor 2"],
+    ],
+)
+@pytest.mark.parametrize("width", [2.5, 6.4])
+def test_no_two_names_in_a_legend_are_alike(adata, names, width):
+    rng = np.random.default_rng(0)
+    adata.obs["type"] = pd.Categorical(rng.choice(names, adata.n_obs), categories=names)
+    ax = plt.subplots(figsize=(width, 3))[1]
+    shown = [text.get_text() for text in pl.velocity(adata, color="type", ax=ax).get_legend().get_texts()]
+    assert len({*shown}) == len(names)
+
+
 def test_an_unknown_colour_lists_the_columns(adata):
-    with pytest.raises(KeyError, match=r"color='gene'.*day.*kind.*amount"):
+    with pytest.raises(KeyError, match=r"color='gene' is neither a column .*nor a gene.*day.*kind.*amount"):
         pl.velocity(adata, color="gene")
     with pytest.raises(KeyError, match="color='gene'"):
         pl.trajectories(adata, color="gene")
@@ -763,7 +829,8 @@ def test_times_that_are_text_name_the_parser(adata):
         pl.velocity(adata)
 
 
-def test_of_one_time_the_colour_bar_has_one_tick(adata):
-    ax = pl.velocity(adata[adata.obs["day"] == DAYS[1]])
+def test_of_one_value_the_colour_bar_has_one_tick(adata):
+    adata.obs["amount"] = DAYS[1]
+    ax = pl.velocity(adata, color="amount")
     (bar,) = [other for other in ax.figure.axes if other is not ax]
     assert [float(tick) for tick in bar.get_yticks()] == [DAYS[1]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -72,6 +73,12 @@ def times_of(adata: AnnData, time_key: str) -> np.ndarray:
         raise ValueError(f"adata.obs[{time_key!r}] is not numeric. Run sctraj.pp.parse_time first.") from error
 
 
+def time_range(adata: AnnData, key: str, observed: np.ndarray) -> Normalize:
+    """The colours' range, of all snapshots of a fit: those of a part of the cells are then the same as of all."""
+    times = [*np.asarray(adata.uns[key]["times"], dtype=float), *observed]
+    return Normalize(np.nanmin(times), np.nanmax(times))
+
+
 def time_label(adata: AnnData, time_key: str) -> str:
     """The time column's name, with its unit where ``adata.uns[time_key]`` holds one that is known."""
     record = adata.uns.get(time_key)
@@ -80,19 +87,29 @@ def time_label(adata: AnnData, time_key: str) -> str:
 
 
 def check_color(adata: AnnData, color: str | None) -> None:
-    """Raise if `color` is not a column of obs that holds values to draw."""
+    """Raise if `color` is neither a column of obs nor a gene, or holds no values to draw."""
     if color is None:
         return
     if not isinstance(color, str):
         raise ValueError(f"color={color!r} should be the name of one column of adata.obs; draw one plot for each.")
-    if color not in adata.obs:
-        raise KeyError(f"color={color!r} is not a column of adata.obs; present are {list(adata.obs.columns)}.")
-    column = adata.obs[color]
+    column = column_of(adata, color)
     if not (np.isfinite(_numbers(column)) if _is_numeric(column) else column.notna()).any():
         raise ValueError(
             f"color={color!r} should have values to draw, but in adata.obs[{color!r}] all {len(column)} are "
             "missing or infinite. Fill it, or choose another column."
         )
+
+
+def column_of(adata: AnnData, color: str) -> pd.Series:
+    """A column of obs, or a gene's values in X, which a column of its name hides."""
+    if color in adata.obs:
+        return adata.obs[color]
+    if color not in adata.var_names or adata.X is None:
+        raise KeyError(
+            f"color={color!r} is neither a column of adata.obs nor a gene in adata.var_names; columns are "
+            f"{list(adata.obs.columns)}."
+        )
+    return pd.Series(adata.obs_vector(color), index=adata.obs_names)
 
 
 def _is_numeric(column: pd.Series) -> bool:
@@ -130,7 +147,7 @@ def draw_cells(
         draw_points(ax, basis, times_of(adata, time_key), norm=norm, cmap=time_colormap(), alpha=alpha)
         color_bar(ax, norm, time_colormap(), time_label(adata, time_key))
         return
-    column = adata.obs[color]
+    column = column_of(adata, color)
     if _is_numeric(column):
         values = _numbers(column)
         scale, name, extend = _scale(values, color, key)
@@ -214,7 +231,7 @@ def legend_beside(ax: Axes, *handles: Any, size: float | None = None, **style: A
 
 
 def category_legend(ax: Axes, title: str, names: list[str], colors: list[str]) -> None:
-    """A legend of dots, in columns no longer than the axes, names cut in the middle where it would be too wide."""
+    """A legend of dots, in columns no longer than the axes, names cut where it would be too wide, none like another."""
     width, height = (72 * inches for inches in panel(ax))
     tried = []
     for size in legend_size(ax) * np.array([1.0, 0.9, 0.8, 0.65, 0.5]):
@@ -225,9 +242,30 @@ def category_legend(ax: Axes, title: str, names: list[str], colors: list[str]) -
     whole = (one for one in tried[:3] if one[3])
     cut = (one for one in tried if one[2] > 5 * one[0])
     size, columns, room, _ = next(whole, next(cut, tried[-1]))
-    dots = [legend_dot(_shortened(name, room, size), color, 0.6 * size) for name, color in zip(names, colors)]
+    dots = [legend_dot(name, color, 0.6 * size) for name, color in zip(_told_apart(names, room, size), colors)]
     style: dict[str, Any] = {"handletextpad": 0.1, "handlelength": 1.2, "columnspacing": 0.6, "labelspacing": 0.3}
     legend_beside(ax, *dots, size=size, title=_shortened(title, WIDEST * width, size), ncols=columns, **style)
+
+
+def _told_apart(names: list[str], room: float, size: float) -> list[str]:
+    """The names, shortened to `room` points as far as they stay different from each other.
+
+    Where names would be alike, what all begin and end with is left out first; if they still are, they are whole.
+    """
+    short = [_shortened(name, room, size) for name in names]
+    if len({*short}) == len({*names}):
+        return short
+    start = _shared(names)
+    end = min(_shared([name[::-1] for name in names]), min(map(len, names)) - start)
+    start, end = (n if n > 2 else 0 for n in (start, end))  # an ellipsis for less would save nothing
+    cores = [name[start : len(name) - end] for name in names]
+    short = [f"{'…' if start else ''}{_shortened(core, room, size)}{'…' if end else ''}" for core in cores]
+    return short if len({*short}) == len({*names}) else names
+
+
+def _shared(texts: Sequence[str]) -> int:
+    """How many letters all texts begin with alike."""
+    return sum(1 for _ in takewhile(lambda letters: len({*letters}) == 1, zip(*texts)))
 
 
 def _shortened(text: str, room: float, size: float) -> str:

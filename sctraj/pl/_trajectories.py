@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,18 @@ from matplotlib.colors import Normalize
 from sctraj import get
 from sctraj._adata import check_cells
 
-from ._basis import find_basis, fit_params, projection
-from ._cells import axes_or_new, check_color, color_bar, draw_cells, make_room, time_colormap, time_label, times_of
+from ._basis import Basis, find_basis, fit_params, projection
+from ._cells import (
+    axes_or_new,
+    check_color,
+    color_bar,
+    draw_cells,
+    make_room,
+    time_colormap,
+    time_label,
+    time_range,
+    times_of,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -23,6 +34,7 @@ def trajectories(
     *,
     basis: str | None = None,
     color: str | None = None,
+    rows: Sequence[int] | Sequence[bool] | Sequence[str] | None = None,
     n_cells: int = 50,
     dims: tuple[int, int] = (0, 1),
     key: str = "flow",
@@ -32,7 +44,9 @@ def trajectories(
     """Draw the paths of some cells over all cells.
 
     The paths are coloured by time along the way. In another basis than the flow's own they are the kernel-weighted
-    mean place of the nearest cells; read no more into them than that, for an embedding has no paths of its own.
+    mean place of the nearest cells; read no more into them than that, for an embedding has no paths of its own: a path
+    that leaves the cells stays among them there. So cells of all times that the paths run through must be there; to see
+    some cells' paths pass all cells and choose by `rows`.
 
     Cells with other times or coordinates than at the fit are refused. Of a part of the cells, or of shuffled ones, the
     stored velocities of some are computed again; with a field that is your own module this cannot be done, and only
@@ -47,9 +61,12 @@ def trajectories(
     color
         A column of ``adata.obs`` that colours the cells; the time of the fit if None. Colours of the fit's growth are
         centred at 0, and end, as those of its velocities' spread, at the 98th percentile. Categories have the colours
-        of ``adata.uns[color + "_colors"]``, where they are there.
+        of ``adata.uns[color + "_colors"]``, where they are there. A gene is shown by its values in ``adata.X``.
+    rows
+        Cells to show the paths of: numbers, names or a mask, as in :func:`sctraj.get.trajectories`, such as
+        ``adata.obs["time"] == 0``; None: `n_cells` of all.
     n_cells
-        How many cells, drawn at random, to show the paths of.
+        How many of all cells, or of many `rows`, to show the paths of, drawn at random.
     dims
         Which two columns of the basis.
     key
@@ -67,10 +84,11 @@ def trajectories(
     Raises
     ------
     KeyError
-        No such fit, trajectories, basis or column of ``adata.obs``.
+        No such fit, trajectories, basis or `rows`; a `color` that is neither a column of ``adata.obs`` nor a gene.
     ValueError
         Other times or coordinates than at the fit; a `color` without a finite value; `dims` that the basis lacks; an
-        `n_cells` that is no whole number from 0 up.
+        `n_cells` that is no whole number from 0 up; in another basis than the flow's own, times on the paths of which
+        no cells are there.
     """
     if not isinstance(n_cells, Integral) or n_cells < 0:
         raise ValueError(f"n_cells={n_cells!r} should be a whole number of at least 0, of cells to show the paths of.")
@@ -79,14 +97,17 @@ def trajectories(
     check_cells(adata, key)
     time_key = params["time_key"]
     plane = find_basis(adata, basis, dims=dims, use_rep=params["use_rep"])
-    chosen = np.sort(np.random.default_rng(rng).choice(adata.n_obs, size=min(n_cells, adata.n_obs), replace=False))
+    among = np.arange(adata.n_obs) if rows is None else get.row_numbers(adata, rows)
+    chosen = np.sort(np.random.default_rng(rng).choice(among, size=min(n_cells, among.size), replace=False))
     table = get.trajectories(adata, rows=chosen.tolist(), key=key)
     times = table.index.get_level_values("time").to_numpy(dtype=float)[: len(table) // max(chosen.size, 1)]
+    observed = times_of(adata, time_key)
+    if plane.is_embedding:
+        _check_times_are_there(plane, observed, np.asarray(adata.uns[key]["times"], dtype=float), times, time_key)
     project = projection(plane, get.representation(adata, key=key), dims=dims)
     paths = project(table.to_numpy()).reshape(chosen.size, times.size, 2)
 
-    observed = times_of(adata, time_key)
-    norm = Normalize(np.nanmin([*times, np.nanmin(observed)]), np.nanmax([*times, np.nanmax(observed)]))
+    norm = time_range(adata, key, observed)
     ax = axes_or_new(ax)
     draw_cells(ax, adata, plane, color=color, time_key=time_key, norm=norm, alpha=0.3, key=key)
     make_room(ax)
@@ -94,6 +115,20 @@ def trajectories(
     if color not in (None, time_key):
         color_bar(ax, norm, time_colormap(), time_label(adata, time_key))
     return ax
+
+
+def _check_times_are_there(
+    plane: Basis, observed: np.ndarray, snapshots: np.ndarray, times: np.ndarray, time_key: str
+) -> None:
+    """Raise a ValueError where paths would be drawn among cells of other times, for want of those they run through."""
+    there = np.unique(observed[np.isfinite(plane.cells).all(1)])
+    asked = snapshots[(snapshots >= times.min(initial=np.inf)) & (snapshots <= times.max(initial=-np.inf))]
+    if (absent := np.setdiff1d(asked, there)).size:
+        raise ValueError(
+            f"Paths in {plane.labels[0]} and {plane.labels[1]} are placed by the cells near them, and of "
+            f"{time_key} {', '.join(f'{t:g}' for t in absent[:5])}{', ...' if absent.size > 5 else ''} there are none "
+            f"that have a place there. Pass all cells, and choose those whose paths to see by rows=."
+        )
 
 
 def _draw_paths(ax: Axes, paths: np.ndarray, times: np.ndarray, norm: Normalize) -> None:

@@ -4,13 +4,12 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-from matplotlib.colors import Normalize
 
 from sctraj import get
 from sctraj._adata import check_cells
 
 from ._basis import find_basis, fit_params, project_velocity, projection, thin
-from ._cells import axes_or_new, check_color, draw_cells, ink, make_room, shrinkage, times_of
+from ._cells import axes_or_new, check_color, draw_cells, ink, make_room, shrinkage, time_range, times_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -54,7 +53,7 @@ def velocity(
     color
         A column of ``adata.obs`` that colours the cells; the time of the fit if None. Colours of the fit's growth are
         centred at 0, and end, as those of its velocities' spread, at the 98th percentile. Categories have the colours
-        of ``adata.uns[color + "_colors"]``, where they are there.
+        of ``adata.uns[color + "_colors"]``, where they are there. A gene is shown by its values in ``adata.X``.
     dims
         Which two columns of the basis.
     key
@@ -75,7 +74,7 @@ def velocity(
     Raises
     ------
     KeyError
-        No such fit, basis or column of ``adata.obs``.
+        No such fit or basis; a `color` that is neither a column of ``adata.obs`` nor a gene.
     ValueError
         Other times or coordinates than at the fit; an unknown `kind`; a `color` without a finite value; `dims` that the
         basis lacks; a `density` or `min_mass` out of range.
@@ -100,8 +99,7 @@ def velocity(
     n_grid = max(2, round(GRID[kind] * density))
     x, y, mean = grid_average(plane.cells[rows], arrows, n_grid=n_grid, bandwidth=BANDWIDTH[kind], min_mass=min_mass)
 
-    observed = times_of(adata, params["time_key"])
-    norm = Normalize(np.nanmin(observed), np.nanmax(observed))
+    norm = time_range(adata, key, times_of(adata, params["time_key"]))
     ax = axes_or_new(ax)
     small = shrinkage(ax)  # before a colour bar or a legend takes some of the panel
     draw_cells(ax, adata, plane, color=color, time_key=params["time_key"], norm=norm, alpha=0.35, key=key)
