@@ -325,7 +325,7 @@ def test_the_cells_whose_paths_are_shown_can_be_chosen(adata):
     chosen = np.sort(np.random.default_rng(1).choice(100, size=30, replace=False))
     starts = np.array(lines.get_segments()).reshape(30, TIMES.size - 1, 2, 2)[:, 0, 0]
     np.testing.assert_allclose(starts, adata.obsm["X_pca"][chosen, :2], rtol=1e-5)
-    with pytest.raises(KeyError, match="not in adata.obs_names"):
+    with pytest.raises(KeyError, match=r"not in adata\.obs_names"):
         pl.trajectories(adata, rows=["nobody"])
 
 

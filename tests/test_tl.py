@@ -807,3 +807,70 @@ def test_default_steps_are_fine_enough(cells: AnnData, method) -> None:
         found[n_steps] = cells.obsm["flow_trajectories"]
     off = (found[None] - found[50]) / spread
     assert 0 < np.sqrt((off**2).mean()) < 1e-3  # float32 and rk4 at ten steps a gap; a field is off by some percent
+
+
+# --- a closed-form field, exactly
+
+
+def _cells(points: np.ndarray, times: np.ndarray) -> AnnData:
+    obs = pd.DataFrame({"time": times}, index=[f"c{k}" for k in range(len(times))])
+    return AnnData(obs=obs, obsm={"X_pca": points.astype(np.float32)})
+
+
+def _turning(n: int = 200) -> AnnData:
+    """A cloud that goes up ten in the first interval and down ten in the second: its velocity jumps between them."""
+    base = np.random.default_rng(0).normal(size=(n, 2))
+    points = np.concatenate([base + np.array(place) for place in ([0, 0], [1, 10], [2, 0])])
+    made = _cells(points, np.repeat([0.0, 1.0, 2.0], n))
+    sctraj.tl.fit_flow(made, method="ot-cfm", field="closed-form")
+    return made
+
+
+def test_a_way_that_ends_at_a_snapshot_is_of_its_own_interval_alone() -> None:
+    cells = _turning()
+    x = cells.obsm["X_pca"].reshape(3, -1, 2).mean(1)
+    for solver, n_steps in (("rk4", None), ("euler", 2)):
+        sctraj.tl.trajectories(cells, times=[0.0, 1.0, 2.0], solver=solver, n_steps=n_steps)
+        paths = cells.obsm["flow_trajectories"].reshape(3, -1, 3, 2).mean(1)  # of a snapshot's mean, at every time
+        np.testing.assert_allclose(paths, np.broadcast_to(x, (3, 3, 2)), atol=0.15)  # a step of the wrong way is 5
+    half = sctraj.tl.interpolate(cells, 0.5, solver="euler", n_steps=20).obsm["X_pca"].reshape(2, -1, 2).mean(1)
+    np.testing.assert_allclose(half, [x[:2].mean(0)] * 2, atol=0.1)
+    sctraj.tl.trajectories(cells, times=[0.0, 2.0])  # which leaves the snapshot between out
+    np.testing.assert_allclose(cells.obsm["flow_trajectories"][:200, 1].mean(0), paths[0, 2], atol=0.05)
+
+
+def test_a_closed_form_flow_is_the_same_backwards_in_time(cells: AnnData) -> None:
+    back = cells.copy()
+    back.obs["time"] = -back.obs["time"]
+    for one in (cells, back):
+        sctraj.tl.leave_one_out(one, field="closed-form")
+    there, again = (sctraj.get.leave_one_out(one, metric="energy").loc["uot-cfm"] for one in (cells, back))
+    np.testing.assert_allclose(there["mean"], again["mean"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_a_closed_form_bridge_keeps_a_population_together(stochastic) -> None:
+    rng, n = np.random.default_rng(0), 150
+    times = np.arange(4.0).repeat(n)
+    cells = _cells(rng.normal(3 * times[:, None] * [1, 0]), times)
+    sctraj.tl.fit_flow(cells, method="sb-cfm", field="closed-form")
+    sctraj.tl.trajectories(cells, times=[0.0, 1.0, 2.0, 3.0], stochastic=stochastic)
+    spread = cells.obsm["flow_trajectories"].reshape(4, n, 4, 2).std(1)
+    assert spread.min() > 0.75
+    assert spread.max() < 1.3  # 1 for all; 100 by steps too large, 1.7 by those of a neighbouring interval
+
+
+def test_closed_form_members_share_their_diffusivity(cells: AnnData) -> None:
+    sctraj.tl.fit_flow(cells, method="sb-cfm", field="closed-form")
+    one = cells.uns["flow"]["params"]["sigma"]
+    sctraj.tl.fit_flow(cells, method="sb-cfm", field="closed-form", n_members=3)
+    paths = {name: value for name, value in cells.uns["flow"]["weights"].items() if name.endswith("sigma")}
+    assert len(paths) == 3
+    assert {float(value) for value in paths.values()} == {one} == {cells.uns["flow"]["params"]["sigma"]}
+
+
+def test_seeds_of_pairs_that_are_drawn_are_in_the_table(cells: AnnData) -> None:
+    sctraj.tl.leave_one_out(cells, methods=("uot-cfm", "i-cfm"), field="closed-form", n_seeds=3)
+    wide = sctraj.get.leave_one_out(cells, metric="energy")
+    assert wide.loc["i-cfm", "sd"] > 0
+    assert np.isnan(wide.loc["uot-cfm", "sd"])

@@ -20,7 +20,7 @@ from torch import Tensor, zeros
 
 from .. import tl
 from ..flow.baselines import BASELINES, baseline, neighbours
-from ..flow.fields import farther_shares, make_field
+from ..flow.fields import distinct_seeds, farther_shares, make_field
 from ..flow.flow_matching import Training, pick_device
 from ..flow.hold_out import NOISE_REFERENCE
 from ..flow.integrate import AS_PUBLISHED
@@ -222,7 +222,7 @@ def restore_own(
     """Restore all times of all queries by one of sctraj's own methods, trained as ONE batch.
 
     Queries with the same snapshots must follow each other. Couplings of folds that share an interval's tensors are
-    computed once. A closed-form field does not depend on a seed and is put together once for them.
+    computed once. A closed-form field that does not depend on a seed is put together once for them.
     """
     chosen = own_settings(method, settings)
     field, path, sigma, block = (chosen.pop(name) for name in ("field", "path", "sigma", "block"))
@@ -234,7 +234,7 @@ def restore_own(
     plans, known = Plans(block, where), set[int]()
     for group in _by_snapshots(queries):
         seeds = [member_seeds(query.seed, 1)[0] for query in group]
-        some = seeds if field == "neural" else seeds[:1]
+        some = distinct_seeds(field, method, seeds)
         cells = {id(x) for x in group[0].snapshots.points}
         if not cells & known:  # strict folds, each in a space of its own: no need to keep what is of no use to others
             plans = Plans(block, where)

@@ -8,6 +8,7 @@ so it is for a bridge; elsewhere, with a local bandwidth, it is a kernel estimat
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -113,6 +114,26 @@ class ClosedFormField(VectorField):
         return torch.stack(
             [_bandwidth(part, time, points) for part, time, points in zip(self._parts, self._times(t), x)]
         )
+
+    def within(self, t0: Tensor | float, t1: Tensor | float) -> ClosedFormField:
+        """Return the field of the interval that every member's way from ``t0`` to ``t1`` is in, with both its ends.
+
+        At a snapshot the field jumps: a way that ends there needs the interval before, one that begins there, which may
+        be backwards in time, its own. Where a way crosses a snapshot it is this field.
+        """
+        parts = []
+        ends = (self._times(torch.as_tensor(t).reshape(-1, 1, 1)) for t in (t0, t1))
+        for part, first, last in zip(self._parts, *ends):
+            middle = (first + last) / 2
+            interval = part.intervals[max(sum(float(one.pairs.t0) <= middle for one in part.intervals) - 1, 0)]
+            start, end = float(interval.pairs.t0), float(interval.pairs.t1)
+            rounding = 1e-6 * (end - start)
+            if min(first, last) < start - rounding or max(first, last) > end + rounding:
+                return self
+            parts.append(replace(part, intervals=(interval,)))
+        inside = copy.copy(self)
+        inside._parts = tuple(parts)
+        return inside
 
     def _times(self, t: Tensor | float) -> list[float]:
         return torch.as_tensor(t, dtype=torch.float64).expand(self.members, 1, 1)[:, 0, 0].tolist()

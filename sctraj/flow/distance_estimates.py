@@ -139,7 +139,9 @@ def restoration_plan(
         share.index_add_(0, part1.rows[plan.j], part * length)
         barycentre.index_add_(0, part1.rows[plan.j], part[:, None] * part0.points[plan.i])
         costs.append(plan.cost)
-    share, barycentre = share / b.mass, barycentre / b.mass[:, None]
+    counts = b.mass[:, None] > 0  # a cell without weight has no share, and stays where it is
+    share = torch.where(counts[:, 0], share / b.mass, 0.0)
+    barycentre = torch.where(counts, barycentre / b.mass[:, None], b.points)
     if not large:
         return Restored(costs[0], share, barycentre)
     estimate, mean = _extrapolated(a, b, PLAN_BLOCK, costs, 1, stream), float(np.mean(costs))

@@ -10,7 +10,7 @@ import torch
 
 from .closed_form import closed_form
 from .flow_matching import Fit, Training, fit
-from .problem import Problem
+from .problem import LISTED, Problem
 
 FieldKind = Literal["neural", "closed-form"]
 logger = logging.getLogger(__name__)
@@ -58,6 +58,11 @@ def make_field(
             f"{d + 1} columns, velocity and growth, or pass method='ot-cfm'"
         )
     return fitted
+
+
+def distinct_seeds(kind: FieldKind, method: str, seeds: Sequence[int]) -> Sequence[int]:
+    """Return the seeds by which fields differ: the first alone, where nothing is trained and no pairs are drawn."""
+    return seeds if kind == "neural" or method not in LISTED else seeds[:1]
 
 
 def farther_shares(kind: FieldKind, problems: Sequence[Problem]) -> list[float]:

@@ -11,7 +11,7 @@ from . import baselines
 from .baselines import INTERPOLATION
 from .integrate import Field, Integration
 from .plans import Plans
-from .problem import DISPLACEMENT_CELLS, Problem, make_problems, taking_part
+from .problem import Problem, make_problems, measured_whole, taking_part
 from .restoration import Restoration, gathered
 from .snapshots import Interval, Snapshots
 from .starts import Start, origins
@@ -49,9 +49,8 @@ def hold_out_problems(
     folds = {k: few.without(k) for k in interior(few)}
     intervals = [interval for kept in folds.values() for interval in kept.intervals()]
     if sigma is None:
-        measured = [i for i in intervals if max(len(i.x0), len(i.x1)) <= DISPLACEMENT_CELLS]
-        plans.prepare(measured, "ot-cfm")
-    if not validate and method in ("ot-cfm", "uot-cfm"):
+        plans.prepare([interval for interval in intervals if measured_whole(interval, plans)], "ot-cfm")
+    if not validate:
         plans.prepare(intervals, method)
     for k, kept in folds.items():
         members, held_back = make_problems(

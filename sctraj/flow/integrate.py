@@ -34,6 +34,9 @@ class Field(Protocol):
     def bandwidth(self, t: Tensor | float, x: Tensor) -> Tensor:
         """Return the standard deviation of the kernel, ``(M, B, 1)``; zero without one."""
 
+    def within(self, t0: Tensor | float, t1: Tensor | float) -> Field:
+        """Return what the field is on the way from ``t0`` to ``t1``, up to both ends: at these it may jump."""
+
 
 @dataclass(frozen=True)
 class Integration:
@@ -89,7 +92,7 @@ def transport(field: Field, x: Tensor, t0: Tensor | float, t1: Tensor | float, h
     -------
     Cells at ``t1``, and what has become of their mass (nothing, where the field has no growth).
     """
-    start, span = _span(t0, t1, x)
+    field, (start, span) = field.within(t0, t1), _span(t0, t1, x)
     length, d = span.to(x.device, non_blocking=True), x.shape[-1]
     grows = field.evaluate(start, x[:, :1]).growth is not None
 
@@ -144,7 +147,7 @@ def simulate(
     """
     if not field.has_score:
         raise ValueError("expected a field with a score, found velocity alone; fit with method='sb-cfm'")
-    start, span = _span(t0, t1, x)
+    field, (start, span) = field.within(t0, t1), _span(t0, t1, x)
     diffusivity = torch.as_tensor(sigma, dtype=x.dtype).reshape(-1, 1, 1).to(x.device, non_blocking=True)
     step = (span / n_steps).to(x.device, non_blocking=True)
     correction = torch.sign(step) * diffusivity.square() / 2

@@ -152,7 +152,9 @@ class Plans:
         self._anew.clear()
 
     def prepare(self, intervals: Sequence[Interval], method: str) -> None:
-        """Solve couplings of small snapshots on several threads at once; those of large ones are of blocks that are."""
+        """Solve exact and growing couplings of small snapshots on several threads at once; of large ones blocks are."""
+        if method not in ("uot-cfm", "ot-cfm"):
+            return
         distinct: list[Interval] = []
         for interval in intervals:
             small = cells_a_side(interval) <= (self.block or (WHOLE if method == "uot-cfm" else BLOCK))

@@ -22,6 +22,7 @@ from .tangents import Tangents, reliability, tangents, velocities
 from .threads import at_once
 
 METHODS = ("uot-cfm", "ot-cfm", "i-cfm", "sb-cfm", "vp-cfm")
+LISTED = ("uot-cfm", "ot-cfm")  # whose couplings list their pairs; the others' are drawn, by a member's seed
 PATHS = ("hermite", "straight", "land", "rbf")
 
 # sigma, where none is given, as a fraction of the displacement per root of the mean gap: scale- and unit-free
@@ -183,18 +184,25 @@ def displacement(snapshots: Snapshots, plans: Plans) -> float:
 
     Of snapshots with more than 1,000 cells an evenly spaced thousand stands for the whole.
     """
-    squares = []
-    for interval in snapshots.intervals():
-        if max(len(interval.x0), len(interval.x1)) <= min(DISPLACEMENT_CELLS, plans.block or DISPLACEMENT_CELLS):
-            plan = plans.couple(interval, None, "ot-cfm")
-            assert isinstance(plan, SparsePlan)
-            squares.append(plan.cost)
-            continue
-        rows, columns = (evenly(len(x), DISPLACEMENT_CELLS).to(x.device) for x in (interval.x0, interval.x1))
-        m0, m1 = interval.mass0[rows], interval.mass1[columns]
-        thinned = replace(interval, x0=interval.x0[rows], x1=interval.x1[columns], mass0=m0, mass1=m1)
-        squares.append(blocked(thinned, torch.Generator(), block=DISPLACEMENT_CELLS).cost)
+    squares = at_once(partial(_mean_square, plans=plans), [(interval,) for interval in snapshots.intervals()])
     return math.sqrt(sum(squares) / len(squares) / snapshots.dimension)
+
+
+def measured_whole(interval: Interval, plans: Plans) -> bool:
+    """Whether the displacement over an interval is that of the exact coupling of all its cells."""
+    return max(len(interval.x0), len(interval.x1)) <= min(DISPLACEMENT_CELLS, plans.block or DISPLACEMENT_CELLS)
+
+
+def _mean_square(interval: Interval, plans: Plans) -> float:
+    """Return the mean square displacement over an interval, in all coordinates together."""
+    if measured_whole(interval, plans):
+        plan = plans.couple(interval, None, "ot-cfm")
+        assert isinstance(plan, SparsePlan)
+        return plan.cost
+    rows, columns = (evenly(len(x), DISPLACEMENT_CELLS).to(x.device) for x in (interval.x0, interval.x1))
+    m0, m1 = interval.mass0[rows], interval.mass1[columns]
+    thinned = replace(interval, x0=interval.x0[rows], x1=interval.x1[columns], mass0=m0, mass1=m1)
+    return blocked(thinned, torch.Generator(), block=DISPLACEMENT_CELLS).cost
 
 
 def default_sigma(snapshots: Snapshots, method: str, plans: Plans) -> float:
@@ -305,11 +313,13 @@ def make_problems(
     share: float | None = None
     spreads: tuple[float, ...] | None = None if sigma is None and method == "uot-cfm" else ()
     for part, cells in zip(problems, parts):
+        plans.prepare(cells.intervals(), method)
         couplings = tuple(plans.couple(interval, law, method) for interval in cells.intervals())
         if isinstance(law, Straight) and path in ("land", "rbf"):  # learned once, on the cells to train on
             law = _learned(cells, couplings, "land" if path == "land" else "rbf", law.sigma)
         bends = None
         if isinstance(law, Hermite):
+            plans.prepare(cells.intervals(), "uot-cfm")
             kin: Sequence[GrowingPlan] = [plans.growing(i) for i in cells.intervals()]  # whatever the couplings are
             # as the cells to train on have it, and by places alone: who is paired by velocity seems to turn reliably
             share = reliability(cells, kin) if share is None else share

@@ -227,6 +227,10 @@ class VectorField(nn.Module, ABC):
         """Return the standard deviation ``(M, B, 1)`` of the kernel that the field averages by; zero without one."""
         return x.new_zeros(*x.shape[:-1], 1)
 
+    def within(self, t0: Tensor | float, t1: Tensor | float) -> VectorField:
+        """Return what the field is from ``t0`` to ``t1``, with both ends: this one, where it has no jumps."""
+        return self
+
     def velocity(self, t: Tensor | float, x: Tensor) -> Tensor:
         """Return the velocity ``(M, B, d)`` at real time ``t`` and points ``(M, B, d)``."""
         return self.evaluate(t, x).velocity
@@ -287,6 +291,10 @@ class Ensemble:
     def bandwidth(self, t: Tensor | float, x: Tensor) -> Tensor:
         """Return the members' mean bandwidth at points ``(1, B, d)``."""
         return self.field.bandwidth(t, x.expand(self.field.members, *x.shape[1:])).mean(0, keepdim=True)
+
+    def within(self, t0: Tensor | float, t1: Tensor | float) -> Ensemble:
+        """Return the mean of the members on the way from ``t0`` to ``t1``."""
+        return Ensemble(self.field.within(t0, t1))
 
     def velocity(self, t: Tensor | float, x: Tensor) -> Tensor:
         """Return the velocity at points ``(1, B, d)``."""

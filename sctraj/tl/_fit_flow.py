@@ -14,7 +14,7 @@ from ..flow.fields import FieldKind, farther_shares, make_field
 from ..flow.flow_matching import Training, pick_device
 from ..flow.integrate import CELLS
 from ..flow.plans import Plans
-from ..flow.problem import Problem, make_problems, taking_part
+from ..flow.problem import Problem, default_sigma, make_problems, taking_part
 from ..flow.snapshots import Snapshots, resampled
 from ._field import check_field, fit_record, path_name, warn_of_unused
 from ._outliers import warn_of_outliers
@@ -87,7 +87,8 @@ def fit_flow(
         None: hermite for ``"uot-cfm"``, straight for the others.
     field
         ``"neural"``: a network trained by flow matching; its cost at a cell does not grow with the number of pairs.
-        ``"closed-form"``: a kernel average of the pairs' velocities, without training or seed; less accurate (1.0 to
+        ``"closed-form"``: a kernel average of the pairs' velocities, without training, and without a seed but for
+        methods whose pairs are drawn (all but the first two; four a cell are taken); less accurate (1.0 to
         1.1 times the energy distance of held-out real snapshots, up to 1.9 times of simulated ones) but where cells
         are few and dimensions many.
     growth_key
@@ -190,13 +191,15 @@ def fit_flow(
     def problems_of(snapshots: Snapshots, seeds: Sequence[int]) -> tuple[list[Problem], list[Problem]]:
         validate = patience is not None and field == "neural"
         made = make_problems(
-            snapshots, method=method, path=path, sigma=sigma, seeds=seeds, validate=validate, plans=plans
+            snapshots, method=method, path=path, sigma=width_of_path, seeds=seeds, validate=validate, plans=plans
         )
         plans.forget_velocities()  # which folds alone share
         return made
 
+    width_of_path = sigma
     if field == "closed-form" and n_members > 1:
         some = taking_part(cells.snapshots, method, path, plans)  # of which the members' draws are, as the fit is
+        width_of_path = default_sigma(some, method, plans) if sigma is None else sigma  # one for all
         problems = [p for one in seeds for p in problems_of(resampled(some, one), [one])[0]]
         validation: list[Problem] = []
     else:

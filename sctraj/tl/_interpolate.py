@@ -57,7 +57,8 @@ def interpolate(
     solver
         ``"rk4"`` or ``"euler"`` on a fixed grid, or ``"dopri5"``.
     n_steps
-        Steps of a fixed grid per mean gap between snapshots; None: 10 of rk4, 50 of euler.
+        Steps of a fixed grid per mean gap between snapshots; None: 10 of rk4, 50 of euler, ten times as many of a
+        closed-form bridge.
     tolerance
         Of ``"dopri5"``, relative.
     decode
@@ -90,8 +91,7 @@ def interpolate(
 
     check_module(module)
     where = pick_device(device)
-    per_gap = steps_per_gap(solver) if n_steps is None else n_steps
-    check_steps(solver, per_gap, tolerance)
+    check_steps(solver, 1 if n_steps is None else n_steps, tolerance)
     at = np.asarray(time)
     if at.ndim or at.dtype.kind not in "iuf":
         raise ValueError(f"expected a time that is a number, found {time!r}; pass one, such as 1.5")
@@ -113,6 +113,8 @@ def interpolate(
     check_jitter(jitter, flow.params["field"])
     decoder = _decoder(adata, use_rep) if decode else None
     field = flow.vector_field.to(where).ensemble()
+    stiff = flow.params["field"] == "closed-form" and field.has_score
+    per_gap = steps_per_gap(solver, stiff=stiff) if n_steps is None else n_steps
 
     def from_snapshot(k: int) -> Restoration:
         gap = abs(time - snapshots.times[k])

@@ -14,7 +14,7 @@ from .. import _adata
 from .._log import logger
 from ..flow import hold_out
 from ..flow.baselines import BASELINES
-from ..flow.fields import FieldKind, farther_shares, make_field
+from ..flow.fields import FieldKind, distinct_seeds, farther_shares, make_field
 from ..flow.flow_matching import Training, pick_device
 from ..flow.integrate import AS_PUBLISHED
 from ..flow.judgement import Judgement, judge_all
@@ -115,7 +115,8 @@ def leave_one_out(
         Standard deviation of normal noise on what is moved, in bandwidths of a closed-form field. Its flow keeps the
         population's spread from starts as wide as its kernel (1); cells themselves (0) end up a little too close.
     n_seeds
-        Fits per held-out snapshot and method. Closed-form fields do not depend on a seed and are put together once.
+        Fits per held-out snapshot and method. Closed-form fields of ``"uot-cfm"`` and ``"ot-cfm"`` do not depend on a
+        seed and are put together once.
     sigma, block, module, width, depth, n_steps, batch_size, learning_rate, weight_decay, ema_decay, patience
         As in `sctraj.tl.fit_flow`.
     device
@@ -187,7 +188,7 @@ def leave_one_out(
             method=method,
             path=path,
             sigma=sigma,
-            seeds=seeds if field == "neural" else seeds[:1],
+            seeds=distinct_seeds(field, method, seeds),
             validate=patience is not None and field == "neural",
             plans=plans,
         )

@@ -10,11 +10,12 @@ from ..flow.integrate import Solver
 
 RK4_STEPS = 10  # per mean gap: off by some 1e-4 of the data's spread, far less than any field is
 OTHER_STEPS = 50  # of first order
+STIFF = 10  # times as many where velocities grow without bound towards the snapshots, as a bridge's do
 
 
-def steps_per_gap(solver: Solver, *, stochastic: bool = False) -> int:
+def steps_per_gap(solver: Solver, *, stochastic: bool = False, stiff: bool = False) -> int:
     """Return the steps of a fixed grid per mean gap between snapshots."""
-    return RK4_STEPS if solver == "rk4" and not stochastic else OTHER_STEPS
+    return (RK4_STEPS if solver == "rk4" and not stochastic else OTHER_STEPS) * (STIFF if stiff else 1)
 
 
 def check_steps(solver: Solver, n_steps: float, tolerance: float) -> None:

@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from scipy.stats import chisquare
 
-from sctraj.flow.coupling import blocked, entropic, exact, independent, kernel, sinkhorn, unbalanced
+from sctraj.flow.coupling import blocked, entropic, exact, independent, kernel, optimal_plan, sinkhorn, unbalanced
 from sctraj.flow.coupling.blocked import blocks
 from sctraj.flow.coupling.independent import draw_each
 from sctraj.flow.snapshots import Interval
@@ -585,3 +585,14 @@ def test_each_row_is_drawn_by_its_masses():
         found = torch.bincount(columns, minlength=5) / n
         assert bool((found[row == 0] == 0).all())
         torch.testing.assert_close(found.double(), row, rtol=0, atol=4 * math.sqrt(0.25 / n))
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("n", [100, 400])
+def test_exact_plans_are_so_in_any_unit(n, p):
+    rng = torch.Generator().manual_seed(n)
+    x, y = (torch.randn(m, 3, generator=rng, dtype=torch.float64) for m in (n, n + 20))
+    a, b = (torch.full((len(z),), 1 / len(z), dtype=torch.float64) for z in (x, y))
+    cost = optimal_plan(x, y, a, b, p=p).cost
+    for unit in (1e-10, 1e-7, 1e7):
+        assert optimal_plan(unit * x, unit * y, a, b, p=p).cost / unit**p == pytest.approx(cost, rel=1e-9)

@@ -153,3 +153,12 @@ def test_clouds_at_one_place_and_clouds_that_are_all_but_the_same_have_finite_er
         value, error, _ = estimated_wasserstein(z, y, p=p)
         assert 0 <= value < 0.2
         assert error < 0.2
+
+
+def test_an_observed_cell_without_weight_has_no_share_and_stays():
+    rng = np.random.default_rng(0)
+    x, y, weights = rng.normal(size=(30, 2)), rng.normal(size=(20, 2)), np.r_[np.ones(15), np.zeros(5)]
+    plan = restoration_plan(x, y, weights_x=None, weights_y=weights)
+    np.testing.assert_array_equal(plan.share[15:], 0)
+    np.testing.assert_array_equal(plan.barycentre[15:], y[15:])
+    assert float(plan.share @ torch.from_numpy(weights / weights.sum())) == pytest.approx(plan.distance, rel=1e-9)

@@ -41,6 +41,9 @@ class Swirl:
     def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
         return FieldSample(self.rate * torch.sin(x.flip(-1) + t), None)
 
+    def within(self, t0, t1):
+        return self
+
     def member(self, k: int) -> Swirl:
         one = Swirl(1)
         one.rate = self.rate[k : k + 1]

@@ -27,6 +27,9 @@ class Linear:
     def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
         return FieldSample(t * x @ self.matrices.mT, None)
 
+    def within(self, t0, t1):
+        return self
+
     def truth(self, x: Tensor, t0: Tensor | float, t1: Tensor | float) -> Tensor:
         area = torch.as_tensor(t1**2 - t0**2, dtype=torch.float64).reshape(-1, 1, 1) / 2
         return x @ torch.linalg.matrix_exp(self.matrices * area).mT
@@ -37,6 +40,9 @@ class Gaussian:
 
     has_score = True
     scale = torch.ones(1, 1, 1, dtype=torch.float64)
+
+    def within(self, t0, t1):
+        return self
 
     @staticmethod
     def variance(t: Tensor | float) -> Tensor | float:
@@ -247,6 +253,9 @@ class OrnsteinUhlenbeck:
     def __init__(self, theta: float, sigma: float) -> None:
         self.theta, self.sigma = theta, sigma
         self.scale, self.has_score = torch.ones(1, 1, 1, dtype=torch.float64), True
+
+    def within(self, t0, t1):
+        return self
 
     def evaluate(self, t, x):
         score = -x / 0.7  # of any Gaussian: the drift is what counts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,12 +75,14 @@ def optimal_plan(x0: Tensor, x1: Tensor, mass0: Tensor, mass1: Tensor, *, p: int
         If the solver reports that the plan is not optimal.
     """
     cost = distances(x0.double().cpu(), x1.double().cpu()).pow_(p).numpy()  # (n0, n1)
+    unit = math.ldexp(1.0, math.frexp(float(cost.mean()))[1])  # the simplex has tolerances of its own, in units of cost
+    cost /= unit
     a, b = (m.double().cpu().numpy() for m in (mass0, mass1))
     a, b = a / a.sum(), b / b.sum()
     found = _among_few(cost, a, b) if cost.size >= SMALLEST else None
     i, j, mass = _among_all(cost, a, b) if found is None else found
     i0, i1, share = (torch.from_numpy(v) for v in (i, j, mass / mass.sum()))
-    return SparsePlan(i0, i1, share, float((mass * cost[i, j]).sum()))
+    return SparsePlan(i0, i1, share, unit * float((mass * cost[i, j]).sum()))
 
 
 def _among_few(cost: Array, a: Array, b: Array) -> tuple[NDArray[np.int64], NDArray[np.int64], Array] | None:
