@@ -102,7 +102,8 @@ class Judge:
     parts
         How many restored cells come from each snapshot that was moved.
     width
-        Median distance among all observed cells: kernel and entropy are the same for all half-samples.
+        Median distance among all observed cells, of the noise reference among those of its observed half: kernel and
+        entropy are the same for all half-samples.
     """
 
     restored: Array

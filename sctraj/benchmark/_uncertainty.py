@@ -18,8 +18,10 @@ Cells
     and cancels, since only their spread about their own mean counts, which by the central limit theorem of W1 about its
     expectation falls as n^(-1/2) in any dimension (del Barrio & Loubes 2019). Where two laws are all but the same, the
     U-statistics are degenerate and halves vary too much (by up to the root of 3): the interval is then too wide, never
-    too narrow. What it covers is the distance expected between as many cells as there are; of W1 that is larger than
-    the distance of the laws.
+    too narrow. Of W1 it is a little too narrow: between fewer cells W1 has a higher floor and moves less with a shift.
+    The interval of the difference of two methods of one expected W1 held it in .9 of simulations (3 dimensions, 60 and
+    150 cells), that of their energy distances in .945 to .955. What it covers is the distance expected between as many
+    cells as there are; of W1 that is larger than the distance of the laws.
 
 What half-samples leave out is the fit itself: methods are not trained anew on fewer cells.
 

@@ -51,7 +51,8 @@ class Integration:
     n_steps
         On the whole way, or where several gaps are crossed in each of them.
     tolerance
-        Of dopri5, relative to the position and to the data's rms deviation; of log masses absolute.
+        Of dopri5, of a step, relative to the position and to the data's rms deviation; of log masses absolute. On the
+        whole way it adds up: at 1e-4 cells were off by .2 % of the deviation (rms), single ones by 1 %.
     """
 
     solver: Solver

@@ -103,8 +103,8 @@ def moved(
     how
         Solver, steps on the whole way, tolerance.
     jitter
-        Standard deviation of normal noise on the cells, in bandwidths of a closed-form field. Its flow keeps the law of
-        its pairs from starts as wide as its kernel, 1; cells themselves, 0, end up a little too close together.
+        Standard deviation of normal noise on the cells, in bandwidths of a closed-form field. Where the kernel is the
+        path's its flow keeps the law of its pairs from starts as wide as the kernel, 1; of a local one it is too much.
     seeds
         Of the members' jitter, M if there is any: a snapshot's number, as it belongs to the data.
 

@@ -87,6 +87,8 @@ def leave_one_out(
     them stand ``w1_unweighted`` and ``energy_unweighted``, all restored cells weighing the same. What the energy
     distance has beyond ``energy_about_mean``, which takes both populations about their own means, is that the restored
     one is off as a whole, as where a sample has an age or a batch of its own; a composition of its own is in both.
+    Of clusters far apart ``energy_about_mean`` is above zero even for two samples of one law: hold it against the noise
+    reference's.
 
     The held-out cells enter no coupling, no sigma, no scaling and no weight. But a representation computed on all
     cells (a PCA, a standardisation) has itself seen them; the distances are then a little too good, for every
@@ -112,8 +114,10 @@ def leave_one_out(
         more the third), where single samples are noisy: what these are off by cancels better among more. The share of
         each beside the next nearer one is the protocol's ``farther``; unweighted distances count all their cells alike.
     jitter
-        Standard deviation of normal noise on what is moved, in bandwidths of a closed-form field. Its flow keeps the
-        population's spread from starts as wide as its kernel (1); cells themselves (0) end up a little too close.
+        Standard deviation of normal noise on what is moved, in bandwidths of a closed-form field. Where its kernel is
+        the path's (``"sb-cfm"``) its flow keeps the law of its pairs from starts as wide as the kernel (1). A local
+        kernel is as wide in every coordinate as the fifth nearest pair is far: 1 is too much, in 5 dimensions V
+        becomes 2.5; 0 is a little too little.
     n_seeds
         Fits per held-out snapshot and method. Closed-form fields of ``"uot-cfm"`` and ``"ot-cfm"`` do not depend on a
         seed and are put together once.
