@@ -182,6 +182,12 @@ def check_output(path: Path, *suffixes: str) -> None:
         raise FileNotFoundError(f"Expected to write {path}, found {found}.")
 
 
+def check_folder(path: Path) -> None:
+    """Raise if there cannot be a folder of that name."""
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"Expected a folder to write to, new or there already, found a file: {path}.")
+
+
 def prepare(adata: AnnData, *, time_key: str, column: str | None, pca: int | None, **reading: Any) -> None:
     """Read times from text and compute principal components, where asked for."""
     if column is not None:
@@ -294,6 +300,8 @@ def benchmark_command(
     summary.csv, paired.csv and report.html.
     """
     sys.path.append(str(Path.cwd()))  # as "python -m sctraj" has it; workers are told
+    if output is not None:
+        check_folder(output)
     where: dict[str, Any] = {} if output is None else {"folder": output}
     given = _given(ctx)
     how = {name: arguments.pop(name) for name in ("jobs", "dask", "plan")}

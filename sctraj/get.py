@@ -34,7 +34,8 @@ def vector_field(adata: AnnData, *, key: str = _adata.FLOW, module: nn.Module | 
     Returns
     -------
     A field of M members. ``field(t, x)`` takes a real time and an array ``(n, d)`` in the units of the
-    representation and returns the members' mean velocity ``(n, d)`` per unit of time. ``field.velocity(t, x)``,
+    representation and returns the members' mean velocity ``(n, d)`` per unit of time, ``field(t, x, "growth")`` their
+    mean growth rate ``(n,)``, ``field(t, x, "score")`` the score ``(n, d)``. ``field.velocity(t, x)``,
     ``field.score(t, x)`` and ``field.growth(t, x)`` take and return tensors ``(M, n, d)``. Before the first and after
     the last snapshot's time it answers too, with nothing that it learned.
 
@@ -102,7 +103,15 @@ def velocity(adata: AnnData, *, key: str = _adata.FLOW) -> pd.DataFrame:
     Returns
     -------
     n_obs x d, in units of the representation per unit of time.
+
+    Raises
+    ------
+    KeyError
+        No velocities.
+    ValueError
+        Cells with other times or coordinates than at the fit.
     """
+    _check(adata, key)
     values = _slot(adata, _adata.VELOCITY.format(key=key), "tl.fit_flow")
     return pd.DataFrame(np.asarray(values), index=adata.obs_names)
 
@@ -133,8 +142,10 @@ def trajectories(
     IndexError
         Numbers of cells that are not there.
     ValueError
-        `rows` that are neither numbers nor names nor a mask of n_obs booleans.
+        `rows` that are neither numbers nor names nor a mask of n_obs booleans; cells with other times or coordinates
+        than at the fit.
     """
+    _check(adata, key)
     chosen = slice(None) if rows is None else row_numbers(adata, rows)
     values = _adata.read_trajectories(adata, key, chosen)
     times = np.asarray(_adata.stored(adata, key)["trajectory_times"])
@@ -224,6 +235,12 @@ def row_numbers(adata: AnnData, rows: Sequence[int] | Sequence[bool] | Sequence[
         f"Expected rows to be numbers or names of cells, or a mask of {adata.n_obs} booleans, one for each cell; found "
         f'{asked.dtype} of shape {asked.shape}. Pass one of these, such as adata.obs["time"] == 2.'
     )
+
+
+def _check(adata: AnnData, key: str) -> None:
+    """Raise a ValueError where the cells are not those of the flow, if it is still there to tell."""
+    if _adata.is_flow(adata.uns.get(key)):
+        _adata.check_cells(adata, key)
 
 
 def _slot(adata: AnnData, name: str, writer: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from anndata import AnnData
 
 from sctraj import get, tl
@@ -71,3 +72,29 @@ def test_a_field_refuses_what_is_no_time_or_no_points(followed: AnnData, t, shap
     points = followed.obsm["X_pca"][:3] if shape is None else np.zeros(shape)
     with pytest.raises(ValueError, match=message):
         get.vector_field(followed)(t, points)
+
+
+def test_a_field_gives_what_it_is_asked_for_at_points_that_are_an_array(followed: AnnData) -> None:
+    field = get.vector_field(followed)
+    x = followed.obsm["X_pca"][:7]
+    points = torch.as_tensor(x).expand(field.members, *x.shape)
+    np.testing.assert_array_equal(field(1.0, x, "growth"), field.growth(1.0, points).mean(0)[:, 0])
+    np.testing.assert_array_equal(field(1.0, x), field(1.0, x, "velocity"))
+    with pytest.raises(ValueError, match="expected one of velocity, score, growth, found 'mass'"):
+        field(1.0, x, "mass")
+    with pytest.raises(ValueError, match="a field with a score"):
+        field(1.0, x, "score")
+    with pytest.raises(ValueError, match="expected one time, found 3"):
+        field(np.arange(3), x)
+
+
+def test_what_was_written_of_other_cells_is_not_given_back(followed: AnnData) -> None:
+    some = followed[::2].copy()
+    assert len(get.velocity(some)) == some.n_obs
+    for stale in (followed, some):
+        stale.obsm["X_pca"] = -stale.obsm["X_pca"]
+        for one in (get.velocity, get.trajectories):
+            with pytest.raises(ValueError, match=r"other times or coordinates.*tl\.fit_flow again"):
+                one(stale)
+    del some.uns["flow"]  # as `anndata.concat` leaves it
+    assert len(get.velocity(some)) == some.n_obs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import numpy as np
@@ -82,3 +83,31 @@ def test_cells_are_decoded_after_a_part_of_them_was_left_out(cells: AnnData) -> 
     np.testing.assert_allclose(
         there.X, rebuilt[:, [cells.var_names.get_loc(n) for n in there.var_names]], atol=0.03
     )  # means of genes beside the PCA's plane are the part's own
+
+
+def test_a_flow_of_genes_gives_genes_back(cells: AnnData) -> None:
+    cells.obsm.clear()
+    tl.fit_flow(cells, use_rep="X", field="closed-form")
+    there = tl.interpolate(cells, 1.5)
+    assert there.var_names.equals(cells.var_names)
+    assert there.X.shape == (there.n_obs, cells.n_vars)
+    assert not there.obsm
+    own = tl.interpolate(cells, 1.0)
+    np.testing.assert_allclose(own.X, cells[own.obs["source_cell"].to_numpy()].X, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "reason"),
+    [
+        (lambda a: None, {"decode": False}, r"\(by decode=False\)"),
+        (lambda a: a.varm.pop("PCs"), {}, r'\(no varm\["PCs"\]\)'),
+        (lambda a: a.uns["flow"]["params"].update(use_rep="X_other"), {}, r'\(the flow is in "X_other"; from "X_pca"'),
+    ],
+)
+def test_why_nothing_is_decoded_is_said(fitted: AnnData, caplog, change, options, reason) -> None:
+    fitted.obsm["X_other"] = fitted.obsm["X_pca"]
+    fitted.varm["PCs"] = np.zeros((fitted.n_vars, fitted.obsm["X_pca"].shape[1]))
+    change(fitted)
+    caplog.set_level("INFO", logger="sctraj")
+    tl.interpolate(fitted, 1.5, **options)
+    assert re.search(f"not decoded to genes {reason}", caplog.text)

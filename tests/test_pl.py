@@ -793,6 +793,8 @@ def test_an_unknown_colour_lists_the_columns(adata):
         (lambda a: pl.trajectories(a, color=["kind", "day"]), r"color=\['kind', 'day'\].*one column"),
         (lambda a: pl.trajectories(a, n_cells=-1), r"n_cells=-1 .*whole number of at least 0"),
         (lambda a: pl.trajectories(a, n_cells=2.5), r"n_cells=2\.5"),
+        (lambda a: pl.leave_one_out(a, kind="map", metric="mmd"), r"metric='mmd' .*left out for kind='map'"),
+        (lambda a: pl.leave_one_out(a, basis="linear"), r"basis='linear' .*left out for kind='distances'"),
     ],
 )
 def test_a_bad_argument_says_what_was_expected(adata, draw, message):

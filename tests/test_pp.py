@@ -211,6 +211,13 @@ def test_values_that_are_no_times_are_refused(labels):
     assert "Say the times yourself: mapping={" in message
 
 
+def test_the_times_that_could_be_read_are_in_the_advice():
+    assert "mapping={'D1': 1, 'D2.5': 2.5, 'iPSC': ...}." in refusal(["D1", "D2.5", "iPSC"])
+    mixed = refusal(["D1", "12h", "iPSC"])  # in what unit would they be?
+    assert "mapping={'12h': ..., 'D1': ..., 'iPSC': ...}." in mixed
+    assert "..., ...}." in refusal([f"D{n}" for n in range(1, 30)] + ["iPSC"])
+
+
 def test_dates_are_told_what_to_do():
     assert "subtract the date of the start" in refusal(pd.to_datetime(["2024-01-01", "2024-01-02"]))
 

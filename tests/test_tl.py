@@ -874,3 +874,92 @@ def test_seeds_of_pairs_that_are_drawn_are_in_the_table(cells: AnnData) -> None:
     wide = sctraj.get.leave_one_out(cells, metric="energy")
     assert wide.loc["i-cfm", "sd"] > 0
     assert np.isnan(wide.loc["uot-cfm", "sd"])
+
+
+# --- what is said of data and results
+
+
+@pytest.mark.parametrize("verb", [sctraj.tl.fit_flow, partial(sctraj.tl.leave_one_out, n_seeds=1)])
+def test_what_makes_a_flow_doubtful_is_said(cells: AnnData, caplog, verb) -> None:
+    caplog.set_level("WARNING", logger="sctraj")
+    x, rng = cells.obsm["X_pca"], np.random.default_rng(0)
+
+    def said(**options: object) -> list[str]:
+        caplog.clear()
+        verb(cells, field="closed-form", **options)
+        return [record.getMessage() for record in caplog.records]
+
+    assert said() == []
+    cells.obsm["X_umap"] = x[:, :2].copy()
+    (message,) = said(use_rep="X_umap")
+    assert 'draw that flow with basis="X_umap"' in message
+    cells.obsm["X_wide"] = x * np.r_[1, 100, np.ones(x.shape[1] - 2)].astype(np.float32)
+    assert any('one dimension of "X_wide" (1; the first is 0)' in message for message in said(use_rep="X_wide"))
+    counts = AnnData(rng.poisson(3 + cells.obs["time"].to_numpy()[:, None], (600, 5)).astype(np.float32), obs=cells.obs)
+    cells, kept = counts, cells
+    assert any("raw counts" in message for message in said(use_rep="X"))
+    cells.X = np.log1p(cells.X)
+    assert not any("raw counts" in message for message in said(use_rep="X"))
+    cells = kept
+    cells.obs["rates"] = rng.normal(0, 0.3, 600)
+    assert said(growth_key="rates") == []
+    cells.obs["rates"] *= 1000
+    assert any("are these rates per the unit of the times?" in message for message in said(growth_key="rates"))
+    cells.obs["rates"] = cells.obs["time"]
+    assert any("without effect" in message for message in said(growth_key="rates"))
+
+
+def test_a_flow_that_tells_nothing_is_said(cells: AnnData, caplog) -> None:
+    caplog.set_level("INFO", logger="sctraj")
+    sctraj.tl.leave_one_out(cells, field="closed-form")
+    energy = sctraj.get.leave_one_out(cells, metric="energy")["mean"]
+    assert f"uot-cfm {energy['uot-cfm']:.3g}, previous {energy['previous']:.3g}" in caplog.text
+    assert "tells nothing" not in caplog.text
+    rng, times = np.random.default_rng(0), np.repeat([0.0, 1.0, 2.0], 60)
+    late = _cells(rng.normal(size=(180, 2)) + 5 * (times == 2.0)[:, None], times)  # it moves in the second half alone
+    sctraj.tl.leave_one_out(late, field="closed-form")
+    assert "uot-cfm is no nearer to the held-out snapshots than a neighbour copied (previous;" in caplog.text
+
+
+def test_what_another_wrote_is_not_replaced_in_silence(cells: AnnData, caplog) -> None:
+    caplog.set_level("WARNING", logger="sctraj")
+    cells.obsm["rna_velocity"], cells.obs["rna_growth"] = np.zeros((600, 3)), "mine"
+    sctraj.tl.fit_flow(cells, field="closed-form", key_added="rna")
+    (record,) = caplog.records
+    assert record.getMessage().startswith('obsm["rna_velocity"], obs["rna_growth"]: there already')
+    caplog.clear()
+    sctraj.tl.fit_flow(cells, field="closed-form", key_added="rna")  # its own
+    cells.obsm["flow_restored"] = np.zeros((600, 3))
+    assert not caplog.records
+    sctraj.tl.leave_one_out(cells, field="closed-form")
+    (record,) = caplog.records
+    assert record.getMessage().startswith('obsm["flow_restored"]: there already')
+    caplog.clear()
+    sctraj.tl.leave_one_out(cells, field="closed-form")
+    assert not caplog.records
+
+
+def test_options_of_steps_that_nothing_uses_are_said(cells: AnnData, caplog) -> None:
+    caplog.set_level("WARNING", logger="sctraj")
+    sctraj.tl.fit_flow(cells, method="sb-cfm", field="closed-form")
+    sctraj.tl.interpolate(cells, 0.5, n_steps=5)
+    sctraj.tl.interpolate(cells, 0.5, solver="dopri5", tolerance=1e-2)
+    assert not caplog.records
+    sctraj.tl.interpolate(cells, 0.5, n_steps=5, tolerance=1e-2)
+    sctraj.tl.interpolate(cells, 0.5, solver="dopri5", n_steps=5, tolerance=1e-2)
+    sctraj.tl.trajectories(cells, times=[0.0, 1.0], stochastic=True, tolerance=1e-2)
+    sctraj.tl.leave_one_out(cells, methods="sb-cfm", field="closed-form", n_seeds=1, block=300)
+    assert [record.getMessage() for record in caplog.records] == [
+        "tolerance given, without effect on the steps of rk4",
+        "n_steps given, without effect on the steps of dopri5",
+        "tolerance given, without effect on the steps of the simulation",
+        "block given, without effect on sb-cfm",
+    ]
+
+
+def test_what_is_no_number_is_told_in_words(cells: AnnData) -> None:
+    with pytest.raises(ValueError, match="expected n_steps to be a whole number of at least 1, found '100'"):
+        sctraj.tl.fit_flow(cells, n_steps="100")
+    sctraj.tl.fit_flow(cells, field="closed-form")
+    with pytest.raises(ValueError, match=r"expected times that are numbers.*found 'D3'"):
+        sctraj.tl.trajectories(cells, times="D3")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+
+from .._log import logger
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -49,11 +51,30 @@ def check_flow_key(adata: AnnData, key: str) -> None:
             f'Expected a flow or nothing in adata.uns["{key}"], found something else, which is never overwritten. '
             f'Pass another key_added, or delete it first: del adata.uns["{key}"].'
         )
+    if key not in adata.uns:
+        of_flows = (VELOCITY, GROWTH, VELOCITY_SD, TRAJECTORIES, WEIGHTS)
+        say_replaced(adata, [slot.format(key=key) for slot in of_flows])
 
 
 def is_flow(value: Any) -> bool:
     """Whether an entry of ``uns`` is a fitted flow."""
     return isinstance(value, Mapping) and "weights" in value and "params" in value
+
+
+def is_protocol(value: Any) -> bool:
+    """Whether an entry of ``uns`` says how a leave-one-out table came about."""
+    return isinstance(value, Mapping) and "held_out_times" in value
+
+
+def say_replaced(adata: AnnData, names: Sequence[str]) -> None:
+    """Log which of the slots hold something, though nothing says that sctraj wrote it."""
+    places = {"obs": adata.obs, "obsm": adata.obsm, "uns": adata.uns}
+    found = [f'{place}["{name}"]' for name in names for place, held in places.items() if name in held]
+    if found:
+        logger.warning(
+            f"{', '.join(found)}: there already, and not known to be of an earlier call; what is written here takes "
+            f"its place. Pass another key_added to keep it"
+        )
 
 
 def is_ours(adata: AnnData, name: str) -> bool:

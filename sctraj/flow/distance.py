@@ -208,7 +208,14 @@ def sinkhorn_divergence(
     eps = 0.05 * median_distance(y) ** 2 if epsilon is None else float(epsilon)
 
     def cost(u: Cloud, v: Cloud) -> float:
-        plan = entropic(Interval(0.0, 1.0, u.points, v.points, u.mass, v.mass), epsilon=eps, tolerance=1e-4)
+        interval = Interval(0.0, 1.0, u.points, v.points, u.mass, v.mass)
+        try:
+            plan = entropic(interval, epsilon=eps, tolerance=1e-4)
+        except (ValueError, RuntimeError) as error:  # which speaks of a bridge
+            raise type(error)(
+                f"expected an epsilon at which Sinkhorn converges, found {eps:.3g}, too small for points that lie so "
+                f"far apart; pass a larger one, or leave points far from all others out"
+            ) from error
         return float(u.mass @ plan.f + v.mass @ plan.g)  # the dual value
 
     return cost(a, b) - cost(a, a) / 2 - cost(b, b) / 2

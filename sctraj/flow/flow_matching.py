@@ -7,6 +7,7 @@ is one batched matmul per layer. No member's numbers enter another's.
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -121,8 +122,9 @@ class Training:
             value = getattr(self, name)
             if value is None:
                 continue
-            if not value >= 1 or value == math.inf or value != int(value):
-                raise ValueError(f"expected {name} to be a whole number of at least 1, found {value}")
+            is_number = isinstance(value, numbers.Real)
+            if not is_number or not 1 <= value < math.inf or value != int(value):
+                raise ValueError(f"expected {name} to be a whole number of at least 1, found {value!r}")
             object.__setattr__(self, name, int(value))  # a float may stand for it
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"expected a positive learning_rate, found {self.learning_rate}")

@@ -245,7 +245,7 @@ def spread_between(interval: Interval, plans: Plans) -> float:
 def make_path(snapshots: Snapshots, method: str, path: str | None, sigma: float) -> ProbabilityPath:
     """Return a method's probability path; ``path`` is for the methods that leave a choice (see `make_problems`)."""
     if method in ("sb-cfm", "vp-cfm") and path is not None:
-        raise ValueError(f"expected no path for {method}, which has its own, found {path!r}; leave it out")
+        raise ValueError(f"expected no path for {method}, which has its own, found {path!r}; leave one of them out")
     if path not in (None, *PATHS):
         raise ValueError(f"expected a path of {PATHS}, found {path!r}")
     if method == "sb-cfm":
@@ -302,7 +302,7 @@ def make_problems(
     if len(snapshots) < 2:
         raise ValueError(f"expected at least two snapshots, found {len(snapshots)}; a flow runs between them")
     if snapshots.growth and method != "uot-cfm":
-        raise ValueError(f"expected no prior of growth for {method}, which conserves mass; take method='uot-cfm'")
+        raise ValueError(f"expected no prior of growth for {method}, which conserves mass; take method='uot-cfm' alone")
     plans = plans or Plans()
     snapshots = taking_part(snapshots, method, path, plans)
     law = make_path(snapshots, method, path, default_sigma(snapshots, method, plans) if sigma is None else sigma)

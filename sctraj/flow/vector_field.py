@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .snapshots import Snapshots
+
+Quantity = Literal["velocity", "score", "growth"]
 
 
 @dataclass(frozen=True)
@@ -248,21 +251,28 @@ class VectorField(nn.Module, ABC):
         return x.new_zeros(*x.shape[:-1], 1) if growth is None else growth
 
     @torch.no_grad()
-    def __call__(self, t: float, x: np.ndarray) -> np.ndarray:
+    def __call__(self, t: float, x: np.ndarray, of: Quantity = "velocity") -> np.ndarray:
         """Return the velocity at points ``(n, d)``, averaged over the members, as an array ``(n, d)``.
+
+        Or, as ``of`` says, the score ``(n, d)`` or the growth rate ``(n,)``.
 
         Raises
         ------
         ValueError
-            A time that is not finite, or points of another shape.
+            A time that is not finite, points of another shape, a quantity that there is not.
         """
+        if of not in get_args(Quantity):
+            raise ValueError(f"expected one of {', '.join(get_args(Quantity))}, found {of!r}")
+        if np.ndim(t):
+            raise ValueError(f"expected one time, found {np.size(t)}; call the field once for each")
         x = np.asarray(x)
         if not math.isfinite(t):
             raise ValueError(f"expected a finite time, found {t}; pass one in the unit of the snapshots' times")
         if x.ndim != 2 or x.shape[1] != self.dimension:
             raise ValueError(f"expected points (n, {self.dimension}), found shape {x.shape}; a single one is x[None]")
         points = torch.as_tensor(x).to(self.scale)
-        return self.velocity(t, points.expand(self.members, *points.shape)).mean(0).cpu().numpy()
+        found = getattr(self, of)(t, points.expand(self.members, *points.shape)).mean(0).cpu().numpy()
+        return found[:, 0] if of == "growth" else found
 
     def ensemble(self) -> Ensemble:
         """Return the members' mean as a field of one member."""

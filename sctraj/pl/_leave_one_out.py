@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["distances", "map"]
 NOISE = "noise-reference"
+USUAL = "energy"
 MARKERS = "osPX*hp<"
 BASELINES = {
     "previous": ("v", (0, (1, 1.2))),
@@ -41,7 +42,7 @@ LABELS = {
 def leave_one_out(
     adata: AnnData,
     *,
-    metric: str = "energy",
+    metric: str = USUAL,
     kind: Kind = "distances",
     method: str | None = None,
     basis: str | None = None,
@@ -88,7 +89,11 @@ def leave_one_out(
     if kind not in get_args(Kind):
         raise ValueError(f"kind={kind!r} should be one of {list(get_args(Kind))}.")
     if kind == "map":
+        if metric not in (USUAL, "w1"):
+            raise ValueError(f"metric={metric!r} should be left out for kind='map': cells' shares are those of W1.")
         return _draw_map(adata, method, basis, key, ax)
+    if basis is not None:
+        raise ValueError(f"basis={basis!r} should be left out for kind='distances', which draws no cells.")
     table = get.leave_one_out(adata, key=key)
     _check("metric", metric, table["metric"].unique())
     known = [name for name in table["method"].unique() if name not in (*BASELINES, NOISE)]
@@ -192,7 +197,7 @@ def _draw_map(adata: AnnData, method: str | None, basis: str | None, key: str, a
 
 def _use_rep(adata: AnnData, basis: str | None, key: str) -> str:
     """The representation judged in; `tl.leave_one_out` needs no fit to have been kept."""
-    records = [adata.uns.get(key, {}).get("params", {}), adata.uns.get(_protocol_name(key), {})]
+    records = [adata.uns.get(_protocol_name(key), {}), adata.uns.get(key, {}).get("params", {})]
     found = next((str(record["use_rep"]) for record in records if "use_rep" in record), basis)
     if found is None:
         raise KeyError(f"Neither adata.uns[{key!r}] nor adata.uns[{_protocol_name(key)!r}] names use_rep; give basis=.")

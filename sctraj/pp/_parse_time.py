@@ -216,19 +216,21 @@ def _look_up(labels: Sequence[Any], key: str, mapping: Mapping[Any, float]) -> l
 
 
 def _read_labels(labels: Sequence[Any], key: str) -> list[_Reading]:
-    readings, reasons = [], {}
+    readings, reasons = {}, {}
     for label in labels:
         try:
-            readings.append(_read_label(label))
+            readings[label] = _read_label(label)
         except ValueError as reason:
             reasons[label] = str(reason)
     if reasons:
         shown = "; ".join(f"{label!r}: {reason}" for label, reason in list(reasons.items())[:8])
+        one_unit = len({reading.unit for reading in readings.values()}) == 1
+        known = {label: one.low for label, one in readings.items() if one.low == one.high and one_unit}
         raise ValueError(
             f'Expected times in obs["{key}"], such as 3, "D3", "12h", "E8.5"; {len(reasons)} of {len(labels)} labels '
-            f"cannot be read as one ({shown}{'; ...' if len(reasons) > 8 else ''}). {_mapping_advice(labels)}"
+            f"cannot be read as one ({shown}{'; ...' if len(reasons) > 8 else ''}). {_mapping_advice(labels, known)}"
         )
-    return readings
+    return [*readings.values()]
 
 
 def _read_label(label: object) -> _Reading:
@@ -326,8 +328,12 @@ def _in_one_unit(readings: list[_Reading], key: str, unit: str | None) -> tuple[
     return np.array([time if ratio == 1 else float(f"{time * ratio:.12g}") for time, ratio in values]), target
 
 
-def _mapping_advice(labels: Sequence[Any]) -> str:
-    shown = ", ".join(f"{label!r}: ..." for label in labels[:3]) + (", ..." if len(labels) > 3 else "")
+def _mapping_advice(labels: Sequence[Any], known: Mapping[Any, float] | None = None) -> str:
+    """Say how to give times by hand; of labels that could be read, ``known``, the times stand there."""
+    if known and len(labels) <= 20:
+        shown = ", ".join(f"{label!r}: {f'{known[label]:g}' if label in known else '...'}" for label in labels)
+    else:
+        shown = ", ".join(f"{label!r}: ..." for label in labels[:3]) + (", ..." if len(labels) > 3 else "")
     return f"Say the times yourself: mapping={{{shown}}}."
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from .._log import logger
 from ..flow.fields import FieldKind
 from ..flow.flow_matching import Training
-from ..flow.problem import Problem
+from ..flow.problem import LISTED, Problem
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +36,15 @@ def check_module(module: nn.Module | None) -> None:
         raise TypeError(f"expected a torch.nn.Module, found {type(module).__name__}; wrap it in one")
 
 
-def warn_of_unused(verb: Callable[..., object], field: FieldKind, training: Training) -> None:
+def warn_of_unused(
+    verb: Callable[..., object],
+    field: FieldKind,
+    training: Training,
+    *,
+    methods: Sequence[str],
+    path: str | None,
+    block: int | None,
+) -> None:
     """Log which of a verb's options differ from its defaults though nothing that is asked for uses them."""
     unused = [option.name for option in dataclasses.fields(training)]
     if field == "neural":
@@ -46,6 +54,8 @@ def warn_of_unused(verb: Callable[..., object], field: FieldKind, training: Trai
     if given:
         other = "a closed-form field, which is not trained" if field == "closed-form" else "a module of your own"
         logger.warning(f"{', '.join(given)} given, without effect on {other}")
+    if block is not None and path != "hermite" and not {*methods} & {*LISTED}:
+        logger.warning(f"block given, without effect on {', '.join(methods)}")
 
 
 def check_jitter(jitter: float, field: FieldKind) -> None:

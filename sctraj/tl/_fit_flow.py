@@ -16,8 +16,8 @@ from ..flow.integrate import CELLS
 from ..flow.plans import Plans
 from ..flow.problem import Problem, default_sigma, make_problems, taking_part
 from ..flow.snapshots import Snapshots, resampled
+from ._doubts import say_doubts
 from ._field import check_field, fit_record, path_name, warn_of_unused
-from ._outliers import warn_of_outliers
 from ._seeds import member_seeds, seed_of
 
 if TYPE_CHECKING:
@@ -185,8 +185,8 @@ def fit_flow(
     seed = seed_of(rng)
     seeds = member_seeds(seed, n_members)
     cells = _adata.read_snapshots(adata, time_key, use_rep, least=2, growth_key=growth_key)
-    warn_of_unused(fit_flow, field, training)
-    warn_of_outliers(adata, cells)
+    warn_of_unused(fit_flow, field, training, methods=[method], path=path, block=block)
+    say_doubts(adata, cells, use_rep, growth_key)
 
     def problems_of(snapshots: Snapshots, seeds: Sequence[int]) -> tuple[list[Problem], list[Problem]]:
         validate = patience is not None and field == "neural"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
@@ -15,7 +16,7 @@ from ..flow.integrate import Integration, Solver
 from ..flow.restoration import Restoration, mixed, moved
 from ..flow.starts import Start, origins
 from ._field import check_jitter, check_module
-from ._steps import check_steps, steps_per_gap
+from ._steps import TOLERANCE, check_steps, steps_per_gap, warn_of_unused_steps
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -30,7 +31,7 @@ def interpolate(
     jitter: float = 0.0,
     solver: Solver = "rk4",
     n_steps: int | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float = TOLERANCE,
     decode: bool = True,
     module: nn.Module | None = None,
     device: str = "auto",
@@ -72,9 +73,11 @@ def interpolate(
 
     Returns
     -------
-    A new AnnData, one row per moved cell: ``obsm[use_rep]``, ``obs[time_key]``, ``obs["source_cell"]`` (the observed
-    cell it comes from), ``obs["weight"]`` (summing to one; weigh cells by it) and, decoded, ``X`` (float32) of the
-    genes that the components were computed from.
+    A new AnnData, one row per moved cell: ``obsm[use_rep]`` (``X``, where the flow is in it), ``obs[time_key]``,
+    ``obs["source_cell"]`` (the observed cell it comes from), ``obs["weight"]`` (summing to one; weigh cells by it) and,
+    decoded, ``X`` (float32) of the genes that the components were computed from. Decoded genes have the variance that
+    the components hold, and may be below zero: compare them with observed cells decoded likewise, as they are at a
+    snapshot's own time, and not with measured ones.
 
     Raises
     ------
@@ -92,6 +95,7 @@ def interpolate(
     check_module(module)
     where = pick_device(device)
     check_steps(solver, 1 if n_steps is None else n_steps, tolerance)
+    warn_of_unused_steps(solver, n_steps, tolerance, default=TOLERANCE)
     at = np.asarray(time)
     if at.ndim or at.dtype.kind not in "iuf":
         raise ValueError(f"expected a time that is a number, found {time!r}; pass one, such as 1.5")
@@ -111,7 +115,7 @@ def interpolate(
     if start not in get_args(Start):
         raise ValueError(f"expected a start of {get_args(Start)}, found {start!r}")
     check_jitter(jitter, flow.params["field"])
-    decoder = _decoder(adata, use_rep) if decode else None
+    decoder, why_not = _decoder(adata, use_rep) if decode else (None, "by decode=False")
     field = flow.vector_field.to(where).ensemble()
     stiff = flow.params["field"] == "closed-form" and field.has_score
     per_gap = steps_per_gap(solver, stiff=stiff) if n_steps is None else n_steps
@@ -141,28 +145,46 @@ def interpolate(
         },
         index=pd.Index([f"{name}_at_{time:g}" for name in sources]),
     )
-    if decoder is None:
+    if use_rep == "X":  # the genes themselves
+        result = AnnData(X=restored, obs=obs, var=adata.var.copy())
+    elif decoder is None:
         result = AnnData(obs=obs, obsm={use_rep: restored})
     else:
         genes, mean, loadings = decoder
         decoded = (restored.astype(np.float64) @ loadings.T + mean).astype(np.float32)
         result = AnnData(X=decoded, obs=obs, var=adata.var.iloc[genes].copy(), obsm={use_rep: restored})
+    genes_told = f"not decoded to genes ({why_not})"
+    if use_rep == "X":
+        genes_told = f"of {result.n_vars} genes"
+    elif decoder is not None:
+        genes_told = f"decoded to {result.n_vars} genes{_held(adata, restored.shape[1])}"
     logger.info(
         f"the population at {time:g}: {len(sources)} cells moved from "
-        f"{' and '.join(f'{snapshots.times[i]:g}' for i in sorted(used))}"
-        f"{f', decoded to {result.n_vars} genes' if decoder is not None else ', not decoded to genes'}"
+        f"{' and '.join(f'{snapshots.times[i]:g}' for i in sorted(used))}, {genes_told}"
     )
     return result
 
 
-def _decoder(adata: AnnData, use_rep: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Return genes, their means and loadings ``(n_genes, d)`` that lead from ``X_pca`` back to genes, if there are.
+def _held(adata: AnnData, d: int) -> str:
+    """Say how much of the genes' variance the components hold, where scanpy has written it."""
+    record = adata.uns.get("pca")
+    ratio = np.asarray(record.get("variance_ratio", ()) if isinstance(record, Mapping) else ())
+    return f", of whose variance the components hold {ratio[:d].sum():.0%}" if len(ratio) >= d else ""
+
+
+Decoder = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _decoder(adata: AnnData, use_rep: str) -> tuple[Decoder | None, str]:
+    """Return genes, their means and loadings ``(n_genes, d)`` that lead from ``X_pca`` back to genes, or why none do.
 
     scanpy keeps no means, so they are computed again from ``X``; that ``(X - mean) PCs`` gives ``X_pca`` is checked, up
     to the mean of ``X_pca``, which is not zero where cells were left out after the PCA.
     """
-    if use_rep != "X_pca" or "PCs" not in adata.varm:
-        return None
+    if use_rep != "X_pca":
+        return None, f'the flow is in "{use_rep}"; from "X_pca" there is a way back'
+    if "PCs" not in adata.varm:
+        return None, 'no varm["PCs"]'
     scores = np.asarray(adata.obsm[use_rep], dtype=np.float64)
     loadings = np.asarray(adata.varm["PCs"], dtype=np.float64)[:, : scores.shape[1]]
     genes = np.flatnonzero(np.abs(loadings).any(axis=1))
@@ -173,7 +195,7 @@ def _decoder(adata: AnnData, use_rep: str) -> tuple[np.ndarray, np.ndarray, np.n
         projected, centre = np.asarray(matrix @ loadings[genes]) - mean @ loadings[genes], scores.mean(axis=0)
         worst = np.abs(projected - (scores - centre)).max() / np.abs(scores - centre).max()
         if worst < 1e-2:
-            return genes, mean - loadings[genes] @ centre, loadings[genes]
+            return (genes, mean - loadings[genes] @ centre, loadings[genes]), ""
         reason = f"(X - mean) PCs differs from X_pca by up to {worst:.2g} of its largest value"
     else:
         reason = "X is missing or PCs has fewer components than X_pca"

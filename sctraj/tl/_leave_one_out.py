@@ -13,7 +13,7 @@ import torch
 from .. import _adata
 from .._log import logger
 from ..flow import hold_out
-from ..flow.baselines import BASELINES
+from ..flow.baselines import BASELINES, NEXT, PREVIOUS
 from ..flow.fields import FieldKind, distinct_seeds, farther_shares, make_field
 from ..flow.flow_matching import Training, pick_device
 from ..flow.integrate import AS_PUBLISHED
@@ -22,9 +22,9 @@ from ..flow.plans import Plans
 from ..flow.problem import METHODS
 from ..flow.restoration import Restoration
 from ..flow.starts import Start
+from ._doubts import say_doubts
 from ._field import check_field, check_jitter, fit_record, path_name, warn_of_unused
 from ._fit_flow import Path
-from ._outliers import warn_of_outliers
 from ._seeds import member_seeds, seed_of
 
 if TYPE_CHECKING:
@@ -168,6 +168,7 @@ def leave_one_out(
     """
     _adata.check_key(key_added)
     _adata.check_own(adata, copy=copy)
+    _say_what_is_replaced(adata, key_added)
     methods = [methods] if isinstance(methods, str) else list(methods)
     unknown = [m for m in methods if m not in METHODS]
     if unknown or not methods or len(set(methods)) < len(methods):
@@ -184,8 +185,8 @@ def leave_one_out(
     cells = _adata.read_snapshots(adata, time_key, use_rep, least=3, growth_key=growth_key)
     snapshots = cells.snapshots
     _check_sizes(snapshots)
-    warn_of_unused(leave_one_out, field, training)
-    warn_of_outliers(adata, cells)
+    warn_of_unused(leave_one_out, field, training, methods=methods, path=path, block=block)
+    say_doubts(adata, cells, use_rep, growth_key)
     prepared = {
         method: hold_out.hold_out_problems(
             snapshots,
@@ -210,6 +211,7 @@ def leave_one_out(
     references, halves = _references(snapshots, seeds, plans if block is None else Plans())
     found += references
     judged = judge_all([(one.restoration, one.observed) for one in found])
+    energies = _energies(found, judged)
     protocol = fit_record(
         field, training, time_key=time_key, use_rep=use_rep, growth_key=growth_key, block=block, device=where
     ) | {
@@ -231,9 +233,39 @@ def leave_one_out(
     logger.info(
         f"left out each of {len(snapshots) - 2} snapshots, {n_seeds} seed(s), {', '.join(methods)} ({field} field). "
         f"{use_rep} was computed beforehand: if on all cells, it has seen the held-out snapshots. The noise "
-        f"reference's halves have {_sizes(halves)} cells. Wrote {written}"
+        f"reference's halves have {_sizes(halves)} cells. Energy distances, mean over the times: "
+        f"{', '.join(f'{name} {value:.3g}' for name, value in energies.items())}. Wrote {written}"
     )
+    _say_what_tells_nothing(methods, energies)
     return adata if copy else None
+
+
+def _say_what_is_replaced(adata: AnnData, key: str) -> None:
+    """Log which slots hold something that no leave-one-out wrote."""
+    table = _adata.table_name(key)
+    if _adata.is_protocol(adata.uns.get(_adata.PROTOCOL.format(table=table))):
+        return
+    _adata.say_replaced(adata, [_adata.W1.format(key=key), _adata.RESTORED.format(key=key), table])
+
+
+def _energies(found: Sequence[_Found], judged: Sequence[Judgement]) -> dict[str, float]:
+    """Return the mean energy distance of every method, baseline and the noise reference."""
+    of: dict[str, dict[int, list[float]]] = {}
+    for one, judgement in zip(found, judged, strict=True):
+        of.setdefault(one.method, {}).setdefault(one.k, []).append(judgement.values["energy"])
+    return {name: float(np.mean([np.mean(values) for values in by_time.values()])) for name, by_time in of.items()}
+
+
+def _say_what_tells_nothing(methods: Sequence[str], energies: Mapping[str, float]) -> None:
+    """Log which methods are no nearer to the held-out snapshots than a neighbour is as it stands."""
+    copied = min((PREVIOUS, NEXT), key=lambda name: energies[name])
+    for method in methods:
+        if energies[method] >= energies[copied]:
+            logger.warning(
+                f"{method} is no nearer to the held-out snapshots than a neighbour copied ({copied}; energy distance "
+                f"{energies[method]:.3g} for {energies[copied]:.3g}): there its flow tells nothing. Are the times "
+                f"right, and the snapshots of one course?"
+            )
 
 
 def _write(

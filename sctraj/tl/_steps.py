@@ -6,10 +6,12 @@ import math
 import numbers
 from typing import get_args
 
+from .._log import logger
 from ..flow.integrate import Solver
 
 RK4_STEPS = 10  # per mean gap: off by some 1e-4 of the data's spread, far less than any field is
 OTHER_STEPS = 50  # of first order
+TOLERANCE = 1e-4  # of steps that a solver chooses itself
 STIFF = 10  # times as many where velocities grow without bound towards the snapshots, as a bridge's do
 
 
@@ -28,3 +30,14 @@ def check_steps(solver: Solver, n_steps: float, tolerance: float) -> None:
         )
     if not tolerance > 0:
         raise ValueError(f"expected a positive tolerance, found {tolerance!r}; leave it out for the default")
+
+
+def warn_of_unused_steps(
+    solver: Solver, n_steps: int | None, tolerance: float, *, default: float, stochastic: bool = False
+) -> None:
+    """Log which of the options nothing uses, ``default`` being the tolerance where none is given."""
+    own = solver == "dopri5" and not stochastic
+    unused = {"n_steps": n_steps is not None and own, "tolerance": tolerance != default and not own}
+    if given := [name for name, is_given in unused.items() if is_given]:
+        steps = "the simulation" if stochastic else solver
+        logger.warning(f"{', '.join(given)} given, without effect on the steps of {steps}")

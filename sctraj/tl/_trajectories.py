@@ -21,7 +21,7 @@ from ..flow.flow_matching import pick_device
 from ..flow.integrate import Field, Integration, Moved, Solver, simulate, transport
 from ._field import check_module
 from ._seeds import seed_of
-from ._steps import check_steps, steps_per_gap
+from ._steps import TOLERANCE, check_steps, steps_per_gap, warn_of_unused_steps
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -43,7 +43,7 @@ def trajectories(
     stochastic: bool = False,
     solver: Solver = "rk4",
     n_steps: int | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float = TOLERANCE,
     module: nn.Module | None = None,
     device: str = "auto",
     rng: int | np.random.Generator = 0,
@@ -126,6 +126,7 @@ def trajectories(
     where = pick_device(device)
     seed = seed_of(rng)
     check_steps(solver, 1 if n_steps is None else n_steps, tolerance)
+    warn_of_unused_steps(solver, n_steps, tolerance, default=TOLERANCE, stochastic=stochastic)
     flow = _adata.read_flow(adata, key, module=module)
     snapshots = flow.cells.snapshots
     grid = _time_grid(times, snapshots.times)
@@ -308,7 +309,13 @@ def _time_grid(times: int | Sequence[float], snapshots: Sequence[float]) -> np.n
         own, even = np.array(snapshots), np.linspace(first, last, int(times))
         apart = np.abs(even[:, None] - own).min(axis=1) > 1e-9 * (last - first)  # else off by rounding alone
         return np.sort(np.concatenate([own, even[apart]]))
-    grid = np.asarray(times, dtype=np.float64)
+    try:
+        grid = np.asarray(times, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected times that are numbers, in the unit of the snapshots' times, found {times!r}; labels stand for "
+            f"times in the uns entry that `sctraj.pp.parse_time` wrote"
+        ) from error
     if grid.ndim != 1 or not len(grid) or not (np.diff(grid) > 0).all() or not first <= grid[0] <= grid[-1] <= last:
         raise ValueError(
             f"expected increasing times from {first:g} to {last:g}, the snapshots' range, found {grid.tolist()}; "

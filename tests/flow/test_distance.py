@@ -371,3 +371,11 @@ def test_an_exact_plan_too_large_is_refused(monkeypatch):
         wasserstein(x, y)
     with pytest.raises(ValueError, match="p of 1 or 2"):
         estimated_wasserstein(x, y, p=3)
+
+
+def test_a_divergence_that_does_not_converge_speaks_of_its_own_epsilon():
+    x, y = np.random.default_rng(0).normal(size=(2, 30, 2))
+    x[0] = 1e6
+    with pytest.raises(ValueError, match="expected an epsilon at which Sinkhorn converges, found"):
+        sinkhorn_divergence(x, y)
+    assert np.isfinite(sinkhorn_divergence(x, y, epsilon=1e8))

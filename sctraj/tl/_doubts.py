@@ -1,0 +1,89 @@
+"""What is said of the data before a fit; nothing is changed."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from .._log import logger
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+    from .._adata import Cells
+    from ..flow.snapshots import Snapshots
+
+TO_LOOK_AT = re.compile("umap|tsne|t-sne|phate|draw_graph", re.IGNORECASE)  # embeddings that keep no distances
+ALONE = 0.99  # of all squared widths, one dimension's
+FOLD = 20.0  # logarithm of how many times one cell may outgrow another over a gap: more is another unit of time
+FAR = 100.0  # times the median distance from the snapshot's median: no tail of real cells is that long
+SAMPLE = 1000  # cells that medians are taken of, which a few more or less do not move
+NAMED = 5
+
+
+def say_doubts(adata: AnnData, cells: Cells, use_rep: str, growth_key: str | None) -> None:
+    """Log what in cells, representation and prior makes a flow through them doubtful."""
+    _doubt_representation(cells.snapshots, use_rep)
+    if growth_key is not None:
+        _doubt_prior(cells.snapshots, growth_key)
+    _name_outliers(adata, cells)
+
+
+def _doubt_representation(snapshots: Snapshots, use_rep: str) -> None:
+    if TO_LOOK_AT.search(use_rep):
+        logger.warning(
+            f'"{use_rep}" is made to be looked at: its distances and directions are not those of the cells, and so a '
+            f'flow in it is not theirs either; fit in principal components, and draw that flow with basis="{use_rep}"'
+        )
+    some = torch.cat([x[:SAMPLE] for x in snapshots.points]).double()
+    if use_rep == "X" and bool(((some == some.round()) & (some >= 0)).all()):
+        logger.warning("X holds whole numbers, as raw counts are; normalise them and take logarithms before a fit")
+    low, high = some.quantile(torch.tensor([0.1, 0.9], dtype=some.dtype), 0)  # whatever a few cells do
+    squares = (high - low).square()
+    if len(squares) > 2 and float(squares.max()) > ALONE * float(squares.sum()):
+        logger.warning(
+            f'one dimension of "{use_rep}" ({int(squares.argmax())}; the first is 0) is so much wider than all other '
+            f"{len(squares) - 1} together that distances are all but its own; scale it, unless that is meant"
+        )
+
+
+def _doubt_prior(snapshots: Snapshots, growth_key: str) -> None:
+    ranges = [float(rate.max() - rate.min()) for rate in snapshots.growth]
+    if not max(ranges) > 0:
+        logger.warning(f'obs["{growth_key}"] is the same for all cells of a snapshot, and so without effect')
+    longest = max((interval.length * one for interval, one in zip(snapshots.intervals(), ranges)), default=0.0)
+    if longest > FOLD:
+        logger.warning(
+            f'by obs["{growth_key}"] one cell would outgrow another e^{longest:.0f}-fold from one snapshot to the '
+            f"next; are these rates per the unit of the times?"
+        )
+
+
+def _name_outliers(adata: AnnData, cells: Cells) -> None:
+    """Log the names of cells that are absurdly far from their snapshot's others."""
+    found = []
+    for t, x, rows in zip(cells.snapshots.times, cells.snapshots.points, cells.index):
+        times_median = _times_median(x)
+        found += [(times_median[k], adata.obs_names[rows[k]], t) for k in np.flatnonzero(times_median > FAR)]
+    if found:
+        found.sort(reverse=True)
+        told = ", ".join(f"{name} (time {t:g}, {times:.2g} times)" for times, name, t in found[:NAMED])
+        logger.warning(
+            f"{len(found)} of {cells.n_obs} cells are more than {FAR:g} times the median distance from the middle of "
+            f"their snapshot: {told}{', ...' if len(found) > NAMED else ''}; by default they widen sigma, and paths "
+            f"lead to them: leave them out unless they are real"
+        )
+
+
+def _times_median(x: torch.Tensor) -> NDArray[np.float64]:
+    """Return cells' distances ``(n,)`` from their coordinates' medians, in units of the median one; 0 where that is."""
+    some = x[torch.linspace(0, len(x) - 1, min(len(x), SAMPLE), dtype=torch.float64).round().long()]
+    middle = some.median(0).values
+    scale = float(torch.linalg.vector_norm(some - middle, dim=1).median())
+    if not scale:  # most cells at one place: nothing to go by
+        return np.zeros(len(x))
+    return torch.linalg.vector_norm(x - middle, dim=1).double().numpy() / scale
