@@ -117,9 +117,13 @@ def velocity(adata: AnnData, *, key: str = _adata.FLOW) -> pd.DataFrame:
 
 
 def trajectories(
-    adata: AnnData, *, rows: Sequence[int] | Sequence[bool] | Sequence[str] | None = None, key: str = _adata.FLOW
+    adata: AnnData,
+    *,
+    rows: Sequence[int] | Sequence[bool] | Sequence[str] | None = None,
+    genes: Sequence[str] | None = None,
+    key: str = _adata.FLOW,
 ) -> pd.DataFrame:
-    """Return every cell's trajectory, also out of a store on disk.
+    """Return every cell's trajectory, also out of a store on disk, in the representation or as trends of genes.
 
     Parameters
     ----------
@@ -128,29 +132,48 @@ def trajectories(
     rows
         Cells to return: their numbers or their names, in the order wanted, or a mask of n_obs booleans, such as
         ``adata.obs["time"] == 2``; all if None.
+    genes
+        Genes to decode to, by their names, where the flow is in ``X``, in ``obsm["X_pca"]`` or in what was standardised
+        from that. Values are what the components hold of them, and vary less than measured ones.
     key
         Name of the flow.
 
     Returns
     -------
-    One row per cell and time (index ``cell``, ``time``), d columns in units of the representation.
+    One row per cell and time (index ``cell``, ``time``), d columns in units of the representation, or one per gene in
+    the units of ``X``.
 
     Raises
     ------
     KeyError
-        No trajectories, or no cells of these names.
+        No trajectories, or no cells or genes of these names.
     IndexError
         Numbers of cells that are not there.
     ValueError
         `rows` that are neither numbers nor names nor a mask of n_obs booleans; cells with other times or coordinates
-        than at the fit.
+        than at the fit; a flow from which there is no way back to genes.
     """
     _check(adata, key)
     chosen = slice(None) if rows is None else row_numbers(adata, rows)
     values = _adata.read_trajectories(adata, key, chosen)
     times = np.asarray(_adata.stored(adata, key)["trajectory_times"])
     index = pd.MultiIndex.from_product([adata.obs_names[chosen], times], names=["cell", "time"])
-    return pd.DataFrame(values.reshape(len(index), values.shape[-1]), index=index)
+    points = values.reshape(len(index), values.shape[-1])
+    if genes is None:
+        return pd.DataFrame(points, index=index)
+    names = [genes] if isinstance(genes, str) else list(genes)
+    return pd.DataFrame(_decoded(adata, key, points, names), index=index, columns=names)
+
+
+def _decoded(adata: AnnData, key: str, points: np.ndarray, genes: Sequence[str]) -> np.ndarray:
+    """Return genes' values ``(n, n_genes)`` at points of a flow ``(n, d)``."""
+    use_rep = str(_adata.stored(adata, key)["params"]["use_rep"])
+    if use_rep == "X":
+        return points[:, _adata.gene_numbers(adata, genes)]
+    decoder, why_not = _adata.read_decoder(adata, use_rep)
+    if decoder is None:
+        raise ValueError(f"Expected a flow from which there is a way back to genes; found none: {why_not}.")
+    return decoder.only(adata, genes)(points)
 
 
 def representation(adata: AnnData, *, key: str = _adata.FLOW) -> np.ndarray:

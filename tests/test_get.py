@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 import torch
 from anndata import AnnData
 
-from sctraj import get, tl
+from sctraj import get, pp, tl
 
 
 @pytest.fixture
@@ -98,3 +99,40 @@ def test_what_was_written_of_other_cells_is_not_given_back(followed: AnnData) ->
                 one(stale)
     del some.uns["flow"]  # as `anndata.concat` leaves it
     assert len(get.velocity(some)) == some.n_obs
+
+
+@pytest.mark.parametrize("use_rep", ["X_pca", "X_std", "X"])
+def test_trends_of_genes_are_the_trajectories_decoded(cells: AnnData, use_rep) -> None:
+    if use_rep == "X_std":
+        pp.standardize(cells, n_dims=4)
+    tl.fit_flow(cells, use_rep=use_rep, field="closed-form")
+    tl.trajectories(cells, 2, solver="euler", n_steps=1)
+    names = list(cells.var_names[[7, 2]])
+    rows = [5, 300]
+    found = get.trajectories(cells, rows=rows, genes=names)
+    assert list(found.columns) == names
+    points = get.trajectories(cells, rows=rows).to_numpy(np.float64)
+    mean = np.asarray(cells.X.mean(axis=0)).ravel()
+    if use_rep == "X":
+        expected = points[:, [7, 2]]
+    else:
+        if use_rep == "X_std":
+            points = points * cells.uns["X_std"]["std"] + cells.uns["X_std"]["mean"]
+        expected = points @ cells.varm["PCs"][[7, 2], : points.shape[1]].T + mean[[7, 2]]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)  # float32
+    pd.testing.assert_frame_equal(get.trajectories(cells, rows=rows, genes=names[0]), found[names[:1]])
+    with pytest.raises(KeyError, match=r"not in adata\.var_names: nobody"):
+        get.trajectories(cells, genes=["nobody"])
+
+
+def test_genes_that_a_flow_does_not_lead_to_are_refused(cells: AnnData) -> None:
+    cells.var["highly_variable"] = np.arange(cells.n_vars) != 3
+    sc.pp.pca(cells, n_comps=4)
+    tl.fit_flow(cells, field="closed-form")
+    tl.trajectories(cells, 2, solver="euler", n_steps=1)
+    assert get.trajectories(cells, genes=cells.var_names[[4, 2]]).notna().all(axis=None)
+    with pytest.raises(KeyError, match=f"{cells.var_names[3]} has no loading"):
+        get.trajectories(cells, genes=cells.var_names[2:4])
+    del cells.varm["PCs"]
+    with pytest.raises(ValueError, match=r'none: no varm\["PCs"\]'):
+        get.trajectories(cells, genes=cells.var_names[:1])

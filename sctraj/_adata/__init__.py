@@ -16,6 +16,7 @@ from .cells import (
     write_by_cell,
 )
 from .flow import StoredFlow, check_cells, read_flow, read_trajectories, stored, versions, write_flow
+from .genes import Decoder, gene_numbers, read_decoder
 from .slots import (
     FLOW,
     GROWTH,
@@ -59,6 +60,7 @@ __all__ = [
     "W1",
     "WEIGHTS",
     "Cells",
+    "Decoder",
     "StoredFlow",
     "add_array",
     "check_anndata",
@@ -68,6 +70,7 @@ __all__ = [
     "check_own",
     "check_replaceable",
     "drop_column",
+    "gene_numbers",
     "is_flow",
     "is_ours",
     "is_protocol",
@@ -75,6 +78,7 @@ __all__ = [
     "missing_time",
     "names_digest",
     "own",
+    "read_decoder",
     "read_flow",
     "read_rates",
     "read_rep",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
@@ -63,7 +62,8 @@ def interpolate(
     tolerance
         Of ``"dopri5"``, relative.
     decode
-        Decode to genes where the flow is in ``obsm["X_pca"]`` and ``varm["PCs"]`` is there.
+        Decode to genes where the flow is in ``obsm["X_pca"]``, or in what was standardised from it, and
+        ``varm["PCs"]`` is there.
     module
         The user's own module, if the flow was fitted with one.
     device
@@ -115,7 +115,7 @@ def interpolate(
     if start not in get_args(Start):
         raise ValueError(f"expected a start of {get_args(Start)}, found {start!r}")
     check_jitter(jitter, flow.params["field"])
-    decoder, why_not = _decoder(adata, use_rep) if decode else (None, "by decode=False")
+    decoder, why_not = _adata.read_decoder(adata, use_rep) if decode else (None, "by decode=False")
     field = flow.vector_field.to(where).ensemble()
     stiff = flow.params["field"] == "closed-form" and field.has_score
     per_gap = steps_per_gap(solver, stiff=stiff) if n_steps is None else n_steps
@@ -150,56 +150,16 @@ def interpolate(
     elif decoder is None:
         result = AnnData(obs=obs, obsm={use_rep: restored})
     else:
-        genes, mean, loadings = decoder
-        decoded = (restored.astype(np.float64) @ loadings.T + mean).astype(np.float32)
-        result = AnnData(X=decoded, obs=obs, var=adata.var.iloc[genes].copy(), obsm={use_rep: restored})
+        var = adata.var.iloc[decoder.genes].copy()
+        result = AnnData(X=decoder(restored), obs=obs, var=var, obsm={use_rep: restored})
     genes_told = f"not decoded to genes ({why_not})"
     if use_rep == "X":
         genes_told = f"of {result.n_vars} genes"
     elif decoder is not None:
-        genes_told = f"decoded to {result.n_vars} genes{_held(adata, restored.shape[1])}"
+        held = "" if decoder.held is None else f", of whose variance the components hold {decoder.held:.0%}"
+        genes_told = f"decoded to {result.n_vars} genes{held}"
     logger.info(
         f"the population at {time:g}: {len(sources)} cells moved from "
         f"{' and '.join(f'{snapshots.times[i]:g}' for i in sorted(used))}, {genes_told}"
     )
     return result
-
-
-def _held(adata: AnnData, d: int) -> str:
-    """Say how much of the genes' variance the components hold, where scanpy has written it."""
-    record = adata.uns.get("pca")
-    ratio = np.asarray(record.get("variance_ratio", ()) if isinstance(record, Mapping) else ())
-    return f", of whose variance the components hold {ratio[:d].sum():.0%}" if len(ratio) >= d else ""
-
-
-Decoder = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-def _decoder(adata: AnnData, use_rep: str) -> tuple[Decoder | None, str]:
-    """Return genes, their means and loadings ``(n_genes, d)`` that lead from ``X_pca`` back to genes, or why none do.
-
-    scanpy keeps no means, so they are computed again from ``X``; that ``(X - mean) PCs`` gives ``X_pca`` is checked, up
-    to the mean of ``X_pca``, which is not zero where cells were left out after the PCA.
-    """
-    if use_rep != "X_pca":
-        return None, f'the flow is in "{use_rep}"; from "X_pca" there is a way back'
-    if "PCs" not in adata.varm:
-        return None, 'no varm["PCs"]'
-    scores = np.asarray(adata.obsm[use_rep], dtype=np.float64)
-    loadings = np.asarray(adata.varm["PCs"], dtype=np.float64)[:, : scores.shape[1]]
-    genes = np.flatnonzero(np.abs(loadings).any(axis=1))
-    matrix = adata.X
-    if matrix is not None and loadings.shape[1] == scores.shape[1]:
-        matrix = matrix[:, genes]
-        mean = np.asarray(matrix.mean(axis=0)).ravel().astype(np.float64)
-        projected, centre = np.asarray(matrix @ loadings[genes]) - mean @ loadings[genes], scores.mean(axis=0)
-        worst = np.abs(projected - (scores - centre)).max() / np.abs(scores - centre).max()
-        if worst < 1e-2:
-            return (genes, mean - loadings[genes] @ centre, loadings[genes]), ""
-        reason = f"(X - mean) PCs differs from X_pca by up to {worst:.2g} of its largest value"
-    else:
-        reason = "X is missing or PCs has fewer components than X_pca"
-    raise ValueError(
-        f"Expected X and varm['PCs'] to reproduce obsm['X_pca'], to decode cells to genes; found: {reason} "
-        f"(X was changed, or scaled, after the PCA?). Recompute the PCA, or pass decode=False."
-    )

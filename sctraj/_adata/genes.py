@@ -1,0 +1,112 @@
+"""The way from a flow's representation back to genes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+CLOSE = 1e-2  # of the largest component, by which those that are computed again may differ
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Genes as a linear function of coordinates.
+
+    Attributes
+    ----------
+    genes
+        Their numbers in ``var``, ``(g,)``.
+    mean
+        Their values at the origin of the representation, ``(g,)``.
+    loadings
+        ``(g, d)``.
+    held
+        What share of their variance the components hold; None where scanpy has not written it.
+    """
+
+    genes: np.ndarray
+    mean: np.ndarray
+    loadings: np.ndarray
+    held: float | None
+
+    def __call__(self, points: np.ndarray) -> np.ndarray:
+        """Return the genes' values ``(n, g)`` float32 at points ``(n, d)``."""
+        return (points.astype(np.float64) @ self.loadings.T + self.mean).astype(np.float32)
+
+    def only(self, adata: AnnData, names: Sequence[str]) -> Decoder:
+        """Return the decoder of some genes, in the order of their names."""
+        numbers = gene_numbers(adata, names)
+        rows = {gene: row for row, gene in enumerate(self.genes)}
+        if left := [name for name, gene in zip(names, numbers) if gene not in rows]:
+            raise KeyError(
+                f"Expected genes that the components were computed from; {', '.join(left[:5])} "
+                f"{'has' if len(left) == 1 else 'have'} no loading. Recompute the PCA with them."
+            )
+        chosen = [rows[gene] for gene in numbers]
+        return replace(self, genes=self.genes[chosen], mean=self.mean[chosen], loadings=self.loadings[chosen])
+
+
+def gene_numbers(adata: AnnData, names: Sequence[str]) -> np.ndarray:
+    """Return the genes' numbers in ``var``, in the order of their names; raise a KeyError for others."""
+    found = adata.var_names.get_indexer_for(list(names))
+    if (found < 0).any():
+        absent = [str(name) for name, number in zip(names, found) if number < 0]
+        raise KeyError(f"Expected names of genes; not in adata.var_names: {', '.join(absent[:5])}. Pass others.")
+    return found
+
+
+def read_decoder(adata: AnnData, use_rep: str) -> tuple[Decoder | None, str]:
+    """Return the way back from scanpy's principal components, standardised or not, or in words why there is none.
+
+    scanpy keeps no means, so they are computed again from ``X``; that ``(X - mean) PCs`` gives ``X_pca`` is checked, up
+    to the mean of ``X_pca``, which is not zero where cells were left out after the PCA.
+
+    Raises
+    ------
+    ValueError
+        If the components cannot be computed again from ``X``.
+    """
+    record = adata.uns.get(use_rep)
+    standardised = isinstance(record, Mapping) and str(record.get("use_rep")) == "X_pca" and "std" in record
+    if use_rep != "X_pca" and not standardised:
+        return None, f'the flow is in "{use_rep}"; from "X_pca" and what is standardised from it there is a way back'
+    if "PCs" not in adata.varm or "X_pca" not in adata.obsm:
+        return None, 'no varm["PCs"]' if "X_pca" in adata.obsm else 'no obsm["X_pca"]'
+    d = np.shape(adata.obsm[use_rep])[1]
+    scores = np.asarray(adata.obsm["X_pca"], dtype=np.float64)[:, :d]
+    loadings = np.asarray(adata.varm["PCs"], dtype=np.float64)[:, :d]
+    genes = np.flatnonzero(np.abs(loadings).any(axis=1))
+    matrix, loadings = adata.X, loadings[genes]
+    if matrix is None or loadings.shape[1] != d:
+        raise _not_reproduced("X is missing or PCs has fewer components than X_pca")
+    matrix = matrix[:, genes]
+    mean = np.asarray(matrix.mean(axis=0)).ravel().astype(np.float64)
+    projected, centre = np.asarray(matrix @ loadings) - mean @ loadings, scores.mean(axis=0)
+    worst = np.abs(projected - (scores - centre)).max() / np.abs(scores - centre).max()
+    if not worst < CLOSE:
+        raise _not_reproduced(f"(X - mean) PCs differs from X_pca by up to {worst:.2g} of its largest value")
+    mean = mean - loadings @ centre
+    if standardised:
+        assert isinstance(record, Mapping)
+        mean, loadings = mean + loadings @ np.asarray(record["mean"]), loadings * np.asarray(record["std"])
+    return Decoder(genes, mean, loadings, _held(adata, d)), ""
+
+
+def _not_reproduced(reason: str) -> ValueError:
+    return ValueError(
+        f"Expected X and varm['PCs'] to reproduce obsm['X_pca'], to decode cells to genes; found: {reason} "
+        f"(X was changed, or scaled, after the PCA?). Recompute the PCA, or do without genes: decode=False, where that "
+        f"is an option."
+    )
+
+
+def _held(adata: AnnData, d: int) -> float | None:
+    record = adata.uns.get("pca")
+    ratio = np.asarray(record.get("variance_ratio", ()) if isinstance(record, Mapping) else ())
+    return float(ratio[:d].sum()) if len(ratio) >= d else None
