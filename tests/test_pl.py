@@ -487,6 +487,19 @@ def test_grid_points_without_cells_are_empty():
     np.testing.assert_allclose(mean[np.ix_(y > 8, x > 8)][filled[np.ix_(y > 8, x > 8)]][:, 1], 2.0)
 
 
+def test_a_coarser_grid_has_the_same_arrows_where_both_have_some(adata):
+    day = adata.obs["day"].to_numpy()
+    adata.obsm["flow_velocity"][:, :2] = np.column_stack([np.cos(day), np.sin(day)])
+    fine, coarse = (artists(pl.velocity(adata, density=density), Quiver)[0] for density in (1, 10 / 28))  # every third
+    assert coarse.N < fine.N / 6
+    apart = np.abs(coarse.XY[:, None] - fine.XY[None]).max(2)
+    both = apart.min(1) < 1e-6
+    assert both.mean() > 0.8
+    for one in ("U", "V"):
+        scaled = getattr(coarse, one)[both], getattr(fine, one)[apart.argmin(1)[both]]
+        np.testing.assert_allclose(*scaled, atol=1e-6)
+
+
 def test_streamlines_run_along_the_known_velocity_and_keep_every_cell_in_view(adata):
     ax = pl.velocity(adata, kind="stream")
     (lines,) = artists(ax, LineCollection)

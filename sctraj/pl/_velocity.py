@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["arrows", "stream"]
 GRID = {"arrows": 28, "stream": 40}  # grid points along either axis at density 1
-BANDWIDTH = {"arrows": 0.7, "stream": 1.2}  # in grid spacings; streamlines end at the first gap, so they get the wider
+# of a weight, in grid spacings at density 1; streamlines end at the first gap, so they get the wider
+BANDWIDTH = {"arrows": 0.7, "stream": 1.2}
 USUAL_LENGTH, LONGEST = 1.7, 2.5  # grid cells that the 95th percentile of the arrows spans, and the most that any may
 
 
@@ -35,7 +36,7 @@ def velocity(
 ) -> Axes:
     """Draw the velocity of the cells, averaged on a grid, over the cells.
 
-    The average is over the cells of all times, with Gaussian weights about as wide as the grid's spacing.
+    The average is over the cells of all times, with Gaussian weights about as wide as the default grid's spacing.
 
     Cells with other times or coordinates than at the fit are refused. Of a part of the cells, or of shuffled ones, the
     stored velocities of some are computed again; with a field that is your own module this cannot be done, and only
@@ -97,7 +98,8 @@ def velocity(
     project = projection(plane, representation, dims=dims)
     arrows = project_velocity(project, representation[rows], velocities[rows])
     n_grid = max(2, round(GRID[kind] * density))
-    x, y, mean = grid_average(plane.cells[rows], arrows, n_grid=n_grid, bandwidth=BANDWIDTH[kind], min_mass=min_mass)
+    bandwidth = BANDWIDTH[kind] * (n_grid - 1) / (GRID[kind] - 1)  # a length: the estimate is the same at any density
+    x, y, mean = grid_average(plane.cells[rows], arrows, n_grid=n_grid, bandwidth=bandwidth, min_mass=min_mass)
 
     norm = time_range(adata, key, times_of(adata, params["time_key"]))
     ax = axes_or_new(ax)
