@@ -15,6 +15,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from sctraj.flow import closed_form as module
+from sctraj.flow import problem as problem_module
 from sctraj.flow.closed_form import ClosedFormField, _nearest, closed_form
 from sctraj.flow.coupling import GrowingPlan, WeightedPairs
 from sctraj.flow.distance import energy_distance
@@ -338,8 +339,11 @@ def test_members_together_are_each_alone(method):
             if one is not None:
                 assert torch.equal(one[0], every[m])
         assert together.scale[m] == field_of(problem).scale[0]
-    mean = together.ensemble().evaluate(2.0, x[:1]).velocity
-    torch.testing.assert_close(mean[0], together.evaluate(2.0, x[:1].expand(3, -1, -1)).velocity.mean(0))
+    same, ensemble = x[:1].expand(3, -1, -1), together.ensemble()
+    mean = ensemble.evaluate(2.0, x[:1]).velocity
+    torch.testing.assert_close(mean[0], together.evaluate(2.0, same).velocity.mean(0))
+    torch.testing.assert_close(ensemble.bandwidth(2.0, x[:1])[0], together.bandwidth(2.0, same).mean(0))
+    torch.testing.assert_close(ensemble.scale[0], together.scale.mean(0))
 
 
 def test_nothing_to_put_together():
@@ -436,6 +440,16 @@ def test_the_bandwidth_is_the_distance_to_the_fifth_nearest_path_point():
     torch.testing.assert_close(bridge.bandwidth(t, x), torch.full_like(x[..., :1], sd), rtol=1e-6, atol=0.0)
 
 
+@pytest.mark.parametrize(("sigma", "least"), [(0.0, 5 / 20), (10.0, 10.0 / 10)])
+def test_the_bandwidth_is_a_twentieth_of_the_displacement_or_a_tenth_of_sigma_at_least(sigma, least):
+    x, even = np.zeros((6, 2)), np.full(6, 1 / 6)
+    field = field_of(
+        hand_made(x, x + np.array([3.0, 4.0]), even, even, Straight(sigma))
+    )  # all of six pairs at one place
+    at = torch.tensor([[[1.2, 1.6]]], dtype=torch.float64)
+    assert float(field.bandwidth(2.5, at)) == pytest.approx(least)
+
+
 def test_jittered_starts_are_as_wide_as_the_kernel():
     n, still = 4000, make().points[1]
     field = field_of(hand_made(still, still, torch.ones(30), torch.ones(30), Straight(0.1)))  # nothing moves
@@ -479,10 +493,12 @@ def test_jitter_is_the_same_alone_and_beside_larger_snapshots():
         assert float((alone.points - plain.points).abs().mean()) > 0.1
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_units_of_length_and_time_and_their_origins_do_not_matter(method):
+@pytest.mark.parametrize(("method", "path"), [*((method, None) for method in METHODS), ("ot-cfm", "land")])
+def test_units_of_length_and_time_and_their_origins_do_not_matter(monkeypatch, method, path):
+    monkeypatch.setattr(problem_module, "N_STEPS", 20)  # of a learned path: they bend it
     unit, hours, shift, delay = 1000.0, 24.0, -3.0e4, 500.0
-    plain, other = fields(make(), method), fields(make(unit=unit, hours=hours, shift=shift, delay=delay), method)
+    data = (make(), make(unit=unit, hours=hours, shift=shift, delay=delay))
+    plain, other = (fields(snapshots, method, path=path) for snapshots in data)
     x = grid(reach=1.0)
     for t in (0.0, 0.9, 2.5, 6.0):
         a, b = plain.evaluate(t, x), other.evaluate(hours * t + delay, unit * x + shift)

@@ -99,13 +99,36 @@ def test_estimates_are_exact_where_they_can_be_and_repeat():
     assert estimated(x, y, rng=3).error > 0
 
 
+@pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.usefixtures("small_blocks")
-def test_no_estimate_is_below_the_distance_of_the_means():
+def test_no_estimate_is_below_the_distance_of_the_means(p):
     x, _, _ = large_clouds("near", 0)
     shift = np.full(5, 100.0)
-    found = estimated_wasserstein(x, x + shift, rng=0)
+    found = estimated_wasserstein(x, x + shift, p=p, rng=0)
     assert found.value == pytest.approx(100 * math.sqrt(5), abs=max(4 * found.error, 1e-9))
     assert found.value >= 100 * math.sqrt(5) * (1 - 1e-12)  # rounding
+
+
+def carried_on(found):
+    """What the estimator makes of costs that were found in blocks of 16 points of two clouds far from each other."""
+    x, y, _ = large_clouds("near", 0)
+    clouds = as_cloud(x, None), as_cloud(y + 40, None)
+    return distance_estimates._extrapolated(*clouds, 16, found, 1, np.random.default_rng(0))
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_what_blocks_differ_by_is_part_of_the_error():
+    same, apart = (carried_on(costs * 2) for costs in ([100.0, 100.0], [99.0, 101.0]))
+    assert apart.error**2 - same.error**2 == pytest.approx(1 / 4)  # of the mean of four, of variance 1
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_what_the_law_of_sizes_misses_is_part_of_the_error(monkeypatch):
+    costs = {16: 201.0, 32: 200.6, 64: 200.4, 128: 200.0}  # .4, .2 and so .1 at last: it takes off four times as much
+    monkeypatch.setattr(
+        distance_estimates, "_cost", lambda a, b, p: costs[min(costs, key=lambda size: abs(size - len(a.points)))]
+    )
+    assert carried_on([201.0] * 4).error > 0.05  # nothing else differs
 
 
 @pytest.mark.parametrize("n_blocks", [1, 2, 7, 30])

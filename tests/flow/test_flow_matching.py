@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise, product
+from types import SimpleNamespace
 
 import numpy as np
 import ot
@@ -289,6 +290,20 @@ def test_growth_counts_by_the_mass_that_grows():
     assert float(field.growth(2.0, x[None, :1])) == pytest.approx(0, abs=0.02)  # batches of 512, some hundred of them
 
 
+def test_the_loss_is_the_velocitys_error_the_scores_times_the_std_and_a_tenth_of_the_growths():
+    t, x, velocity, noise, growth, weight, std = (
+        torch.randn(1, 50, n, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+        for k, n in enumerate((1, 2, 2, 2, 1, 1, 1))
+    )
+    weight, std = weight.exp(), std.exp()
+    # by 1, 2 and 3 off what is looked for; the score is -noise / std
+    found = torch.cat([velocity + 1, -noise / std + 2, growth + 3], -1)
+    batch = flow_matching._Batch(t, x, velocity, noise, growth, weight, std)
+    loss = flow_matching._loss(SimpleNamespace(network=lambda t, x: found), batch)
+    expected = (weight + (2 * std).square() + 0.1 * 9 * weight).mean()
+    torch.testing.assert_close(loss, expected[None])
+
+
 def test_the_mean_of_a_short_fits_weights_is_near_the_last():
     short = [
         replace(QUICK, ema_decay=decay, learning_rate=rate) for decay, rate in ((0.999, 1e-2), (0, 1e-2), (0, 1e-12))
@@ -411,6 +426,18 @@ def test_the_weights_kept_are_those_of_the_best_look():
     for name, value in weights(start).items():
         if name.startswith("network"):  # a hundred steps of at most 1e-9 away from the first weights
             torch.testing.assert_close(weights(kept)[name], value, rtol=0, atol=2e-7)
+
+
+def test_a_look_is_at_the_mean_of_the_weights_and_by_pairs_of_a_stream_of_its_own():
+    (one,), unseen = make_problems(
+        make((0.0, 1.0), (40, 30)), method="ot-cfm", path=None, sigma=0.1, seeds=[7], validate=True
+    )  # fmt: skip
+    # one look, after which the mean is kept: far from the last weights, at this rate
+    training = replace(QUICK, n_steps=EVALUATE_EVERY, patience=1, learning_rate=0.05, ema_decay=0.999)
+    fitted = train([one], unseen, training)
+    streams = [torch.Generator().manual_seed(one.seed + 1)]  # the seed's own has trained
+    seen = next(flow_matching._batches(unseen, streams, fitted.vector_field, flow_matching.VALIDATION_PAIRS, 1))
+    torch.testing.assert_close(flow_matching._loss(fitted.vector_field, seen), fitted.validation_loss[0])
 
 
 def test_a_stopped_member_does_not_depend_on_the_others():

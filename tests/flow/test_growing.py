@@ -120,6 +120,15 @@ def test_a_cell_without_mass_is_nobodys_kin():
     torch.testing.assert_close(plan.ancestors[some1], without.ancestors, rtol=0, atol=1e-4)
 
 
+def test_next_to_nothing_of_a_cell_far_from_all_takes_part():
+    interval = cloud()
+    interval.x0[0] = 200.0
+    (block,) = grown(interval).blocks
+    taking = block.marginal0 / interval.mass0
+    assert float(taking[0]) < 1e-3
+    assert float(taking[1:].min()) > 0.5
+
+
 # ---- large snapshots
 
 

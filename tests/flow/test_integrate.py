@@ -191,6 +191,28 @@ def test_dopri5_meets_its_tolerance_of_masses_in_any_unit_of_the_cells(unit):
     torch.testing.assert_close(moved.log_mass, true.double()[:, None].expand(2, 50), rtol=0, atol=1e-5)
 
 
+class Swinging(Linear):
+    """The velocity ``speed cos(20 t)`` in every coordinate and the growth rate ``rate cos(20 t)``, everywhere."""
+
+    def __init__(self, speed: float, rate: float, scale: float) -> None:
+        super().__init__(torch.zeros(1, 2, 2, dtype=torch.float64))
+        self.speed, self.rate, self.scale = speed, rate, torch.full((1, 1, 1), scale, dtype=torch.float64)
+
+    def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
+        swing = torch.cos(20 * torch.as_tensor(t, dtype=x.dtype)) * torch.ones_like(x)
+        return FieldSample(self.speed * swing, None, self.rate * swing[..., :1])
+
+
+@pytest.mark.parametrize(("speed", "rate", "scale"), [(1e-6, 0, 1e-6), (1, 0, 1), (1e6, 0, 1e6), (0, 20, 1)])
+def test_dopri5_heeds_cells_in_any_unit_of_theirs_and_masses_where_cells_stay(speed, rate, scale):
+    moved = transport(Swinging(speed, rate, scale), scale * cells(members=1), 0, 1, Integration("dopri5", 1, 1e-4))
+    way = moved.points - scale * cells(members=1)
+    truth = math.sin(20) / 20
+    # a step's tolerance, of which some tens add up
+    torch.testing.assert_close(way, torch.full_like(way, speed * truth), rtol=0, atol=1e-3 * scale)
+    torch.testing.assert_close(moved.log_mass, torch.full_like(moved.log_mass, rate * truth), rtol=0, atol=1e-2)
+
+
 def test_growth_is_integrated_along_the_cells_way():
     # with v = t x A the integral of t x_0 is known from that of dx/dt: x(t1) - x(t0) = A int t x dt
     class Along(Growing):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sctraj.flow import distance_estimates, pairwise_estimates
-from sctraj.flow.distance import energy_distance, median_distance, mmd, wasserstein
+from sctraj.flow.distance import energy_distance, median_distance, mmd, variance_ratio, wasserstein
 from sctraj.flow.judgement import METRICS, UNWEIGHTED, Observed, judge, judge_all
 from sctraj.flow.restoration import CONTROLS, Restoration
 
@@ -32,6 +32,7 @@ def test_the_judge_measures_what_it_says(weighted):
     about_mean = energy_distance(x, y, about_mean=True, **weights)
     assert judgement.values["energy_about_mean"] == pytest.approx(about_mean, rel=1e-10)  # rounding
     assert judgement.values["mmd"] == mmd(x, y, bandwidth=median_distance(y), **weights)
+    assert judgement.values["variance_ratio"] == variance_ratio(x, y, **weights)
     assert np.average(judgement.share, weights=b) == pytest.approx(judgement.values["w1"], rel=1e-12)  # rounding
 
 

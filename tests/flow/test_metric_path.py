@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -213,6 +214,54 @@ def test_rbf_is_one_at_the_cells_and_nothing_far_away():
     assert float((h - 1).square().mean().sqrt()) < 0.35  # a smooth fit: cells at the noise's edge have less
     assert float(rbf.density(torch.full((1, 2), 20.0, dtype=torch.float64))) < 1e-6
     assert bool((rbf.weights >= 0).all())
+
+
+def weighted(x, mass):
+    """Twice the same cells, and the units and centres' generator that a metric of theirs is made with."""
+    snapshots = Snapshots((0.0, 1.0), (x, x), (mass, mass))
+    return snapshots, scaling(snapshots, std=0.0), torch.Generator().manual_seed(0)
+
+
+@each_metric
+def test_among_cells_without_weight_nothing_is_cheap(metric):
+    x = torch.cat([arcs().points[2], arcs().points[2] + 30])
+    snapshots, units, rng = weighted(x, torch.arange(300) < 150)
+    density = diagonal_metric(snapshots, units, metric, rng).density((x - units.shift) / units.scale)
+    assert float(density[150:].mean()) < 1e-3 * float(density[:150].mean())
+
+
+def test_a_centre_whose_cells_are_at_one_place_has_a_reach():
+    x = torch.cat([arcs(39).points[2], torch.full((1, 2), 100.0).double()])
+    snapshots, units, rng = weighted(x, torch.ones(40))
+    rbf = diagonal_metric(snapshots, units, "rbf", rng)
+    squares = torch.cdist((x - units.shift) / units.scale, rbf.centres).amin(1).square()
+    assert float(squares[39]) < 1e-12  # rounding: the last cell is by itself
+    assert float(rbf.precision.max()) <= 10 / float(squares.mean()) * (1 + 1e-9)  # a tenth of the mean square; rounding
+
+
+def test_the_same_pair_bends_otherwise_in_another_interval(paths):
+    pairs, s = pairs_of(arcs()), torch.full((100, 1), 0.5, dtype=torch.float64)
+    for path in paths.values():
+        here, there = (path.moments(Pairs(pairs.x0, pairs.x1, t, t + 1.0), s).mean for t in TIMES[:2])
+        assert float((here - there).norm(dim=1).min()) > 1e-4
+
+
+def test_the_step_size_falls_along_a_cosine():
+    rate = 1e-4  # so small that Adam's second step is as long as the first, but for the rate
+    path = fit(arcs(), "land", n_steps=2, learning_rate=rate)
+    # the last layer starts at zero: it has gone 1, then 1/2 along the cosine
+    assert float(path.weights[-1].abs().max()) == pytest.approx(1.5 * rate, rel=0.05)
+
+
+def test_a_step_has_as_many_pairs_as_asked_for():
+    asked = []
+
+    def counted(interval):
+        coupling = independent(interval)
+        return SimpleNamespace(sample=lambda n, rng: asked.append(n) or coupling.sample(n, rng))
+
+    fit(arcs(20), "land", couple=counted, n_steps=3, batch_size=65)
+    assert asked == [3 * 33, 3 * 32]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 from sctraj._adata import read_snapshots
 from sctraj.datasets import simulated_course
 from sctraj.flow import problem
-from sctraj.flow.coupling import exact, growing, paired_by_velocity
+from sctraj.flow.coupling import exact, growing, paired_by_velocity, unbalanced
 from sctraj.flow.coupling.phase_space import in_phase_space
 from sctraj.flow.probability_path import Hermite, Pairs
 from sctraj.flow.problem import make_problems
@@ -145,8 +145,9 @@ def test_a_plan_of_pairs_alone_is_refused():
         paired_by_velocity(plan.pairs_alone, interval, v0, v1)
 
 
-def test_without_velocities_the_plan_stays():
-    interval, _, _ = cloud(40, 50)
+@pytest.mark.parametrize("growth", [None, torch.linspace(-1, 1, 40, dtype=torch.float64)])
+def test_without_velocities_the_plan_stays(growth):
+    interval = replace(cloud(40, 50)[0], growth0=growth)
     plan = growing(interval, torch.Generator())
     again = paired_by_velocity(plan, interval, None, None)
     for name in ("i", "j", "mass0", "mass1"):
@@ -208,6 +209,16 @@ def test_further_rounds_keep_the_unit_of_the_first_unless_rounding_forbids_it():
     assert torch.equal(second.pairs.j, anew.pairs.j)  # the exact plan knows no unit
     assert not torch.equal(second.descendants, anew.descendants)
     assert paired_by_velocity(first, interval, 1e6 * v0, v1).unit > 1e3 * first.unit  # a smaller one would be refused
+
+
+def test_kin_are_those_of_a_plan_as_soft_as_phase_space_is_wide():
+    interval, v0, v1 = cloud(30, 40)
+    found = paired_by_velocity(growing(interval, torch.Generator()), interval, v0, v1)
+    space = in_phase_space(interval, v0, v1)
+    variance = sum(x.var(0, correction=0).sum() for x in (space.x0, space.x1)) / 2
+    alone = unbalanced(space, epsilon=0.05 * found.unit, penalty=found.unit + 8 * float(variance))
+    torch.testing.assert_close(found.descendants, alone.descendants(interval.x1), rtol=0, atol=1e-9)  # rounding
+    torch.testing.assert_close(found.ancestors, alone.ancestors(interval.x0), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("known", [(True, True), (True, False), (False, True)])

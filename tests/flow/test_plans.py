@@ -84,6 +84,7 @@ def test_a_coupling_is_known_by_its_cells_masses_times_prior_and_by_what_is_aske
         replace(one, t1=2.0),
         replace(one, x0=one.x0.clone()),  # by identity: cells are not compared
         replace(one, mass0=heavier / heavier.sum()),
+        replace(one, mass1=one.mass1.flip(0) * torch.linspace(0.9, 1.1, 25, dtype=torch.float64)),
         replace(one, growth0=torch.zeros(20)),
     ]
     plans = Plans()
@@ -94,6 +95,17 @@ def test_a_coupling_is_known_by_its_cells_masses_times_prior_and_by_what_is_aske
     bridges = [plans.couple(one, BrownianBridge(sigma), "sb-cfm") for sigma in (1.0, 2.0, 1.0)]
     assert bridges[0] is bridges[2] is not bridges[1]
     assert plans.couple(one, BrownianBridge(1.0), "i-cfm") is plans.couple(one, BrownianBridge(2.0), "i-cfm")
+
+
+def test_the_coupling_of_bridges_is_brownian_motions_but_for_its_ends():
+    (interval,) = make((1.0, 3.5), (30, 40)).intervals()
+    path = BrownianBridge(0.7)
+    plan = Plans().couple(interval, path, "sb-cfm").matrix().log()
+    squares = torch.cdist(interval.x0, interval.x1).square()
+    motion = -squares / (2 * path.sigma**2 * interval.length)  # of its density, up to a constant
+    # what is of one end alone, as the potentials are, is taken off
+    plan, motion = (v - v[:1] - v[:, :1] + v[0, 0] for v in (plan, motion))
+    torch.testing.assert_close(plan, motion, rtol=0, atol=1e-10)  # rounding
 
 
 @pytest.mark.parametrize("method", ["uot-cfm", "ot-cfm"])

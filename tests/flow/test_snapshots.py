@@ -132,6 +132,12 @@ def test_growth_goes_with_its_cells():
         assert torch.equal(interval.growth0, interval.x0[:, 0])  # of the cells at the start
 
 
+@pytest.mark.parametrize(("fraction", "part"), [(0.9, 0), (0.1, 1)])
+def test_of_the_smallest_snapshot_a_cell_is_trained_on_and_one_held_back(fraction, part):
+    split = hold_back(make(), fraction=fraction, rng=torch.Generator().manual_seed(0))
+    assert [len(x) for x in split[part].points] == [1, 1, 1, 1]
+
+
 def test_blocks_take_their_cells_growth_along():
     interval = with_growth((0.0, 1.0), (50, 40)).intervals()[0]
     for rows, _, part, _ in blocks(interval, torch.Generator().manual_seed(0), block=10):
