@@ -465,9 +465,11 @@ def test_distances_are_to_the_last_bit_those_taken_alone(monkeypatch, even):
     rng = np.random.default_rng(0)
     x, y, mass = rng.normal(size=(500, 3)), rng.normal(size=(450, 3)), np.ones(500) if even else rng.random(500)
     judge = _judge.Judge(x, mass / mass.sum(), y, None, None, None, (500,), 2.0)
+    divergence = distance.sinkhorn_divergence(x, y, epsilon=0.05 * 2.0**2, weights_x=judge.mass)
     for largest, exact in ((10_000, True), (400, False)):
         monkeypatch.setattr(pairwise_estimates, "LARGEST_PAIRWISE", largest)
-        found = _judge._distances(judge, divergence=False)
+        found = _judge._distances(judge, divergence=True)
+        assert found["sinkhorn"] == (divergence, 0)
         weights = judge.mass
         alone = {
             "mmd": distance.estimated_mmd(x, y, bandwidth=2.0, weights_x=weights),
@@ -511,6 +513,17 @@ def test_gene_errors_are_those_of_the_decoded_cells(course, monkeypatch):
     error = recipe.decode(one.cloud.points).mean(axis=0) - recipe.expression(course.X[read.index[1]]).mean(axis=0)
     first = bad.query("metric == 'gene_mean'")["value"].iloc[0]
     assert first == pytest.approx(np.sqrt(np.mean(error**2)))
+
+
+def test_gene_errors_go_by_the_restorations_masses_and_unbiased_variances():
+    rng, mass = np.random.default_rng(0), np.arange(1, 7) / 21
+    restored, measured, seen = (rng.normal(size=(n, 3)) for n in (6, 7, 7))
+    judge = _judge.Judge(restored[:, :2], mass, seen[:, :2], None, None, (restored, measured, seen), (6,), 2.0)
+    found = _judge._distances(judge, divergence=False)
+    mean = mass @ restored - measured.mean(axis=0)
+    variance = np.diag(np.cov(restored.T, aweights=mass)) - seen.var(axis=0, ddof=1)
+    assert found["gene_mean"].value == pytest.approx(np.sqrt(np.mean(mean**2)))
+    assert found["gene_variance"].value == pytest.approx(np.sqrt(np.mean(variance**2)))
 
 
 def test_rows_are_tidy(course):
@@ -559,6 +572,8 @@ def test_all_methods_meet_the_same_half_of_the_held_out_cells(course):
         np.testing.assert_array_equal(of_a, of_b[of_b < first])  # both move the snapshot before
         assert (len(of_b[of_b < first]), len(of_b[of_b >= first])) == (first // 2, last // 2)
         assert not np.array_equal(seen_a, half_sample(a, m, 4)[1])
+        for drawn, elsewhere in zip((of_b, seen_b), half_sample(dataclasses.replace(b, split=1), m, 3)):
+            assert not np.array_equal(drawn, elsewhere)  # of other folds
     for a, b in pairwise(one):  # a snapshot that is held out in one fold is moved in the next
         np.testing.assert_array_equal(half_sample(a, len(b.cloud.points), 3)[1], half_sample(b, 9, 3)[0])
     peer = restorations(unit(f"{__name__}:like_previous"), read, task, device="cpu")
@@ -582,8 +597,10 @@ def test_a_half_keeps_each_side_s_share_of_the_mass(course):
     one = restorations(unit("ot-cfm", settings=CLOSED, start="both"), read, TASKS["leave-one-out"], device="cpu")[1]
     judge = dict(one.spaces(read))["common"]
     rows = half_sample(one, len(judge.observed), 0)
-    part = judge.half(*rows)
     n = one.cloud.parts[0]
     first = rows[0] < n
-    assert part.mass[first].sum() == pytest.approx(one.cloud.mass[:n].sum())
-    assert part.mass.sum() == pytest.approx(1)
+    uneven = np.arange(1.0, 1 + len(judge.mass))
+    for mass in (one.cloud.mass, uneven / uneven.sum()):
+        part = dataclasses.replace(judge, mass=mass).half(*rows)
+        assert part.mass[first].sum() == pytest.approx(mass[:n].sum())
+        assert part.mass.sum() == pytest.approx(1)

@@ -8,6 +8,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t as student
 
 from sctraj.benchmark import _judge
 from sctraj.benchmark._evaluate import Unit, evaluate
@@ -107,6 +108,20 @@ def test_the_interval_covers():
     assert 0.93 < hit / 2000 < 0.97
 
 
+def test_two_seeds_that_disagree_leave_one_degree_of_freedom():
+    _, low, high = _interval(0.0, np.array([-1.0, 1.0]), np.linspace(-1e-6, 1e-6, 100))
+    assert high == -low == pytest.approx(student.ppf(0.975, 1), rel=1e-6)  # the seeds' mean has the variance 1
+
+
+def test_half_samples_in_which_a_metric_was_not_taken_do_not_count():
+    rows = table({"good": 1.0}, metric="sinkhorn")
+    rows.loc[rows["bootstrap"] >= 8, "value"] = np.nan
+    found, few = summary(rows), summary(rows[rows["bootstrap"] < 8])
+    assert of(found, "good", "n_bootstraps") == 8
+    assert of(found, "good", "low") < of(found, "good", "mean") < of(found, "good", "high")
+    pd.testing.assert_frame_equal(found, few)
+
+
 def test_the_mean_is_that_of_all_cells_and_the_bias_of_fewer_cells_is_gone():
     found = summary(table(LEVELS))
     assert list(found.columns) == SUMMARY
@@ -174,9 +189,10 @@ def test_the_leak_is_paired_so_that_what_moves_both_forms_alike_cancels():
     published = table(LEVELS, noise=0.5)
     strict = table({name: level + 0.2 for name, level in LEVELS.items()}, noise=0.5).assign(strict=True)
     own = strict.assign(space="own", value=9.0)
-    found = leak(pd.concat([published, strict, own]), metric="w1")
-    assert found["method"].tolist() == list(LEVELS)
-    np.testing.assert_allclose(found[["leak", "low", "high"]].astype(float), 0.2, atol=1e-9)
+    for rows in ([published, strict, own], [own, strict, published]):
+        found = leak(pd.concat(rows), metric="w1")
+        assert found["method"].tolist() == list(LEVELS)
+        np.testing.assert_allclose(found[["leak", "low", "high"]].astype(float), 0.2, atol=1e-9)
     assert leak(published, metric="w1").empty
     wide = leak(pd.concat([published, table(LEVELS, noise=0.5, rng=1).assign(strict=True)]), metric="w1")
     assert (wide["low"] < 0).all()
@@ -253,6 +269,16 @@ def test_ranks_are_shared_by_those_that_cannot_be_told_apart():
     assert np.isnan(of(found, "noise-reference", "rank"))
     same = summary(table({"one": 1.0, "two": 1.001, "three": 3.0}, own=0.05))
     assert [of(same, m, "rank") for m in ("one", "two", "three")] == [1, 1, 3]
+
+
+def test_ranks_hold_for_all_pairs_at_once():
+    # of 15 pairs 3.1 deviations are needed, of five 2.7 and of one 2.0
+    levels = {"a": 0.0, "b": 2.9, "c": 100.0, "d": 200.0, "e": 300.0, "f": 400.0}
+    rows = table(levels, noise=0, seeds=(0,), folds=(1.0,))
+    halves = np.random.default_rng(0).standard_normal(HALVES)
+    rows.loc[(rows["method"] == "a") & (rows["bootstrap"] >= 0), "value"] += halves / halves.std(ddof=1)
+    found = summary(rows)
+    assert [of(found, m, "rank") for m in levels] == [1, 1, 3, 4, 5, 6]
 
 
 def test_baselines_stand_beside_every_start():
