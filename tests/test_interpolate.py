@@ -6,6 +6,7 @@ import re
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from anndata import AnnData
@@ -70,6 +71,17 @@ def test_a_time_column_of_a_name_that_is_written_is_refused(cells: AnnData, time
     tl.fit_flow(cells, time_key, field="closed-form")
     with pytest.raises(ValueError, match=rf'"source_cell" and "weight".*time_key="{time_key}"; rename'):
         tl.interpolate(cells, 1.5)
+
+
+def test_cells_of_either_side_jitter_on_their_own() -> None:
+    n, x = 200, np.random.default_rng(0).normal(size=(200, 2))
+    obs = pd.DataFrame({"time": np.repeat([0.0, 1.0], n)}, index=[f"c{k}" for k in range(2 * n)])
+    cells = AnnData(obs=obs, obsm={"X_pca": np.concatenate([x, x + 1]).astype(np.float32)})
+    tl.fit_flow(cells, method="ot-cfm", field="closed-form")
+    still, jittered = (tl.interpolate(cells, 0.5, jitter=jitter).obsm["X_pca"] for jitter in (0.0, 1.0))
+    before, after = np.split(jittered - still, 2)  # the same cells half-way, from both sides
+    assert np.abs(before).mean() > 0.05
+    assert abs(np.mean(np.sign(before * after))) < 0.2  # of 400 signs, four standard errors
 
 
 def test_cells_are_decoded_after_a_part_of_them_was_left_out(cells: AnnData) -> None:

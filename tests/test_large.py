@@ -16,6 +16,7 @@ from anndata import AnnData
 
 import sctraj
 from sctraj import _adata, _memory
+from sctraj.flow.integrate import Moved
 from sctraj.tl import _trajectories as verb
 
 QUICK = {"n_steps": 5, "batch_size": 8}
@@ -376,6 +377,24 @@ def test_paths_that_leave_the_sampled_cells_are_said(caplog, stored, tmp_path) -
     sctraj.tl.trajectories(cells, times=3, **kept)
     assert "100% of the cells of time" in caplog.text
     assert "do not follow their paths so far" in caplog.text
+
+
+@pytest.mark.parametrize(("n", "said"), [(10, ""), (11, "11% of the cells of time 0 are by time 1 farther")])
+def test_more_than_a_tenth_of_a_snapshots_paths_that_leave_the_cells_are_said(caplog, monkeypatch, n, said) -> None:
+    x = np.random.default_rng(0).normal(size=(100, 2)).astype(np.float32)
+    obs = pd.DataFrame({"time": np.repeat([0.0, 1.0], 100)}, index=[f"c{k}" for k in range(200)])
+    cells = AnnData(obs=obs, obsm={"X_pca": np.concatenate([x, x])})
+
+    def leaving(field, x, t0, t1, how) -> Moved:
+        away = (t1 > t0) * (torch.arange(100) < n)
+        return Moved(x + 1e3 * away[:, None], torch.zeros(1, 100))
+
+    sctraj.tl.fit_flow(cells, field="closed-form", sigma=0.1)
+    monkeypatch.setattr(verb, "transport", leaving)
+    caplog.set_level("WARNING", logger="sctraj")
+    sctraj.tl.trajectories(cells, times=2)
+    assert said in caplog.text
+    assert ("farther from the cells" in caplog.text) == bool(said)
 
 
 def test_earlier_trajectories_are_put_back_where_new_ones_cannot_take_their_place(tmp_path, monkeypatch):

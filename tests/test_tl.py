@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from functools import partial
+from itertools import product
 
 import anndata
 import numpy as np
@@ -858,6 +859,39 @@ def test_a_closed_form_bridge_keeps_a_population_together(stochastic) -> None:
     spread = cells.obsm["flow_trajectories"].reshape(4, n, 4, 2).std(1)
     assert spread.min() > 0.75
     assert spread.max() < 1.3  # 1 for all; 100 by steps too large, 1.7 by those of a neighbouring interval
+
+
+@pytest.mark.parametrize(("method", "stochastic"), [("uot-cfm", False), ("sb-cfm", False), ("sb-cfm", True)])
+def test_paths_and_what_they_gain_are_the_same_in_any_unit_of_time_and_by_any_stops(method, stochastic) -> None:
+    times, paths, weights = np.repeat([0.0, 1.0, 3.0], 30), [], []
+    points = np.random.default_rng(0).normal(size=(90, 2)) + times[:, None]
+    for hours, between in product((1.0, 24.0), (False, True)):
+        cells = _cells(points, hours * times)
+        sctraj.tl.fit_flow(cells, method=method, field="closed-form")
+        grid = hours * (np.arange(7) / 2 if between else np.array([0.0, 1.0, 3.0]))
+        # three steps per mean gap, 1.5: each of half a unit, as far as it is to the next stop
+        sctraj.tl.trajectories(cells, times=grid, solver="euler", stochastic=stochastic, n_steps=3)
+        seen = np.isin(grid / hours, times)
+        paths.append(cells.obsm["flow_trajectories"][:, seen])
+        if method == "uot-cfm":
+            weights.append(cells.obsm["flow_trajectory_weights"][:, seen])
+    for found in (paths, weights):
+        for other in found[1:]:
+            # single precision, where a bridge's velocities grow without bound; other steps move paths by .1 and more
+            np.testing.assert_allclose(other, found[0], rtol=0, atol=5e-3)
+    assert not weights or weights[0].std() > 0.1  # there is something to gain
+
+
+def test_stochastic_paths_are_as_rough_as_the_fits_diffusivity_says() -> None:
+    times = np.arange(3.0).repeat(100)
+    cells = _cells(np.random.default_rng(0).normal(size=(300, 2)) + times[:, None], times)
+    sctraj.tl.fit_flow(cells, method="sb-cfm", field="closed-form")
+    grid = np.linspace(0.25, 0.75, 51)
+    sctraj.tl.trajectories(cells, times=grid, stochastic=True, n_steps=100)
+    turns = np.diff(cells.obsm["flow_trajectories"], n=2, axis=1)  # from which a steady drift is gone
+    sigma = cells.uns["flow"]["params"]["sigma"]
+    # of 300 x 49 x 2 turns, neighbours of which share a step: 1 % by chance, and the drift's own change
+    assert turns.var() == pytest.approx(2 * sigma**2 * 0.01, rel=0.05)
 
 
 def test_closed_form_members_share_their_diffusivity(cells: AnnData) -> None:
