@@ -111,10 +111,15 @@ def as_options(message: str, flags: Mapping[str, str]) -> str:
         message = re.sub(parse, lambda found: f'Read them with {flags["column"]} "{found[1]}"', message)
     for name, flag in flags.items():
         # key="value", and names that are no words by themselves
+        message = re.sub(rf"(?<![\w-]){name}=(True|False)", _switch(flag), message)
         message = re.sub(rf"""(?<![\w-]){name}=(['"]?)([\w.-]+)\1""", rf"{flag} \2", message)
-        if "_" in name:
-            message = re.sub(rf"(?<![\w-]){name}\b(?!['\"=])", flag, message)
+        if "_" in name:  # but in the name of a file
+            message = re.sub(rf"(?<![\w/-]){name}\b(?!['\"=/]|\.\w)", flag, message)
     return message
+
+
+def _switch(flag: str) -> Callable[[re.Match[str]], str]:
+    return lambda found: flag if found[1] == "True" else f"--no-{flag[2:]}"
 
 
 class Verb(click.Command):

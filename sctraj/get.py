@@ -112,7 +112,7 @@ def velocity(adata: AnnData, *, key: str = _adata.FLOW) -> pd.DataFrame:
         Cells with other times or coordinates than at the fit.
     """
     _check(adata, key)
-    values = _slot(adata, _adata.VELOCITY.format(key=key), "tl.fit_flow")
+    values = written(adata, _adata.VELOCITY.format(key=key), "tl.fit_flow")
     return pd.DataFrame(np.asarray(values), index=adata.obs_names)
 
 
@@ -261,12 +261,13 @@ def row_numbers(adata: AnnData, rows: Sequence[int] | Sequence[bool] | Sequence[
 
 
 def _check(adata: AnnData, key: str) -> None:
-    """Raise a ValueError where the cells are not those of the flow, if it is still there to tell."""
+    """Raise a ValueError where cells are not those of the flow, if it is still there to tell."""
     if _adata.is_flow(adata.uns.get(key)):
-        _adata.check_cells(adata, key)
+        _adata.check_some_cells(adata, key)
 
 
-def _slot(adata: AnnData, name: str, writer: str) -> Any:
+def written(adata: AnnData, name: str, writer: str) -> Any:
+    """Return a matrix in ``obsm`` as it is; where it is not there say who writes it."""
     if name not in adata.obsm:
         raise KeyError(f'No adata.obsm["{name}"]. Call sctraj.{writer}(adata) first, or pass its key.')
     value: Mapping[str, Any] | Any = adata.obsm[name]

@@ -218,7 +218,8 @@ def test_errors_are_in_terms_of_the_command_line(source, options, says):
 
 def test_what_is_quoted_or_of_the_user_stays():
     flags = {"time_key": "--time-key", "method": "--method"}
-    for message in ('found "time_key" in obs', "my_method=3", "another method", "time_keys", 'obs["method"]'):
+    as_they_are = ('found "time_key" in obs', "my_method=3", "another method", "time_keys", 'obs["method"]')
+    for message in (*as_they_are, "a/time_key/b.h5ad", "time_key.h5ad"):
         assert cli.as_options(message, flags) == message
     assert cli.as_options("pass method='a-b', time_key=\"day\".", flags) == "pass --method a-b, --time-key day."
 

@@ -783,7 +783,7 @@ def test_no_two_names_in_a_legend_are_alike(adata, names, width):
 
 
 def test_an_unknown_colour_lists_the_columns(adata):
-    with pytest.raises(KeyError, match=r"color='gene' is neither a column .*nor a gene.*day.*kind.*amount"):
+    with pytest.raises(KeyError, match=r"color='gene' is neither a column .*nor one gene.*day.*kind.*amount"):
         pl.velocity(adata, color="gene")
     with pytest.raises(KeyError, match="color='gene'"):
         pl.trajectories(adata, color="gene")

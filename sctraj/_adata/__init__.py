@@ -15,7 +15,7 @@ from .cells import (
     read_times,
     write_by_cell,
 )
-from .flow import StoredFlow, check_cells, read_flow, read_trajectories, stored, versions, write_flow
+from .flow import StoredFlow, check_cells, check_some_cells, read_flow, read_trajectories, stored, versions, write_flow
 from .genes import Decoder, gene_numbers, read_decoder
 from .slots import (
     FLOW,
@@ -69,6 +69,7 @@ __all__ = [
     "check_key",
     "check_own",
     "check_replaceable",
+    "check_some_cells",
     "drop_column",
     "gene_numbers",
     "is_flow",

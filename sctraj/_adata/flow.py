@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
+from scipy import sparse
 
 from .cells import Cells, fingerprint_of, holds_numbers, read_column, read_rep, read_snapshots
 from .slots import STORE, STORE_ID, TRAJECTORIES, VELOCITY, check_anndata, is_flow
@@ -136,11 +138,29 @@ def check_cells(adata: AnnData, key: str) -> None:
     whole = adata.n_obs == int(params["n_obs"])
     if whole and np.isfinite(times).all() and fingerprint_of(adata, times, values) == str(flow["fingerprint"]):
         return
+    _check_velocities(adata, key)
+
+
+def check_some_cells(adata: AnnData, key: str) -> None:
+    """Raise a ValueError where some cells have other times or coordinates than at the fit, by their velocities alone.
+
+    For what is called often. Where the times are gone, or the representation is, or is not in memory, cells are taken
+    as they are.
+    """
+    params = stored(adata, key)["params"]
+    use_rep, time_key = str(params["use_rep"]), str(params["time_key"])
+    there = adata.X if use_rep == "X" and not adata.isbacked else adata.obsm.get(use_rep)
+    in_memory = isinstance(there, (np.ndarray, pd.DataFrame)) or sparse.issparse(there)
+    if in_memory and time_key in adata.obs and holds_numbers(adata.obs[time_key]):
+        _check_velocities(adata, key)
+
+
+def _check_velocities(adata: AnnData, key: str) -> None:
     if _velocities_belong(adata, key, None) is False:
         raise ValueError(
-            f'Expected cells with the times and "{use_rep}" that uns["{key}"] was fitted on, found other times or '
-            f"coordinates, beside which its velocities and trajectories mean nothing. Call sctraj.tl.fit_flow again, "
-            f"or put them back."
+            f'Expected cells with the times and "{stored(adata, key)["params"]["use_rep"]}" that uns["{key}"] was '
+            f"fitted on, found other times or coordinates, beside which its velocities and trajectories mean nothing. "
+            f"Call sctraj.tl.fit_flow again, or put them back."
         )
 
 

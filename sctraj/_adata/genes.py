@@ -54,6 +54,12 @@ class Decoder:
 
 def gene_numbers(adata: AnnData, names: Sequence[str]) -> np.ndarray:
     """Return the genes' numbers in ``var``, in the order of their names; raise a KeyError for others."""
+    twice = {*adata.var_names[adata.var_names.duplicated()]} & {*names}
+    if twice:
+        raise ValueError(
+            f"Expected genes of one name each; {', '.join(sorted(twice))} stand twice. Call "
+            f"adata.var_names_make_unique()."
+        )
     found = adata.var_names.get_indexer_for(list(names))
     if (found < 0).any():
         absent = [str(name) for name, number in zip(names, found) if number < 0]
@@ -88,6 +94,8 @@ def read_decoder(adata: AnnData, use_rep: str) -> tuple[Decoder | None, str]:
     matrix = matrix[:, genes]
     mean = np.asarray(matrix.mean(axis=0)).ravel().astype(np.float64)
     projected, centre = np.asarray(matrix @ loadings) - mean @ loadings, scores.mean(axis=0)
+    if len(scores) < 2:
+        raise _not_reproduced("a single cell, by which that cannot be told")
     worst = np.abs(projected - (scores - centre)).max() / np.abs(scores - centre).max()
     if not worst < CLOSE:
         raise _not_reproduced(f"(X - mean) PCs differs from X_pca by up to {worst:.2g} of its largest value")

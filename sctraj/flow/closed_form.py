@@ -22,7 +22,7 @@ from .metric_path import MetricPath
 from .probability_path import BrownianBridge, Hermite, Moments, Pairs, ProbabilityPath, Straight, Trigonometric
 from .problem import Problem
 from .snapshots import applied
-from .vector_field import FieldSample, VectorField, scaling
+from .vector_field import FieldSample, Leg, VectorField, scaling
 
 NEIGHBOURS = 5  # the bandwidth is the distance to the path point that is so near
 FLOOR = 0.05  # least bandwidth, as a fraction of the interval's rms displacement
@@ -115,25 +115,20 @@ class ClosedFormField(VectorField):
             [_bandwidth(part, time, points) for part, time, points in zip(self._parts, self._times(t), x)]
         )
 
-    def within(self, t0: Tensor | float, t1: Tensor | float) -> ClosedFormField:
-        """Return the field of the interval that every member's way from ``t0`` to ``t1`` is in, with both its ends.
+    def legs(self, t0: Tensor, t1: Tensor) -> Sequence[Leg]:
+        """Return the ways from ``t0`` to ``t1``, ``(M,)`` each, cut at the snapshots, where the field jumps.
 
-        At a snapshot the field jumps: a way that ends there needs the interval before, one that begins there, which may
-        be backwards in time, its own. Where a way crosses a snapshot it is this field.
+        On each leg the field is its own interval's, with both ends: the one before, where it ends at a snapshot. Who
+        has fewer legs than another stays where it has arrived.
         """
-        parts = []
-        ends = (self._times(torch.as_tensor(t).reshape(-1, 1, 1)) for t in (t0, t1))
-        for part, first, last in zip(self._parts, *ends):
-            middle = (first + last) / 2
-            interval = part.intervals[max(sum(float(one.pairs.t0) <= middle for one in part.intervals) - 1, 0)]
-            start, end = float(interval.pairs.t0), float(interval.pairs.t1)
-            rounding = 1e-6 * (end - start)
-            if min(first, last) < start - rounding or max(first, last) > end + rounding:
-                return self
-            parts.append(replace(part, intervals=(interval,)))
-        inside = copy.copy(self)
-        inside._parts = tuple(parts)
-        return inside
+        cuts = [_cut(part, *ends) for part, *ends in zip(self._parts, t0.tolist(), t1.tolist(), strict=True)]
+        legs = []
+        for k in range(max(map(len, cuts)) - 1):
+            ends = [(cut[min(k, len(cut) - 1)], cut[min(k + 1, len(cut) - 1)]) for cut in cuts]
+            inside = copy.copy(self)
+            inside._parts = tuple(_between(part, *own) for part, own in zip(self._parts, ends))
+            legs.append(Leg(inside, *torch.tensor(ends, dtype=torch.float64).T))
+        return legs
 
     def _times(self, t: Tensor | float) -> list[float]:
         return torch.as_tensor(t, dtype=torch.float64).expand(self.members, 1, 1)[:, 0, 0].tolist()
@@ -213,6 +208,23 @@ def closed_form(problems: Sequence[Problem], *, device: torch.device, dtype: tor
         members.append(_Member(path, tuple(intervals), origin.to(dtype)))
         scales.append(measured.scale)
     return ClosedFormField(members, scales).to(device)
+
+
+def _cut(part: _Member, first: float, last: float) -> list[float]:
+    """Return a way's ends and the snapshots' times between them, in its order; what rounding may part is one."""
+    inner = []
+    for interval in part.intervals[1:]:
+        rounding = 1e-6 * float(interval.pairs.length)
+        if min(first, last) + rounding < float(interval.pairs.t0) < max(first, last) - rounding:
+            inner.append(float(interval.pairs.t0))
+    return [first, *(inner if first < last else inner[::-1]), last]
+
+
+def _between(part: _Member, first: float, last: float) -> _Member:
+    """Return a member with the one interval that holds the middle of a leg."""
+    middle = (first + last) / 2
+    k = max(sum(float(interval.pairs.t0) <= middle for interval in part.intervals) - 1, 0)
+    return replace(part, intervals=part.intervals[k : k + 1])
 
 
 class _Now(NamedTuple):

@@ -158,7 +158,8 @@ class Plans:
         distinct: list[Interval] = []
         for interval in intervals:
             small = cells_a_side(interval) <= (self.block or (WHOLE if method == "uot-cfm" else BLOCK))
-            if small and not any(_same(interval, other) for other in distinct):
+            known = any(one.what == (method, None) and _same(one.interval, interval) for one in self._known)
+            if small and not known and not any(_same(interval, other) for other in distinct):
                 distinct.append(interval)
         at_once(self.couple, [(interval, None, method) for interval in distinct])
 

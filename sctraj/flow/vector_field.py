@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -95,6 +95,14 @@ def _selu_(x: Tensor) -> Tensor:
         return torch.selu_(x)
     power = x.clamp_max(0).mul_(1 / math.log(2)).exp2_()
     return x.clamp_min_(0).add_(power, alpha=SELU_ALPHA).sub_(SELU_ALPHA).mul_(SELU_SCALE)
+
+
+class Leg(NamedTuple):
+    """A part of each member's way, from ``t0`` to ``t1`` ``(M,)``, and the field on it, which jumps nowhere between."""
+
+    field: Any
+    t0: Tensor
+    t1: Tensor
 
 
 class MLP(nn.Module):
@@ -230,9 +238,9 @@ class VectorField(nn.Module, ABC):
         """Return the standard deviation ``(M, B, 1)`` of the kernel that the field averages by; zero without one."""
         return x.new_zeros(*x.shape[:-1], 1)
 
-    def within(self, t0: Tensor | float, t1: Tensor | float) -> VectorField:
-        """Return what the field is from ``t0`` to ``t1``, with both ends: this one, where it has no jumps."""
-        return self
+    def legs(self, t0: Tensor, t1: Tensor) -> Sequence[Leg]:
+        """Return the ways from ``t0`` to ``t1``, ``(M,)`` each, cut where the field jumps: one leg, if nowhere."""
+        return [Leg(self, t0, t1)]
 
     def velocity(self, t: Tensor | float, x: Tensor) -> Tensor:
         """Return the velocity ``(M, B, d)`` at real time ``t`` and points ``(M, B, d)``."""
@@ -302,9 +310,10 @@ class Ensemble:
         """Return the members' mean bandwidth at points ``(1, B, d)``."""
         return self.field.bandwidth(t, x.expand(self.field.members, *x.shape[1:])).mean(0, keepdim=True)
 
-    def within(self, t0: Tensor | float, t1: Tensor | float) -> Ensemble:
-        """Return the mean of the members on the way from ``t0`` to ``t1``."""
-        return Ensemble(self.field.within(t0, t1))
+    def legs(self, t0: Tensor, t1: Tensor) -> Sequence[Leg]:
+        """Return the way from ``t0`` to ``t1`` in legs, each with the members' mean on it."""
+        of_all = self.field.legs(t0.expand(self.field.members), t1.expand(self.field.members))
+        return [Leg(Ensemble(leg.field), leg.t0[:1], leg.t1[:1]) for leg in of_all]
 
     def velocity(self, t: Tensor | float, x: Tensor) -> Tensor:
         """Return the velocity at points ``(1, B, d)``."""

@@ -75,7 +75,7 @@ def times_of(adata: AnnData, time_key: str) -> np.ndarray:
 
 def time_range(adata: AnnData, key: str, observed: np.ndarray) -> Normalize:
     """The colours' range, of all snapshots of a fit: those of a part of the cells are then the same as of all."""
-    times = [*np.asarray(adata.uns[key]["times"], dtype=float), *observed]
+    times = np.concatenate([np.asarray(adata.uns[key]["times"], dtype=float), observed])
     return Normalize(np.nanmin(times), np.nanmax(times))
 
 
@@ -104,9 +104,9 @@ def column_of(adata: AnnData, color: str) -> pd.Series:
     """A column of obs, or a gene's values in X, which a column of its name hides."""
     if color in adata.obs:
         return adata.obs[color]
-    if color not in adata.var_names or adata.X is None:
+    if color not in adata.var_names or adata.X is None or adata.var_names.tolist().count(color) > 1:
         raise KeyError(
-            f"color={color!r} is neither a column of adata.obs nor a gene in adata.var_names; columns are "
+            f"color={color!r} is neither a column of adata.obs nor one gene in adata.var_names; columns are "
             f"{list(adata.obs.columns)}."
         )
     return pd.Series(adata.obs_vector(color), index=adata.obs_names)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from sctraj import get
-from sctraj._adata import check_cells
+from sctraj._adata import VELOCITY, check_cells
 
 from ._basis import find_basis, fit_params, project_velocity, projection, thin
 from ._cells import axes_or_new, check_color, draw_cells, ink, make_room, shrinkage, time_range, times_of
@@ -90,7 +90,7 @@ def velocity(
     check_color(adata, color)
     check_cells(adata, key)
     plane = find_basis(adata, basis, dims=dims, use_rep=params["use_rep"])
-    velocities = get.velocity(adata, key=key).to_numpy()
+    velocities = np.asarray(get.written(adata, VELOCITY.format(key=key), "tl.fit_flow"))
     representation = get.representation(adata, key=key)
     finite = [np.isfinite(matrix).all(1) for matrix in (velocities, representation, plane.cells)]
     rows = np.flatnonzero(np.logical_and.reduce(finite))

@@ -331,7 +331,7 @@ def _in_one_unit(readings: list[_Reading], key: str, unit: str | None) -> tuple[
 def _mapping_advice(labels: Sequence[Any], known: Mapping[Any, float] | None = None) -> str:
     """Say how to give times by hand; of labels that could be read, ``known``, the times stand there."""
     if known and len(labels) <= 20:
-        shown = ", ".join(f"{label!r}: {f'{known[label]:g}' if label in known else '...'}" for label in labels)
+        shown = ", ".join(f"{label!r}: {f'{known[label]:.12g}' if label in known else '...'}" for label in labels)
     else:
         shown = ", ".join(f"{label!r}: ..." for label in labels[:3]) + (", ..." if len(labels) > 3 else "")
     return f"Say the times yourself: mapping={{{shown}}}."

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .._log import logger
+from ..flow.clouds import evenly
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from .._adata import Cells
     from ..flow.snapshots import Snapshots
 
-TO_LOOK_AT = re.compile("umap|tsne|t-sne|phate|draw_graph", re.IGNORECASE)  # embeddings that keep no distances
+# embeddings that keep no distances
+TO_LOOK_AT = re.compile("(x_)?(umap|tsne|phate|draw_graph|fle|mde|pacmap|trimap)", re.IGNORECASE)
 ALONE = 0.99  # of all squared widths, one dimension's
 FOLD = 20.0  # logarithm of how many times one cell may outgrow another over a gap: more is another unit of time
 FAR = 100.0  # times the median distance from the snapshot's median: no tail of real cells is that long
@@ -34,17 +36,18 @@ def say_doubts(adata: AnnData, cells: Cells, use_rep: str, growth_key: str | Non
 
 
 def _doubt_representation(snapshots: Snapshots, use_rep: str) -> None:
-    if TO_LOOK_AT.search(use_rep):
+    if TO_LOOK_AT.match(use_rep):
         logger.warning(
             f'"{use_rep}" is made to be looked at: its distances and directions are not those of the cells, and so a '
             f'flow in it is not theirs either; fit in principal components, and draw that flow with basis="{use_rep}"'
         )
-    some = torch.cat([x[:SAMPLE] for x in snapshots.points]).double()
+    part = max(2, SAMPLE // len(snapshots))
+    some = torch.cat([x[evenly(len(x), part)] for x in snapshots.points]).double()
     if use_rep == "X" and bool(((some == some.round()) & (some >= 0)).all()):
         logger.warning("X holds whole numbers, as raw counts are; normalise them and take logarithms before a fit")
     low, high = some.quantile(torch.tensor([0.1, 0.9], dtype=some.dtype), 0)  # whatever a few cells do
     squares = (high - low).square()
-    if len(squares) > 2 and float(squares.max()) > ALONE * float(squares.sum()):
+    if len(squares) > 2 and float(squares.min()) > 0 and float(squares.max()) > ALONE * float(squares.sum()):
         logger.warning(
             f'one dimension of "{use_rep}" ({int(squares.argmax())}; the first is 0) is so much wider than all other '
             f"{len(squares) - 1} together that distances are all but its own; scale it, unless that is meant"
@@ -52,10 +55,13 @@ def _doubt_representation(snapshots: Snapshots, use_rep: str) -> None:
 
 
 def _doubt_prior(snapshots: Snapshots, growth_key: str) -> None:
-    ranges = [float(rate.max() - rate.min()) for rate in snapshots.growth]
+    ranges = [float(rate.max() - rate.min()) for rate in snapshots.growth[:-1]]  # the last one's rates serve nothing
     if not max(ranges) > 0:
-        logger.warning(f'obs["{growth_key}"] is the same for all cells of a snapshot, and so without effect')
-    longest = max((interval.length * one for interval, one in zip(snapshots.intervals(), ranges)), default=0.0)
+        logger.warning(
+            f'obs["{growth_key}"] is the same for all cells of a snapshot (but the last one, whose rates serve '
+            f"nothing), and so without effect"
+        )
+    longest = max(interval.length * one for interval, one in zip(snapshots.intervals(), ranges))
     if longest > FOLD:
         logger.warning(
             f'by obs["{growth_key}"] one cell would outgrow another e^{longest:.0f}-fold from one snapshot to the '

@@ -131,9 +131,9 @@ def trajectories(
     snapshots = flow.cells.snapshots
     grid = _time_grid(times, snapshots.times)
     field = flow.vector_field.to(where).ensemble()
-    jumps = flow.params["field"] == "closed-form"  # at the snapshots: they are not to be stepped over
     if n_steps is None:
-        n_steps = steps_per_gap(solver, stochastic=stochastic, stiff=jumps and field.has_score)
+        stiff = flow.params["field"] == "closed-form" and field.has_score
+        n_steps = steps_per_gap(solver, stochastic=stochastic, stiff=stiff)
     if stochastic and not field.has_score:
         raise ValueError(
             f"expected a flow with a score for stochastic=True, found one by {flow.params['method']}; fit with "
@@ -148,11 +148,6 @@ def trajectories(
     stream = torch.Generator().manual_seed(seed)
 
     def move(x: torch.Tensor, t0: float, t1: float) -> Moved:
-        if jumps and (between := [t for t in snapshots.times if min(t0, t1) < t < max(t0, t1)]):
-            half = between[0] if t0 < t1 else between[-1]
-            first = move(x, t0, half)
-            rest = move(first.points, half, t1)
-            return Moved(rest.points, first.log_mass + rest.log_mass)
         steps = max(1, math.ceil(n_steps * abs(t1 - t0) / snapshots.mean_gap))
         if stochastic:
             there = simulate(field, x, t0, t1, sigma=float(flow.params["sigma"]), n_steps=steps, rng=stream)

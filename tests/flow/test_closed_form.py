@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -344,6 +345,27 @@ def test_members_together_are_each_alone(method):
     torch.testing.assert_close(mean[0], together.evaluate(2.0, same).velocity.mean(0))
     torch.testing.assert_close(ensemble.bandwidth(2.0, x[:1])[0], together.bandwidth(2.0, same).mean(0))
     torch.testing.assert_close(ensemble.scale[0], together.scale.mean(0))
+
+
+@pytest.mark.parametrize("path", ["straight", "hermite"])
+@pytest.mark.parametrize(("t0", "t1"), [(0.5, 5.0), (5.0, 0.5), (0.0, 6.0), (6.0, 0.0)])
+def test_a_way_over_snapshots_is_that_from_one_to_the_next(path, t0, t1):
+    field, x, fine = fields(make(), "ot-cfm", path=path), grid(20), Integration("rk4", 60, 1e-6)
+    stops = [t0, *(t for t in (TIMES if t0 < t1 else TIMES[::-1]) if min(t0, t1) < t < max(t0, t1)), t1]
+    parts = x
+    for first, last in pairwise(stops):
+        parts = push(field, parts, first, last, replace(fine, n_steps=30))
+    torch.testing.assert_close(push(field, x, t0, t1, fine), parts, rtol=0, atol=1e-3)  # of neither's steps
+
+
+def test_members_that_cross_other_snapshots_do_not_mind_each_other():
+    problems, _ = make_problems(make(), method="ot-cfm", path=None, sigma=None, seeds=[0], validate=False)
+    field, x, way = field_of(*problems, *problems), grid(20, members=2), Integration("rk4", 40, 1e-6)
+    together = push(field, x, torch.tensor([0.0, 0.5]), torch.tensor([1.0, 6.0]), way)
+    alone = push(field_of(*problems), x[:1], 0.0, 1.0, way)
+    torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-6)  # it has no fewer steps than by itself
+    (leg, *_) = field.legs(torch.tensor([0.0, 5.0]), torch.tensor([1.0, 5.5]))
+    assert leg.t1.tolist() == [1.0, 5.5]
 
 
 def test_nothing_to_put_together():

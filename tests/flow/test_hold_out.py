@@ -17,7 +17,7 @@ from sctraj.flow.judgement import Observed, judge
 from sctraj.flow.restoration import moved
 from sctraj.flow.snapshots import Snapshots
 from sctraj.flow.starts import origins
-from sctraj.flow.vector_field import FieldSample
+from sctraj.flow.vector_field import FieldSample, Leg
 
 TIMES = (0.0, 1.0, 4.0, 6.0)
 
@@ -41,8 +41,8 @@ class Swirl:
     def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
         return FieldSample(self.rate * torch.sin(x.flip(-1) + t), None)
 
-    def within(self, t0, t1):
-        return self
+    def legs(self, t0, t1):
+        return [Leg(self, t0, t1)]
 
     def member(self, k: int) -> Swirl:
         one = Swirl(1)

@@ -11,7 +11,7 @@ from torchdiffeq import odeint
 
 from sctraj.flow import integrate
 from sctraj.flow.integrate import Integration, push, simulate, transport
-from sctraj.flow.vector_field import FieldSample
+from sctraj.flow.vector_field import FieldSample, Leg
 
 SPIRAL = torch.tensor([[[-0.3, -1.0], [1.0, -0.1]], [[0.2, 0.5], [-0.4, 0.1]]], dtype=torch.float64)
 
@@ -27,8 +27,8 @@ class Linear:
     def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
         return FieldSample(t * x @ self.matrices.mT, None)
 
-    def within(self, t0, t1):
-        return self
+    def legs(self, t0, t1):
+        return [Leg(self, t0, t1)]
 
     def truth(self, x: Tensor, t0: Tensor | float, t1: Tensor | float) -> Tensor:
         area = torch.as_tensor(t1**2 - t0**2, dtype=torch.float64).reshape(-1, 1, 1) / 2
@@ -41,8 +41,8 @@ class Gaussian:
     has_score = True
     scale = torch.ones(1, 1, 1, dtype=torch.float64)
 
-    def within(self, t0, t1):
-        return self
+    def legs(self, t0, t1):
+        return [Leg(self, t0, t1)]
 
     @staticmethod
     def variance(t: Tensor | float) -> Tensor | float:
@@ -276,8 +276,8 @@ class OrnsteinUhlenbeck:
         self.theta, self.sigma = theta, sigma
         self.scale, self.has_score = torch.ones(1, 1, 1, dtype=torch.float64), True
 
-    def within(self, t0, t1):
-        return self
+    def legs(self, t0, t1):
+        return [Leg(self, t0, t1)]
 
     def evaluate(self, t, x):
         score = -x / 0.7  # of any Gaussian: the drift is what counts
