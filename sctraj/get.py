@@ -134,7 +134,8 @@ def trajectories(
         ``adata.obs["time"] == 2``; all if None.
     genes
         Genes to decode to, by their names, where the flow is in ``X``, in ``obsm["X_pca"]`` or in what was standardised
-        from that. Values are what the components hold of them, and vary less than measured ones.
+        from that. Values are what the components hold of them, and vary less than measured ones; of what they do not
+        hold the mean is that of the cells in `adata`, so choose by `rows` rather than hand over a part.
     key
         Name of the flow.
 

@@ -90,7 +90,10 @@ def read_decoder(adata: AnnData, use_rep: str) -> tuple[Decoder | None, str]:
     genes = np.flatnonzero(np.abs(loadings).any(axis=1))
     matrix, loadings = adata.X, loadings[genes]
     if matrix is None or loadings.shape[1] != d:
-        raise _not_reproduced("X is missing or PCs has fewer components than X_pca")
+        reason = "X is missing or PCs has fewer components than X_pca"
+        if standardised:
+            return None, reason
+        raise _not_reproduced(reason)
     matrix = matrix[:, genes]
     mean = np.asarray(matrix.mean(axis=0)).ravel().astype(np.float64)
     projected, centre = np.asarray(matrix @ loadings) - mean @ loadings, scores.mean(axis=0)
@@ -98,7 +101,10 @@ def read_decoder(adata: AnnData, use_rep: str) -> tuple[Decoder | None, str]:
         raise _not_reproduced("a single cell, by which that cannot be told")
     worst = np.abs(projected - (scores - centre)).max() / np.abs(scores - centre).max()
     if not worst < CLOSE:
-        raise _not_reproduced(f"(X - mean) PCs differs from X_pca by up to {worst:.2g} of its largest value")
+        reason = f"(X - mean) PCs differs from X_pca by up to {worst:.2g} of its largest value"
+        if standardised:  # of components alone genes are expected, and to do without them is to be said
+            return None, reason
+        raise _not_reproduced(reason)
     mean = mean - loadings @ centre
     if standardised:
         assert isinstance(record, Mapping)

@@ -51,9 +51,6 @@ def check_flow_key(adata: AnnData, key: str) -> None:
             f'Expected a flow or nothing in adata.uns["{key}"], found something else, which is never overwritten. '
             f'Pass another key_added, or delete it first: del adata.uns["{key}"].'
         )
-    if key not in adata.uns:
-        of_flows = (VELOCITY, GROWTH, VELOCITY_SD, TRAJECTORIES, WEIGHTS)
-        say_replaced(adata, [slot.format(key=key) for slot in of_flows])
 
 
 def is_flow(value: Any) -> bool:

@@ -168,7 +168,6 @@ def leave_one_out(
     """
     _adata.check_key(key_added)
     _adata.check_own(adata, copy=copy)
-    _say_what_is_replaced(adata, key_added)
     methods = [methods] if isinstance(methods, str) else list(methods)
     unknown = [m for m in methods if m not in METHODS]
     if unknown or not methods or len(set(methods)) < len(methods):
@@ -228,6 +227,8 @@ def leave_one_out(
         "versions": _adata.versions(),
         "fingerprint": cells.fingerprint,
     }
+    if not copy:
+        _say_what_is_replaced(adata, key_added)
     adata = _adata.own(adata, copy=copy)
     written = _write(adata, key_added, cells, methods, list(zip(found, judged)), protocol)
     logger.info(

@@ -37,7 +37,11 @@ def warn_of_unused_steps(
 ) -> None:
     """Log which of the options nothing uses, ``default`` being the tolerance where none is given."""
     own = solver == "dopri5" and not stochastic
-    unused = {"n_steps": n_steps is not None and own, "tolerance": tolerance != default and not own}
+    unused = {
+        "solver": stochastic and solver != "rk4",
+        "n_steps": n_steps is not None and own,
+        "tolerance": tolerance != default and not own,
+    }
     if given := [name for name, is_given in unused.items() if is_given]:
         steps = "the simulation" if stochastic else solver
         logger.warning(f"{', '.join(given)} given, without effect on the steps of {steps}")
