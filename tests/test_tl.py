@@ -930,6 +930,9 @@ def test_what_makes_a_flow_doubtful_is_said(cells: AnnData, caplog, verb) -> Non
     assert 'draw that flow with basis="X_umap"' in message
     cells.obsm["X_wide"] = x * np.r_[1, 100, np.ones(x.shape[1] - 2)].astype(np.float32)
     assert any('one dimension of "X_wide" (1; the first is 0)' in message for message in said(use_rep="X_wide"))
+    rare = np.where(rng.random((600, 30)) < 0.05, 1.0, 0.0) * rng.exponential(3, (600, 30))  # as most genes are
+    cells.obsm["X_rare"] = np.column_stack([x[:, :1], rare]).astype(np.float32)
+    assert said(use_rep="X_rare") == []
     counts = AnnData(rng.poisson(3 + cells.obs["time"].to_numpy()[:, None], (600, 5)).astype(np.float32), obs=cells.obs)
     cells, kept = counts, cells
     assert any("raw counts" in message for message in said(use_rep="X"))

@@ -23,6 +23,7 @@ TO_LOOK_AT = re.compile("(x_)?(umap|tsne|phate|draw_graph|fle|mde|pacmap|trimap)
 ALONE = 0.99  # of all squared widths, one dimension's
 FOLD = 20.0  # logarithm of how many times one cell may outgrow another over a gap: more is another unit of time
 FAR = 100.0  # times the median distance from the snapshot's median: no tail of real cells is that long
+LOOKED_AT = 300  # cells that tell what a representation is like
 SAMPLE = 1000  # cells that medians are taken of, which a few more or less do not move
 NAMED = 5
 
@@ -41,12 +42,13 @@ def _doubt_representation(snapshots: Snapshots, use_rep: str) -> None:
             f'"{use_rep}" is made to be looked at: its distances and directions are not those of the cells, and so a '
             f'flow in it is not theirs either; fit in principal components, and draw that flow with basis="{use_rep}"'
         )
-    part = max(2, SAMPLE // len(snapshots))
-    some = torch.cat([x[evenly(len(x), part)] for x in snapshots.points]).double()
+    part = max(3, LOOKED_AT // len(snapshots))
+    some = torch.cat([x[evenly(len(x), part)] for x in snapshots.points])
     if use_rep == "X" and bool(((some == some.round()) & (some >= 0)).all()):
         logger.warning("X holds whole numbers, as raw counts are; normalise them and take logarithms before a fit")
-    low, high = some.quantile(torch.tensor([0.1, 0.9], dtype=some.dtype), 0)  # whatever a few cells do
-    squares = (high - low).square()
+    ordered = some.sort(0).values
+    low, high = (ordered[round(share * (len(some) - 1))] for share in (0.1, 0.9))  # whatever a few cells do
+    squares = (high - low).double().square()
     if len(squares) > 2 and float(squares.min()) > 0 and float(squares.max()) > ALONE * float(squares.sum()):
         logger.warning(
             f'one dimension of "{use_rep}" ({int(squares.argmax())}; the first is 0) is so much wider than all other '
