@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -156,25 +156,28 @@ def trajectories(
     """
     _check(adata, key)
     chosen = slice(None) if rows is None else row_numbers(adata, rows)
+    names = [genes] if isinstance(genes, str) else None if genes is None else list(genes)
+    decoded = None if names is None else _way_to_genes(adata, key, names)
     values = _adata.read_trajectories(adata, key, chosen)
     times = np.asarray(_adata.stored(adata, key)["trajectory_times"])
     index = pd.MultiIndex.from_product([adata.obs_names[chosen], times], names=["cell", "time"])
     points = values.reshape(len(index), values.shape[-1])
-    if genes is None:
-        return pd.DataFrame(points, index=index)
-    names = [genes] if isinstance(genes, str) else list(genes)
-    return pd.DataFrame(_decoded(adata, key, points, names), index=index, columns=names)
+    return pd.DataFrame(points if decoded is None else decoded(points), index=index, columns=names)
 
 
-def _decoded(adata: AnnData, key: str, points: np.ndarray, genes: Sequence[str]) -> np.ndarray:
-    """Return genes' values ``(n, n_genes)`` at points of a flow ``(n, d)``."""
+def _way_to_genes(adata: AnnData, key: str, genes: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
+    """Return what takes points of a flow ``(n, d)`` to the genes' values ``(n, n_genes)``."""
     use_rep = str(_adata.stored(adata, key)["params"]["use_rep"])
     if use_rep == "X":
-        return points[:, _adata.gene_numbers(adata, genes)]
+        columns = _adata.gene_numbers(adata, genes)
+        return lambda points: points[:, columns]
     decoder, why_not = _adata.read_decoder(adata, use_rep)
     if decoder is None:
-        raise ValueError(f"Expected a flow from which there is a way back to genes; found none: {why_not}.")
-    return decoder.only(adata, genes)(points)
+        raise ValueError(
+            f"Expected a flow from which there is a way back to genes; found none: {why_not}. Fit one in "
+            f'obsm["X_pca"] beside its varm["PCs"], or leave genes out.'
+        )
+    return decoder.only(adata, genes)
 
 
 def representation(adata: AnnData, *, key: str = _adata.FLOW) -> np.ndarray:

@@ -933,7 +933,9 @@ def test_what_makes_a_flow_doubtful_is_said(cells: AnnData, caplog, verb) -> Non
     rare = np.where(rng.random((600, 30)) < 0.05, 1.0, 0.0) * rng.exponential(3, (600, 30))  # as most genes are
     cells.obsm["X_rare"] = np.column_stack([x[:, :1], rare]).astype(np.float32)
     assert said(use_rep="X_rare") == []
-    counts = AnnData(rng.poisson(3 + cells.obs["time"].to_numpy()[:, None], (600, 5)).astype(np.float32), obs=cells.obs)
+    counts = AnnData(
+        rng.poisson(3 + cells.obs["time"].to_numpy()[:, None], (600, 5)).astype(np.float32), obs=cells.obs[["time"]]
+    )
     cells, kept = counts, cells
     assert any("raw counts" in message for message in said(use_rep="X"))
     cells.X = np.log1p(cells.X)
@@ -962,22 +964,21 @@ def test_a_flow_that_tells_nothing_is_said(cells: AnnData, caplog) -> None:
     )
 
 
-def test_what_another_wrote_is_not_replaced_in_silence(cells: AnnData, caplog) -> None:
-    caplog.set_level("WARNING", logger="sctraj")
+def test_what_another_wrote_is_never_replaced(cells: AnnData) -> None:
     cells.obsm["rna_velocity"], cells.obs["rna_growth"] = np.zeros((600, 3)), "mine"
-    sctraj.tl.fit_flow(cells, field="closed-form", key_added="rna")
-    (record,) = caplog.records
-    assert record.getMessage().startswith('obsm["rna_velocity"], obs["rna_growth"]: there already')
-    caplog.clear()
-    sctraj.tl.fit_flow(cells, field="closed-form", key_added="rna")  # its own
+    with pytest.raises(ValueError, match=r'found adata\.obsm\["rna_velocity"\], adata\.obs\["rna_growth"\] without'):
+        sctraj.tl.fit_flow(cells, field="closed-form", key_added="rna")
+    assert (cells.obs.pop("rna_growth") == "mine").all()
+    del cells.obsm["rna_velocity"]
+    for _ in range(2):  # its own are
+        sctraj.tl.fit_flow(cells, field="closed-form", key_added="rna")
     cells.obsm["flow_restored"] = np.zeros((600, 3))
-    assert not caplog.records
-    sctraj.tl.leave_one_out(cells, field="closed-form")
-    (record,) = caplog.records
-    assert record.getMessage().startswith('obsm["flow_restored"]: there already')
-    caplog.clear()
-    sctraj.tl.leave_one_out(cells, field="closed-form")
-    assert not caplog.records
+    with pytest.raises(ValueError, match=r'del adata\.obsm\["flow_restored"\]'):
+        sctraj.tl.leave_one_out(cells, field="closed-form")
+    assert not cells.obsm["flow_restored"].any()
+    del cells.obsm["flow_restored"]
+    for _ in range(2):
+        sctraj.tl.leave_one_out(cells, field="closed-form")
 
 
 def test_options_of_steps_that_nothing_uses_are_said(cells: AnnData, caplog) -> None:

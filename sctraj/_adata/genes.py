@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -88,23 +88,16 @@ def read_decoder(adata: AnnData, use_rep: str) -> tuple[Decoder | None, str]:
     scores = np.asarray(adata.obsm["X_pca"], dtype=np.float64)[:, :d]
     loadings = np.asarray(adata.varm["PCs"], dtype=np.float64)[:, :d]
     genes = np.flatnonzero(np.abs(loadings).any(axis=1))
-    matrix, loadings = adata.X, loadings[genes]
-    if matrix is None or loadings.shape[1] != d:
-        reason = "X is missing or PCs has fewer components than X_pca"
-        if standardised:
-            return None, reason
-        raise _not_reproduced(reason)
-    matrix = matrix[:, genes]
-    mean = np.asarray(matrix.mean(axis=0)).ravel().astype(np.float64)
-    projected, centre = np.asarray(matrix @ loadings) - mean @ loadings, scores.mean(axis=0)
-    if len(scores) < 2:
-        raise _not_reproduced("a single cell, by which that cannot be told")
-    worst = np.abs(projected - (scores - centre)).max() / np.abs(scores - centre).max()
-    if not worst < CLOSE:
-        reason = f"(X - mean) PCs differs from X_pca by up to {worst:.2g} of its largest value"
+    loadings, centre = loadings[genes], scores.mean(axis=0)
+    mean, reason = _mean_behind(adata.X, genes, loadings, scores - centre)
+    if mean is None:
         if standardised:  # of components alone genes are expected, and to do without them is to be said
             return None, reason
-        raise _not_reproduced(reason)
+        raise ValueError(
+            f"Expected X and varm['PCs'] to reproduce obsm['X_pca'], to decode cells to genes; found: {reason} "
+            f"(X was changed, or scaled, after the PCA?). Recompute the PCA, or do without genes: decode=False, where "
+            f"that is an option."
+        )
     mean = mean - loadings @ centre
     if standardised:
         assert isinstance(record, Mapping)
@@ -112,12 +105,21 @@ def read_decoder(adata: AnnData, use_rep: str) -> tuple[Decoder | None, str]:
     return Decoder(genes, mean, loadings, _held(adata, d)), ""
 
 
-def _not_reproduced(reason: str) -> ValueError:
-    return ValueError(
-        f"Expected X and varm['PCs'] to reproduce obsm['X_pca'], to decode cells to genes; found: {reason} "
-        f"(X was changed, or scaled, after the PCA?). Recompute the PCA, or do without genes: decode=False, where that "
-        f"is an option."
-    )
+def _mean_behind(
+    matrix: Any, genes: np.ndarray, loadings: np.ndarray, deviations: np.ndarray
+) -> tuple[np.ndarray | None, str]:
+    """Return the genes' means ``(g,)``, if about them ``X`` has the components' ``deviations``, or why it has not."""
+    if matrix is None or loadings.shape[1] != deviations.shape[1]:
+        return None, "X is missing or PCs has fewer components than X_pca"
+    if len(deviations) < 2:
+        return None, "a single cell, by which that cannot be told"
+    matrix = matrix[:, genes]
+    mean = np.asarray(matrix.mean(axis=0)).ravel().astype(np.float64)
+    projected = np.asarray(matrix @ loadings) - mean @ loadings
+    worst = np.abs(projected - deviations).max() / np.abs(deviations).max()
+    if not worst < CLOSE:
+        return None, f"(X - mean) PCs differs from X_pca by up to {worst:.2g} of its largest value"
+    return mean, ""
 
 
 def _held(adata: AnnData, d: int) -> float | None:

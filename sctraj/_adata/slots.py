@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from .._log import logger
-
 if TYPE_CHECKING:
     from anndata import AnnData
 
@@ -43,7 +41,7 @@ def check_key(key: str) -> None:
 
 
 def check_flow_key(adata: AnnData, key: str) -> None:
-    """Raise a ValueError for a name that cannot be stored, or under which ``uns`` holds something else than a flow."""
+    """Raise a ValueError for a name that cannot be stored, or under which something else than a flow is held."""
     check_anndata(adata)
     check_key(key)
     if key in adata.uns and not is_flow(adata.uns[key]):
@@ -51,6 +49,9 @@ def check_flow_key(adata: AnnData, key: str) -> None:
             f'Expected a flow or nothing in adata.uns["{key}"], found something else, which is never overwritten. '
             f'Pass another key_added, or delete it first: del adata.uns["{key}"].'
         )
+    if key not in adata.uns:
+        of_flows = (VELOCITY, GROWTH, VELOCITY_SD, TRAJECTORIES, WEIGHTS)
+        _refuse_others(adata, [slot.format(key=key) for slot in of_flows])
 
 
 def is_flow(value: Any) -> bool:
@@ -63,14 +64,22 @@ def is_protocol(value: Any) -> bool:
     return isinstance(value, Mapping) and "held_out_times" in value
 
 
-def say_replaced(adata: AnnData, names: Sequence[str]) -> None:
-    """Log which of the slots hold something, though nothing says that sctraj wrote it."""
+def check_table_key(adata: AnnData, key: str) -> None:
+    """Raise a ValueError for a name that cannot be stored, or of whose slots one holds what no leave-one-out wrote."""
+    check_key(key)
+    table = table_name(key)
+    if not is_protocol(adata.uns.get(PROTOCOL.format(table=table))):
+        _refuse_others(adata, [W1.format(key=key), RESTORED.format(key=key), table])
+
+
+def _refuse_others(adata: AnnData, names: Sequence[str]) -> None:
+    """Raise a ValueError where slots hold something, though nothing says that sctraj wrote it."""
     places = {"obs": adata.obs, "obsm": adata.obsm, "uns": adata.uns}
-    found = [f'{place}["{name}"]' for name in names for place, held in places.items() if name in held]
+    found = [f'adata.{place}["{name}"]' for name in names for place, held in places.items() if name in held]
     if found:
-        logger.warning(
-            f"{', '.join(found)}: there already, and not known to be of an earlier call; what is written here takes "
-            f"its place. Pass another key_added to keep it"
+        raise ValueError(
+            f"Expected nothing under names that are written here, found {', '.join(found)} without the record of an "
+            f"earlier call in uns. Pass another key_added, or delete what is there first: del {', '.join(found)}."
         )
 
 

@@ -89,7 +89,7 @@ def _name_outliers(adata: AnnData, cells: Cells) -> None:
 
 def _times_median(x: torch.Tensor) -> NDArray[np.float64]:
     """Return cells' distances ``(n,)`` from their coordinates' medians, in units of the median one; 0 where that is."""
-    some = x[torch.linspace(0, len(x) - 1, min(len(x), SAMPLE), dtype=torch.float64).round().long()]
+    some = x[evenly(len(x), SAMPLE)]
     middle = some.median(0).values
     scale = float(torch.linalg.vector_norm(some - middle, dim=1).median())
     if not scale:  # most cells at one place: nothing to go by

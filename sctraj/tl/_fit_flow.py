@@ -170,7 +170,7 @@ def fit_flow(
     KeyError
         No such column or representation.
     ValueError
-        Times, cells or parameters that cannot be used; `adata` is then as it was.
+        Times, cells or parameters that cannot be used; slots that hold what no flow wrote. `adata` is then as it was.
     TypeError
         A module that is none.
     RuntimeError
@@ -208,9 +208,6 @@ def fit_flow(
     snapshots = cells.snapshots
     at_cells = [_at_cells(result.vector_field, *one) for one in zip(snapshots.times, snapshots.points, snapshots.mass)]
 
-    if key_added not in adata.uns and not copy:
-        of_flows = (_adata.VELOCITY, _adata.GROWTH, _adata.VELOCITY_SD, _adata.TRAJECTORIES, _adata.WEIGHTS)
-        _adata.say_replaced(adata, [slot.format(key=key_added) for slot in of_flows])
     adata = _adata.own(adata, copy=copy)
     used = problems[0].path.sigma
     params = fit_record(

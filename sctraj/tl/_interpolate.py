@@ -90,8 +90,6 @@ def interpolate(
     TypeError
         A module that is none.
     """
-    from anndata import AnnData
-
     check_module(module)
     where = pick_device(device)
     check_steps(solver, 1 if n_steps is None else n_steps, tolerance)
@@ -145,21 +143,24 @@ def interpolate(
         },
         index=pd.Index([f"{name}_at_{time:g}" for name in sources]),
     )
-    if use_rep == "X":  # the genes themselves
-        result = AnnData(X=restored, obs=obs, var=adata.var.copy())
-    elif decoder is None:
-        result = AnnData(obs=obs, obsm={use_rep: restored})
-    else:
-        var = adata.var.iloc[decoder.genes].copy()
-        result = AnnData(X=decoder(restored), obs=obs, var=var, obsm={use_rep: restored})
-    genes_told = f"not decoded to genes ({why_not})"
-    if use_rep == "X":
-        genes_told = f"of {result.n_vars} genes"
-    elif decoder is not None:
-        held = "" if decoder.held is None else f", of whose variance the components hold {decoder.held:.0%}"
-        genes_told = f"decoded to {result.n_vars} genes{held}"
+    result, genes_told = _with_genes(adata, use_rep, restored, obs, decoder, why_not)
     logger.info(
         f"the population at {time:g}: {len(sources)} cells moved from "
         f"{' and '.join(f'{snapshots.times[i]:g}' for i in sorted(used))}, {genes_told}"
     )
     return result
+
+
+def _with_genes(
+    adata: AnnData, use_rep: str, points: np.ndarray, obs: pd.DataFrame, decoder: _adata.Decoder | None, why_not: str
+) -> tuple[AnnData, str]:
+    """Return cells at points ``(n, d)`` of a representation, with genes if there is a way to them; and say which."""
+    from anndata import AnnData
+
+    if use_rep == "X":  # the genes themselves
+        return AnnData(X=points, obs=obs, var=adata.var.copy()), f"of {adata.n_vars} genes"
+    if decoder is None:
+        return AnnData(obs=obs, obsm={use_rep: points}), f"not decoded to genes ({why_not})"
+    held = "" if decoder.held is None else f", of whose variance the components hold {decoder.held:.0%}"
+    made = AnnData(X=decoder(points), obs=obs, var=adata.var.iloc[decoder.genes].copy(), obsm={use_rep: points})
+    return made, f"decoded to {made.n_vars} genes{held}"

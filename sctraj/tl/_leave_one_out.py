@@ -160,14 +160,15 @@ def leave_one_out(
     KeyError
         No such column or representation.
     ValueError
-        Times, cells or parameters that cannot be used; `adata` is then as it was.
+        Times, cells or parameters that cannot be used; slots that hold what no leave-one-out wrote. `adata` is then as
+        it was.
     TypeError
         A module that is none.
     RuntimeError
         Sinkhorn or the training did not converge.
     """
-    _adata.check_key(key_added)
     _adata.check_own(adata, copy=copy)
+    _adata.check_table_key(adata, key_added)
     methods = [methods] if isinstance(methods, str) else list(methods)
     unknown = [m for m in methods if m not in METHODS]
     if unknown or not methods or len(set(methods)) < len(methods):
@@ -227,8 +228,6 @@ def leave_one_out(
         "versions": _adata.versions(),
         "fingerprint": cells.fingerprint,
     }
-    if not copy:
-        _say_what_is_replaced(adata, key_added)
     adata = _adata.own(adata, copy=copy)
     written = _write(adata, key_added, cells, methods, list(zip(found, judged)), protocol)
     logger.info(
@@ -239,14 +238,6 @@ def leave_one_out(
     )
     _say_what_tells_nothing(methods, energies)
     return adata if copy else None
-
-
-def _say_what_is_replaced(adata: AnnData, key: str) -> None:
-    """Log which slots hold something that no leave-one-out wrote."""
-    table = _adata.table_name(key)
-    if _adata.is_protocol(adata.uns.get(_adata.PROTOCOL.format(table=table))):
-        return
-    _adata.say_replaced(adata, [_adata.W1.format(key=key), _adata.RESTORED.format(key=key), table])
 
 
 def _energies(found: Sequence[_Found], judged: Sequence[Judgement]) -> dict[str, float]:
