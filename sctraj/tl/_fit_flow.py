@@ -176,8 +176,8 @@ def fit_flow(
     RuntimeError
         Sinkhorn or the training did not converge.
     """
-    _adata.check_flow_key(adata, key_added)
     _adata.check_own(adata, copy=copy)
+    _adata.check_flow_key(adata, key_added)
     where = pick_device(device)
     check_field(field, module)
     training = Training(module, width, depth, n_steps, batch_size, learning_rate, weight_decay, ema_decay, patience)
