@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from .flow.vector_field import VectorField
 
-__all__ = ["leave_one_out", "loss", "representation", "trajectories", "vector_field", "velocity"]
+__all__ = ["fates", "leave_one_out", "loss", "representation", "trajectories", "vector_field", "velocity"]
 
 
 def vector_field(adata: AnnData, *, key: str = _adata.FLOW, module: nn.Module | None = None) -> VectorField:
@@ -178,6 +178,33 @@ def _way_to_genes(adata: AnnData, key: str, genes: Sequence[str]) -> Callable[[n
             f'obsm["X_pca"] beside its varm["PCs"], or leave genes out.'
         )
     return decoder.only(adata, genes)
+
+
+def fates(adata: AnnData, *, key: str = _adata.FLOW) -> pd.DataFrame:
+    """Return every cell's probabilities of the groups that it ends in, or came from.
+
+    Parameters
+    ----------
+    adata
+        Annotated data with fates by `sctraj.tl.fates`.
+    key
+        Name of the flow.
+
+    Returns
+    -------
+    n_obs x groups, summing to one over the groups; NaN for cells of the fates' own time that have no group.
+
+    Raises
+    ------
+    KeyError
+        No fates.
+    ValueError
+        Cells with other times or coordinates than at the fit.
+    """
+    _check(adata, key)
+    values = written(adata, _adata.FATES.format(key=key), "tl.fates")
+    groups = [str(group) for group in _adata.stored(adata, key)["fates"]["groups"]]
+    return pd.DataFrame(np.asarray(values), index=adata.obs_names, columns=groups)
 
 
 def representation(adata: AnnData, *, key: str = _adata.FLOW) -> np.ndarray:

@@ -9,6 +9,7 @@ from .cells import (
     looks_like_time,
     missing_time,
     names_digest,
+    read_groups,
     read_rates,
     read_rep,
     read_snapshots,
@@ -18,6 +19,7 @@ from .cells import (
 from .flow import StoredFlow, check_cells, check_some_cells, read_flow, read_trajectories, stored, versions, write_flow
 from .genes import Decoder, gene_numbers, read_decoder
 from .slots import (
+    FATES,
     FLOW,
     GROWTH,
     LEAVE_ONE_OUT,
@@ -45,6 +47,7 @@ from .slots import (
 from .store import add_array, check_replaceable, replaced
 
 __all__ = [
+    "FATES",
     "FLOW",
     "GROWTH",
     "LEAVE_ONE_OUT",
@@ -80,6 +83,7 @@ __all__ = [
     "own",
     "read_decoder",
     "read_flow",
+    "read_groups",
     "read_rates",
     "read_rep",
     "read_snapshots",

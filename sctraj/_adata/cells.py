@@ -167,6 +167,23 @@ def read_rates(adata: AnnData, growth_key: str) -> np.ndarray:
     return _numbers(adata, growth_key, "growth rates", of_another_kind=convert, not_finite=fill)
 
 
+def read_groups(adata: AnnData, groupby: str) -> pd.Series:
+    """Return the groups of the cells, categorical, missing ones as NaN."""
+    if groupby not in adata.obs:
+        there = _some(adata.obs, 20) or "none"
+        raise KeyError(f'No column "{groupby}" in adata.obs; there are: {there}. Pass one of them as groupby.')
+    column = read_column(adata, groupby)
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return column
+    types = pd.api.types
+    if types.is_float_dtype(column) or types.is_complex_dtype(column):
+        raise ValueError(
+            f'Expected groups of cells in obs["{groupby}"], found numbers ({column.dtype}) such as '
+            f"{_some(column.unique(), 3)}. Pass a column of names or clusters as groupby."
+        )
+    return column.astype("category")
+
+
 def _numbers(adata: AnnData, name: str, what: str, *, of_another_kind: str, not_finite: str) -> np.ndarray:
     """Return a column of ``obs`` as float64; where it cannot be, raise a ValueError that ends in one of the advices."""
     column = read_column(adata, name)

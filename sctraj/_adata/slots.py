@@ -22,6 +22,7 @@ STORE = "trajectory_store"  # uns[key]: folder of the zarr group that holds traj
 STORE_ID = "trajectory_store_id"  # uns[key]: the group's own, which tells whether another flow's took its place
 W1 = "{key}_w1"  # obsm: DataFrame n_obs x methods; NaN at the first and last snapshot
 RESTORED = "{key}_restored"  # obsm: n_obs x d float32; NaN at the first and last snapshot
+FATES = "{key}_fates"  # obsm: n_obs x groups float32; which groups in uns[key]["fates"]
 WEIGHTS = "{key}_trajectory_weights"  # obsm: n_obs x n_times float32, mass relative to the cell's own; where it grows
 LEAVE_ONE_OUT = "leave_one_out"  # uns: tidy DataFrame; prefixed with "{key}_" when key is not FLOW
 PROTOCOL = "{table}_protocol"  # uns: how that table came about; {table} is the name above
@@ -50,7 +51,7 @@ def check_flow_key(adata: AnnData, key: str) -> None:
             f'Pass another key_added, or delete it first: del adata.uns["{key}"].'
         )
     if key not in adata.uns:
-        of_flows = (VELOCITY, GROWTH, VELOCITY_SD, TRAJECTORIES, WEIGHTS)
+        of_flows = (VELOCITY, GROWTH, VELOCITY_SD, TRAJECTORIES, WEIGHTS, FATES)
         _refuse_others(adata, [slot.format(key=key) for slot in of_flows])
 
 
@@ -87,7 +88,8 @@ def is_ours(adata: AnnData, name: str) -> bool:
     """Whether a matrix in ``obsm`` is what a flow or leave-one-out wrote, rather than a representation."""
     keys = {str(key) for key in adata.uns if is_flow(adata.uns[key])}
     keys |= {key.removesuffix(LEAVE_ONE_OUT)[:-1] or FLOW for key in adata.uns if key.endswith(LEAVE_ONE_OUT)}
-    return any(name == slot.format(key=key) for key in keys for slot in (VELOCITY, TRAJECTORIES, WEIGHTS, W1, RESTORED))
+    slots = (VELOCITY, TRAJECTORIES, WEIGHTS, FATES, W1, RESTORED)
+    return any(name == slot.format(key=key) for key in keys for slot in slots)
 
 
 def check_anndata(adata: object) -> None:

@@ -260,7 +260,7 @@ def _write_cells(
             written.append(f'obs["{column}"]')
         else:
             _adata.drop_column(adata, column)
-    for slot in (_adata.TRAJECTORIES, _adata.WEIGHTS):
+    for slot in (_adata.TRAJECTORIES, _adata.WEIGHTS, _adata.FATES):
         adata.obsm.pop(slot.format(key=key), None)
     return written
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import numbers
-
 import numpy as np
+
+from ._steps import check_whole
 
 
 def seed_of(rng: int | np.random.Generator) -> int:
@@ -19,8 +18,6 @@ def seed_of(rng: int | np.random.Generator) -> int:
 
 def member_seeds(seed: int, n: int) -> list[int]:
     """Return ``n`` independent seeds of members."""
-    whole = isinstance(n, numbers.Real) and not isinstance(n, bool) and 1 <= n < math.inf and n == int(n)
-    if not whole:
-        raise ValueError(f"expected a whole number of members or seeds, at least 1, found {n!r}")
+    check_whole("members or seeds", n)
     states = np.random.SeedSequence(seed).generate_state(int(n), np.uint64)
     return [int(state >> np.uint64(2)) for state in states]

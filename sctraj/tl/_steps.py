@@ -1,4 +1,4 @@
-"""How finely time is cut where nobody says, and a check of what somebody says."""
+"""How finely time is cut where nobody says, and checks of what somebody says."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ def check_steps(solver: Solver, n_steps: float, tolerance: float) -> None:
     """Raise a ValueError for a solver that is unknown, steps that are no whole number, or a tolerance of none."""
     if solver not in get_args(Solver):
         raise ValueError(f"expected a solver of {', '.join(get_args(Solver))}, found {solver!r}")
-    if not (isinstance(n_steps, numbers.Real) and 1 <= n_steps < math.inf and n_steps == int(n_steps)):
-        raise ValueError(
-            f"expected a whole number of n_steps, at least 1, found {n_steps!r}; leave it out for the default"
-        )
+    check_whole("n_steps", n_steps, "; leave it out for the default")
     if not tolerance > 0:
         raise ValueError(f"expected a positive tolerance, found {tolerance!r}; leave it out for the default")
+
+
+def check_whole(what: str, number: float, advice: str = "") -> None:
+    """Raise a ValueError for what is no whole number of at least one."""
+    real = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    if not (real and 1 <= number < math.inf and number == int(number)):
+        raise ValueError(f"expected a whole number of {what}, at least 1, found {number!r}{advice}")
 
 
 def warn_of_unused_steps(

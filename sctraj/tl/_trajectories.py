@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -16,12 +15,12 @@ import torch
 from .. import _adata, _memory
 from .._log import logger
 from .._memory import size_of
-from ..flow.clouds import share_astray
 from ..flow.flow_matching import pick_device
-from ..flow.integrate import Field, Integration, Moved, Solver, simulate, transport
+from ..flow.integrate import Field, Moved, Solver
 from ._field import check_module
+from ._moves import Movement, check_score, movement, warn_of_strays
 from ._seeds import seed_of
-from ._steps import TOLERANCE, check_steps, steps_per_gap, warn_of_unused_steps
+from ._steps import TOLERANCE, check_steps, warn_of_unused_steps
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 
 DType = Literal["float32", "float16"]
 SLAB = 2**28  # bytes of trajectories held at once on their way to a store
-LOOKED_AT = 1000  # cells of a snapshot, at most, whose paths are looked at for whether they keep to the cells
-ASTRAY = 0.1  # share of them that is said
 LARGEST_HALF = 2**14  # a coordinate that float16 takes, with room for where its cell may go
 
 
@@ -131,33 +128,22 @@ def trajectories(
     snapshots = flow.cells.snapshots
     grid = _time_grid(times, snapshots.times)
     field = flow.vector_field.to(where).ensemble()
-    if n_steps is None:
-        stiff = flow.params["field"] == "closed-form" and field.has_score
-        n_steps = steps_per_gap(solver, stochastic=stochastic, stiff=stiff)
-    if stochastic and not field.has_score:
-        raise ValueError(
-            f"expected a flow with a score for stochastic=True, found one by {flow.params['method']}; fit with "
-            f"method='sb-cfm'"
-        )
+    if stochastic:
+        check_score(flow, "stochastic=True")
     shape = (flow.cells.n_obs, len(grid), snapshots.dimension)
     _check_size(shape, dtype, store)
     if dtype == "float16":
         _check_half(snapshots)
     if store is not None:
         _adata.check_replaceable(Path(store))
-    stream = torch.Generator().manual_seed(seed)
-
-    def move(x: torch.Tensor, t0: float, t1: float) -> Moved:
-        steps = max(1, math.ceil(n_steps * abs(t1 - t0) / snapshots.mean_gap))
-        if stochastic:
-            there = simulate(field, x, t0, t1, sigma=float(flow.params["sigma"]), n_steps=steps, rng=stream)
-            return Moved(there, torch.zeros_like(there[..., 0]))
-        return transport(field, x, t0, t1, Integration(solver, steps, tolerance))
+    move = movement(
+        flow, field, solver, n_steps, tolerance, stream=torch.Generator().manual_seed(seed) if stochastic else None
+    )
 
     def fill(points: Any) -> np.ndarray | None:
         """Write all paths into an array or a store; return the cells' weights, where the flow grows."""
         log_mass = _follow(flow.cells, field, grid, move, points)
-        _warn_of_strays(flow.cells, grid, points)
+        warn_of_strays(flow.cells, grid, points)
         return _weights(flow.cells, log_mass) if flow.vector_field.grows and not stochastic else None
 
     slots, record = {}, {"trajectory_times": grid}
@@ -218,9 +204,7 @@ def _put(adata: AnnData, key: str, slots: dict[str, np.ndarray], record: dict[st
     adata.uns[key].update(record)
 
 
-def _follow(
-    cells: _adata.Cells, field: Field, grid: np.ndarray, move: Callable[[torch.Tensor, float, float], Moved], out: Any
-) -> np.ndarray:
+def _follow(cells: _adata.Cells, field: Field, grid: np.ndarray, move: Movement, out: Any) -> np.ndarray:
     """Write every cell's path into ``out`` ``(n_obs, n_times, d)``; return what its mass is multiplied by, as a log.
 
     An array is filled at once; a store some cells at a time, which are then all that is in memory.
@@ -240,30 +224,6 @@ def _follow(
         if stored:
             out[start:stop] = part
     return log_mass
-
-
-def _warn_of_strays(cells: _adata.Cells, grid: np.ndarray, points: Any) -> None:
-    """Log where many paths end beside the cells that were sampled there, by some cells of each snapshot.
-
-    Paths end at the first and the last of the snapshots' times in the grid: who leaves the cells seldom comes back.
-    """
-    snapshots = cells.snapshots
-    some = [np.unique(np.linspace(0, len(x) - 1, min(len(x), LOOKED_AT)).astype(int)) for x in snapshots.points]
-    seen = [k for k, t in enumerate(snapshots.times) if t in grid]
-    found = []
-    for k, (index, chosen) in enumerate(zip(cells.index, some)):
-        rows = np.sort(index[chosen])
-        paths = points[rows] if isinstance(points, np.ndarray) else points.oindex[rows]
-        for end in {*seen[:1], *seen[-1:]} - {k}:
-            column = np.searchsorted(grid, snapshots.times[end])
-            moved = torch.from_numpy(paths[:, column].astype(np.float64))
-            found.append((share_astray(moved, snapshots.points[end][some[end]]), snapshots.times[k], grid[column]))
-    share, t0, t1 = max(found, default=(0.0, 0.0, 0.0))
-    if share > ASTRAY:
-        logger.warning(
-            f"{share:.0%} of the cells of time {t0:g} are by time {t1:g} farther from the cells sampled there than any "
-            f"of these is from the others; do not follow their paths so far"
-        )
 
 
 def _check_half(snapshots: Snapshots) -> None:
@@ -324,7 +284,7 @@ def _path(
     points: torch.Tensor,
     own: float,
     grid: np.ndarray,
-    move: Callable[[torch.Tensor, float, float], Moved],
+    move: Movement,
 ) -> Moved:
     """Return one snapshot's cells at every time of the grid, ``(n, n_times, d)``, and their log mass."""
     start = points.to(field.scale)[None]  # (1, n, d)

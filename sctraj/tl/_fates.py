@@ -1,0 +1,192 @@
+"""Which groups of cells every cell becomes part of, or came from."""
+
+from __future__ import annotations
+
+import numbers
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.neighbors import NearestNeighbors
+
+from .. import _adata
+from .._log import logger
+from .._memory import size_of
+from ..flow.flow_matching import pick_device
+from ..flow.integrate import Field, Solver
+from ._field import check_module
+from ._moves import Movement, check_score, movement, warn_of_strays
+from ._seeds import seed_of
+from ._steps import TOLERANCE, check_steps, check_whole, warn_of_unused_steps
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from torch import nn
+
+SLAB = 2**28  # bytes of moved cells held at once
+
+
+def fates(
+    adata: AnnData,
+    groupby: str,
+    time: float | None = None,
+    *,
+    n_neighbors: int = 10,
+    n_draws: int | None = None,
+    solver: Solver = "rk4",
+    n_steps: int | None = None,
+    tolerance: float = TOLERANCE,
+    module: nn.Module | None = None,
+    device: str = "auto",
+    rng: int | np.random.Generator = 0,
+    key: str = "flow",
+    copy: bool = False,
+) -> AnnData | None:
+    """Infer which groups of the cells sampled at one time every other cell ends in, or came from.
+
+    Every cell is moved along the flow from its own time to that one, forwards (its fates) or backwards (its origins).
+    The shares of the groups among the sampled cells nearest to where it comes out are its probabilities. Of a flow of
+    several members each one moves the cell, and the shares are averaged.
+
+    Parameters
+    ----------
+    adata
+        Annotated data with a flow by `sctraj.tl.fit_flow`.
+    groupby
+        Column of ``obs`` with groups of cells, such as cell types or clusters. Only the cells of `time` need one, and
+        among these those without one are passed over.
+    time
+        A snapshot's time; None is the last one's.
+    n_neighbors
+        How many of the nearest cells are asked, of all with a group if they are fewer. Their number sets how gradual
+        probabilities are: in steps of ``1 / n_neighbors``, over members and draws.
+    n_draws
+        Follow so many samples of every cell's path in the stochastic flow instead (``"sb-cfm"`` only).
+    solver, n_steps, tolerance
+        As in `sctraj.tl.trajectories`.
+    module
+        The user's own module, if the flow was fitted with one.
+    device
+        ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
+    rng
+        Seed or Generator of the stochastic flow.
+    key
+        Name of the flow.
+    copy
+        Return a changed copy and leave `adata` alone.
+
+    Returns
+    -------
+    ``None``, or the copy if ``copy=True``. Where more than a tenth of a snapshot's cells come out farther from the
+    cells of `time` than any of these is from the others, that is logged. Sets, for `sctraj.get.fates`:
+
+    ``obsm[key + "_fates"]`` : float32, n_obs x groups
+        Probabilities, summing to one over the groups; of the cells of `time` their own group's is one, or all are NaN
+        where they have none. They are those of the cell itself and not of its offspring: weigh cells by
+        ``obsm[key + "_trajectory_weights"]`` for what becomes of a population that grows.
+    ``uns[key]["fates"]`` : dict
+        ``groupby``, ``time``, ``groups`` and ``n_neighbors``.
+
+    Raises
+    ------
+    KeyError
+        No such flow, or no such column.
+    ValueError
+        A `time` that is no snapshot's; a column without groups at that time, or of measured numbers; other cells than
+        those fitted; no score where one is needed; numbers that cannot be used.
+    TypeError
+        A module that is none.
+
+    Notes
+    -----
+    A cell's own fate is a stronger claim than where a population goes, which is all that `sctraj.tl.leave_one_out` can
+    check: cells of equal coordinates have equal fates here, and a growing group can look like one that cells move to.
+    How right fates are where the truth is known is measured in the documentation ("Fates beside the truth").
+    """
+    check_module(module)
+    _adata.check_own(adata, copy=copy)
+    check_whole("n_neighbors", n_neighbors)
+    if n_draws is not None:
+        check_whole("n_draws", n_draws)
+    where = pick_device(device)
+    seed = seed_of(rng)
+    check_steps(solver, 1 if n_steps is None else n_steps, tolerance)
+    warn_of_unused_steps(solver, n_steps, tolerance, default=TOLERANCE, stochastic=n_draws is not None)
+    flow = _adata.read_flow(adata, key, module=module)
+    end = _snapshot_at(time, flow.cells.snapshots.times)
+    labels = _adata.read_groups(adata, groupby).iloc[flow.cells.index[end]]
+    labels = labels.cat.remove_unused_categories()
+    at = f"{flow.cells.snapshots.times[end]:g}"
+    if not len(labels.cat.categories):
+        raise ValueError(
+            f'expected cells of time {at} with a group in obs["{groupby}"], found none; pass another time or column'
+        )
+    if n_draws is not None:
+        check_score(flow, f"n_draws={n_draws}")
+
+    field = flow.vector_field.to(where)
+    stream = None if n_draws is None else torch.Generator().manual_seed(seed)
+    move = movement(flow, field, solver, n_steps, tolerance, stream=stream)
+    found, ends = _followed(flow.cells, field, move, end, labels, n_neighbors, n_draws or 1)
+    warn_of_strays(flow.cells, np.array([flow.cells.snapshots.times[end]]), ends[:, None])
+
+    slot = _adata.FATES.format(key=key)
+    adata = _adata.own(adata, copy=copy)
+    adata.obsm[slot] = found
+    adata.uns[key]["fates"] = {
+        "groupby": groupby,
+        "time": flow.cells.snapshots.times[end],
+        "groups": np.array([str(group) for group in labels.cat.categories], dtype=object),
+        "n_neighbors": int(n_neighbors),
+    }
+    logger.info(f'fates at time {at} by obs["{groupby}"]: wrote obsm["{slot}"], uns["{key}"]["fates"]')
+    return adata if copy else None
+
+
+def _followed(
+    cells: _adata.Cells,
+    field: Field,
+    move: Movement,
+    end: int,
+    labels: pd.Series,
+    n_neighbors: int,
+    n_draws: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return probabilities ``(n_obs, groups)``, and where each cell's first member and draw end, ``(n_obs, d)``."""
+    codes, groups = labels.cat.codes.to_numpy(), len(labels.cat.categories)
+    own = np.eye(groups, dtype=np.float32)[codes]
+    own[codes < 0] = np.nan
+    there, to = cells.snapshots.points[end].cpu().numpy(), cells.snapshots.times[end]
+    known = np.flatnonzero(codes >= 0)
+    tree = NearestNeighbors(n_neighbors=min(n_neighbors, len(known))).fit(there[known])
+    members, d = len(field.scale), there.shape[1]
+    at_once = max(1, SLAB // size_of((members, d), "float32"))
+
+    probabilities, ends = [], []
+    for k, (t, points) in enumerate(zip(cells.snapshots.times, cells.snapshots.points)):
+        if k == end:
+            probabilities.append(own)
+            ends.append(there)
+            continue
+        shares, first = [], []
+        for part in points.split(at_once):
+            start = part.to(field.scale).expand(members, *part.shape)
+            moved = torch.stack([move(start, t, to).points for _ in range(n_draws)]).flatten(0, 1).cpu().numpy()
+            first.append(moved[0])
+            nearest = tree.kneighbors(moved.reshape(-1, d), return_distance=False)
+            votes = own[known][nearest].mean(1)  # (draws x members x cells, groups)
+            shares.append(votes.reshape(len(moved), len(part), groups).mean(0))
+        probabilities.append(np.concatenate(shares))
+        ends.append(np.concatenate(first))
+    return _adata.write_by_cell(cells, probabilities), _adata.write_by_cell(cells, ends)
+
+
+def _snapshot_at(time: float | None, times: tuple[float, ...]) -> int:
+    """Return the number of the snapshot of a time."""
+    if time is None:
+        return len(times) - 1
+    if not isinstance(time, numbers.Real) or time not in times:
+        told = ", ".join(f"{t:g}" for t in times)
+        raise ValueError(f"expected a snapshot's time, whose cells have groups, found {time!r}; there are {told}")
+    return times.index(float(time))
