@@ -35,7 +35,8 @@ def vector_field(adata: AnnData, *, key: str = _adata.FLOW, module: nn.Module | 
     -------
     A field of M members. ``field(t, x)`` takes a real time and an array ``(n, d)`` in the units of the
     representation and returns the members' mean velocity ``(n, d)`` per unit of time, ``field(t, x, "growth")`` their
-    mean growth rate ``(n,)``, ``field(t, x, "score")`` the score ``(n, d)``. ``field.velocity(t, x)``,
+    mean growth rate ``(n,)``, known up to a number that all cells of a time share (``obs[key + "_growth"]`` is it less
+    its mean over the snapshot), ``field(t, x, "score")`` the score ``(n, d)``. ``field.velocity(t, x)``,
     ``field.score(t, x)`` and ``field.growth(t, x)`` take and return tensors ``(M, n, d)``. Before the first and after
     the last snapshot's time it answers too, with nothing that it learned.
 

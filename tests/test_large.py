@@ -17,6 +17,7 @@ from anndata import AnnData
 import sctraj
 from sctraj import _adata, _memory
 from sctraj.flow.integrate import Moved
+from sctraj.tl import _moves
 from sctraj.tl import _trajectories as verb
 
 QUICK = {"n_steps": 5, "batch_size": 8}
@@ -390,7 +391,7 @@ def test_more_than_a_tenth_of_a_snapshots_paths_that_leave_the_cells_are_said(ca
         return Moved(x + 1e3 * away[:, None], torch.zeros(1, 100))
 
     sctraj.tl.fit_flow(cells, field="closed-form", sigma=0.1)
-    monkeypatch.setattr(verb, "transport", leaving)
+    monkeypatch.setattr(_moves, "transport", leaving)
     caplog.set_level("WARNING", logger="sctraj")
     sctraj.tl.trajectories(cells, times=2)
     assert said in caplog.text

@@ -23,7 +23,9 @@ STORE_ID = "trajectory_store_id"  # uns[key]: the group's own, which tells wheth
 W1 = "{key}_w1"  # obsm: DataFrame n_obs x methods; NaN at the first and last snapshot
 RESTORED = "{key}_restored"  # obsm: n_obs x d float32; NaN at the first and last snapshot
 FATES = "{key}_fates"  # obsm: n_obs x groups float32; which groups in uns[key]["fates"]
-WEIGHTS = "{key}_trajectory_weights"  # obsm: n_obs x n_times float32, mass relative to the cell's own; where it grows
+WEIGHTS = (
+    "{key}_trajectory_weights"  # obsm: n_obs x n_times float32, mass relative to its snapshot's mean; where it grows
+)
 LEAVE_ONE_OUT = "leave_one_out"  # uns: tidy DataFrame; prefixed with "{key}_" when key is not FLOW
 PROTOCOL = "{table}_protocol"  # uns: how that table came about; {table} is the name above
 
@@ -41,10 +43,14 @@ def check_key(key: str) -> None:
         )
 
 
-def check_flow_key(adata: AnnData, key: str) -> None:
-    """Raise a ValueError for a name that cannot be stored, or under which something else than a flow is held."""
+def check_flow_key(adata: AnnData, key: str, use_rep: str) -> None:
+    """Raise a ValueError for a name that cannot be stored, or under which something else than a flow is held.
+
+    Or under which a fit would write over its own representation.
+    """
     check_anndata(adata)
     check_key(key)
+    _check_kept(use_rep, key, (VELOCITY, TRAJECTORIES, WEIGHTS, FATES))
     if key in adata.uns and not is_flow(adata.uns[key]):
         raise ValueError(
             f'Expected a flow or nothing in adata.uns["{key}"], found something else, which is never overwritten. '
@@ -65,12 +71,25 @@ def is_protocol(value: Any) -> bool:
     return isinstance(value, Mapping) and "held_out_times" in value
 
 
-def check_table_key(adata: AnnData, key: str) -> None:
-    """Raise a ValueError for a name that cannot be stored, or of whose slots one holds what no leave-one-out wrote."""
+def check_table_key(adata: AnnData, key: str, use_rep: str) -> None:
+    """Raise a ValueError for a name that cannot be stored, or of whose slots one holds what no leave-one-out wrote.
+
+    Or is the representation itself.
+    """
     check_key(key)
+    _check_kept(use_rep, key, (W1, RESTORED))
     table = table_name(key)
     if not is_protocol(adata.uns.get(PROTOCOL.format(table=table))):
         _refuse_others(adata, [W1.format(key=key), RESTORED.format(key=key), table])
+
+
+def _check_kept(use_rep: str, key: str, slots: Sequence[str]) -> None:
+    """Raise a ValueError for a representation that would be written over, or removed."""
+    if use_rep in [slot.format(key=key) for slot in slots]:
+        raise ValueError(
+            f'Expected a representation that stays as it is, found "{use_rep}", which is written here. Copy it to '
+            f"another name, or pass another key_added."
+        )
 
 
 def _refuse_others(adata: AnnData, names: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, zeros
+from torch import Tensor
 
 from .. import tl
 from ..flow.baselines import BASELINES, baseline, neighbours
@@ -25,7 +25,7 @@ from ..flow.flow_matching import Training, pick_device
 from ..flow.hold_out import NOISE_REFERENCE
 from ..flow.integrate import AS_PUBLISHED
 from ..flow.plans import Plans
-from ..flow.problem import METHODS, Problem, make_path, make_problems
+from ..flow.problem import METHODS, Problem, check_method, make_problems
 from ..flow.restoration import gathered
 from ..flow.snapshots import Snapshots
 from ..flow.starts import Origin, Start, origins
@@ -210,8 +210,7 @@ def own_settings(method: str, settings: Mapping[str, Setting]) -> dict[str, Any]
     check_field(complete["field"], None)
     Plans(complete["block"])
     Training(module=None, **{f.name: complete[f.name] for f in fields(Training) if f.name != "module"})
-    anywhere = Snapshots((0.0, 1.0), (zeros(1, 1), zeros(1, 1)))
-    make_path(anywhere, method, complete["path"], 1.0 if complete["sigma"] is None else complete["sigma"])
+    check_method(method, path=complete["path"], sigma=complete["sigma"], prior=False)
     return complete
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,28 @@ def interior(snapshots: Snapshots) -> range:
     return range(1, len(snapshots) - 1)
 
 
+class Folds(NamedTuple):
+    """The members of all folds, the seeds of a fold following each other.
+
+    Attributes
+    ----------
+    held_out
+        The snapshot that each member has not seen.
+    problems
+        What each is trained on.
+    validation
+        The problems of held-back cells, one per member, or none.
+    """
+
+    held_out: list[int]
+    problems: list[Problem]
+    validation: list[Problem]
+
+    def firsts(self) -> list[int]:
+        """Return each fold's first member; what does not depend on a seed is the others' too."""
+        return [self.held_out.index(k) for k in dict.fromkeys(self.held_out)]
+
+
 def hold_out_problems(
     snapshots: Snapshots,
     *,
@@ -36,12 +59,10 @@ def hold_out_problems(
     seeds: Sequence[int],
     validate: bool,
     plans: Plans | None = None,
-) -> tuple[list[int], list[Problem], list[Problem]]:
+) -> Folds:
     """Build the problems of all folds and seeds: for every interior snapshot ``k``, those of the data without it.
 
-    Returns
-    -------
-    The snapshot that each member has not seen, the problems, and those of held-back cells (see ``make_problems``).
+    Arguments are those of `make_problems`.
     """
     held_out, problems, validation = [], [], []
     plans = plans or Plans()
@@ -60,7 +81,7 @@ def hold_out_problems(
         problems += members
         validation += held_back
     plans.forget_velocities()  # folds alone share them
-    return held_out, problems, validation
+    return Folds(held_out, problems, validation)
 
 
 def restore(

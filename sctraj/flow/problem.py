@@ -24,6 +24,7 @@ from .threads import at_once
 METHODS = ("uot-cfm", "ot-cfm", "i-cfm", "sb-cfm", "vp-cfm")
 LISTED = ("uot-cfm", "ot-cfm")  # whose couplings list their pairs; the others' are drawn, by a member's seed
 PATHS = ("hermite", "straight", "land", "rbf")
+WITH_PATH = ("uot-cfm", "ot-cfm", "i-cfm")  # methods that leave the path open
 
 # sigma, where none is given, as a fraction of the displacement per root of the mean gap: scale- and unit-free
 STRAIGHT_FRACTION = 0.1
@@ -211,9 +212,14 @@ def default_sigma(snapshots: Snapshots, method: str, plans: Plans) -> float:
     A bridge's is a diffusivity, ``BRIDGE_FRACTION`` of the rms displacement per root of the mean gap; the others' is
     a length, ``STRAIGHT_FRACTION`` of the rms displacement over the mean gap.
     """
-    if method == "sb-cfm":
-        return BRIDGE_FRACTION * displacement(snapshots, plans) / math.sqrt(snapshots.mean_gap)
-    return STRAIGHT_FRACTION * displacement(snapshots, plans)
+    moved = displacement(snapshots, plans)
+    if method != "sb-cfm":
+        return STRAIGHT_FRACTION * moved
+    if not moved > 0:
+        raise ValueError(
+            "expected snapshots that differ, to take the sigma of sb-cfm from, found the same cells; pass one"
+        )
+    return BRIDGE_FRACTION * moved / math.sqrt(snapshots.mean_gap)
 
 
 def default_spreads(snapshots: Snapshots, couplings: Sequence[Coupling], plans: Plans) -> tuple[float, ...]:
@@ -242,15 +248,33 @@ def spread_between(interval: Interval, plans: Plans) -> float:
     return (plans.spacing(interval.x0) + plans.spacing(interval.x1)) / 2 / math.sqrt(interval.x0.shape[1])
 
 
-def make_path(snapshots: Snapshots, method: str, path: str | None, sigma: float) -> ProbabilityPath:
-    """Return a method's probability path; ``path`` is for the methods that leave a choice (see `make_problems`)."""
-    if method in ("sb-cfm", "vp-cfm") and path is not None:
-        raise ValueError(f"expected no path for {method}, which has its own, found {path!r}; leave one of them out")
+def check_method(method: str, *, path: str | None, sigma: float | None, prior: bool) -> None:
+    """Raise a ValueError for what no problem can be made of, so that a caller can before any coupling is solved.
+
+    Parameters
+    ----------
+    method, path, sigma
+        As in `make_problems`.
+    prior
+        Whether there are prior growth rates.
+    """
+    if method not in METHODS:
+        raise ValueError(f"expected a method of {METHODS}, found {method!r}")
     if path not in (None, *PATHS):
         raise ValueError(f"expected a path of {PATHS}, found {path!r}")
+    if path is not None and method not in WITH_PATH:
+        raise ValueError(f"expected no path for {method}, which has its own, found {path!r}; leave one of them out")
+    if prior and method != "uot-cfm":
+        raise ValueError(f"expected no prior of growth for {method}, which conserves mass; take method='uot-cfm'")
+    if sigma is not None and not 0 <= sigma < math.inf:
+        raise ValueError(f"expected a finite sigma of at least 0, found {sigma}")
+    if sigma == 0 and method == "sb-cfm":
+        raise ValueError(f"expected a positive sigma for sb-cfm, found {sigma}; its limit at 0 is method='ot-cfm'")
+
+
+def make_path(snapshots: Snapshots, method: str, path: str | None, sigma: float) -> ProbabilityPath:
+    """Return a method's probability path; ``path`` is for the methods that leave a choice (see `make_problems`)."""
     if method == "sb-cfm":
-        if not sigma > 0:
-            raise ValueError(f"expected a positive sigma for sb-cfm, found {sigma}; its limit at 0 is method='ot-cfm'")
         return BrownianBridge(sigma)
     if method == "vp-cfm":
         return Trigonometric(sigma, centre=torch.cat(snapshots.points).mean(0))
@@ -297,12 +321,9 @@ def make_problems(
     -------
     The problems to train on, and those of the held-back cells (none unless ``validate``).
     """
-    if method not in METHODS:
-        raise ValueError(f"expected a method of {METHODS}, found {method!r}")
+    check_method(method, path=path, sigma=sigma, prior=bool(snapshots.growth))
     if len(snapshots) < 2:
         raise ValueError(f"expected at least two snapshots, found {len(snapshots)}; a flow runs between them")
-    if snapshots.growth and method != "uot-cfm":
-        raise ValueError(f"expected no prior of growth for {method}, which conserves mass; take method='uot-cfm' alone")
     plans = plans or Plans()
     snapshots = taking_part(snapshots, method, path, plans)
     law = make_path(snapshots, method, path, default_sigma(snapshots, method, plans) if sigma is None else sigma)

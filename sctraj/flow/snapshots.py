@@ -83,8 +83,8 @@ class Snapshots:
             raise ValueError(f"expected finite, strictly increasing times, found {times}; merge or sort the snapshots")
         if any(b - a < COARSEST * max(abs(a), abs(b)) for a, b in pairwise(times)):
             raise ValueError(
-                f"expected times that single precision tells apart, found {times}, too close together for how far they "
-                f"are from zero; count from the first"
+                f"expected times that single precision tells apart, found {times}, too close together for that; "
+                f"subtract the first time from all"
             )
         shapes = [tuple(x.shape) for x in points]
         if any(len(s) != 2 or s[0] == 0 or s[1] != shapes[0][1] for s in shapes):

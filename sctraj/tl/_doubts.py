@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..flow.snapshots import Snapshots
 
 # embeddings that keep no distances
-TO_LOOK_AT = re.compile("(x_)?(umap|tsne|phate|draw_graph|fle|mde|pacmap|trimap)", re.IGNORECASE)
+TO_LOOK_AT = re.compile("(x_)?(umap|tsne|phate|draw_graph|fle|mde|pacmap|trimap)(?![a-z])", re.IGNORECASE)
 ALONE = 0.99  # of all squared widths, one dimension's
 FOLD = 20.0  # logarithm of how many times one cell may outgrow another over a gap: more is another unit of time
 FAR = 100.0  # times the median distance from the snapshot's median: no tail of real cells is that long

@@ -13,7 +13,7 @@ import torch
 from .._log import logger
 from ..flow.fields import FieldKind
 from ..flow.flow_matching import Training
-from ..flow.problem import LISTED, Problem
+from ..flow.problem import LISTED, WITH_PATH, Problem
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,6 +44,7 @@ def warn_of_unused(
     methods: Sequence[str],
     path: str | None,
     block: int | None,
+    growth_key: str | None,
 ) -> None:
     """Log which of a verb's options differ from its defaults though nothing that is asked for uses them."""
     unused = [option.name for option in dataclasses.fields(training)]
@@ -56,6 +57,9 @@ def warn_of_unused(
         logger.warning(f"{', '.join(given)} given, without effect on {other}")
     if block is not None and path != "hermite" and not {*methods} & {*LISTED}:
         logger.warning(f"block given, without effect on {', '.join(methods)}")
+    for name, value, taken_by in (("path", path, WITH_PATH), ("growth_key", growth_key, ("uot-cfm",))):
+        if value is not None and (others := [method for method in methods if method not in taken_by]):
+            logger.warning(f"{name} given, without effect on {', '.join(others)}")
 
 
 def check_jitter(jitter: float, field: FieldKind) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -14,8 +15,8 @@ from ..flow.fields import FieldKind, farther_shares, make_field
 from ..flow.flow_matching import Training, pick_device
 from ..flow.integrate import CELLS
 from ..flow.plans import Plans
-from ..flow.problem import Problem, default_sigma, make_problems, taking_part
-from ..flow.snapshots import Snapshots, resampled
+from ..flow.problem import Problem, check_method, default_sigma, make_problems, taking_part
+from ..flow.snapshots import resampled
 from ._doubts import say_doubts
 from ._field import check_field, fit_record, path_name, warn_of_unused
 from ._seeds import member_seeds, seed_of
@@ -177,7 +178,8 @@ def fit_flow(
         Sinkhorn or the training did not converge.
     """
     _adata.check_own(adata, copy=copy)
-    _adata.check_flow_key(adata, key_added)
+    _adata.check_flow_key(adata, key_added, use_rep)
+    check_method(method, path=path, sigma=sigma, prior=growth_key is not None)
     where = pick_device(device)
     check_field(field, module)
     training = Training(module, width, depth, n_steps, batch_size, learning_rate, weight_decay, ema_decay, patience)
@@ -185,25 +187,22 @@ def fit_flow(
     seed = seed_of(rng)
     seeds = member_seeds(seed, n_members)
     cells = _adata.read_snapshots(adata, time_key, use_rep, least=2, growth_key=growth_key)
-    warn_of_unused(fit_flow, field, training, methods=[method], path=path, block=block)
+    warn_of_unused(fit_flow, field, training, methods=[method], path=path, block=block, growth_key=growth_key)
     say_doubts(adata, cells, use_rep, growth_key)
 
-    def problems_of(snapshots: Snapshots, seeds: Sequence[int]) -> tuple[list[Problem], list[Problem]]:
-        validate = patience is not None and field == "neural"
-        made = make_problems(
-            snapshots, method=method, path=path, sigma=width_of_path, seeds=seeds, validate=validate, plans=plans
-        )
-        plans.forget_velocities()  # which folds alone share
-        return made
-
-    width_of_path = sigma
-    if field == "closed-form" and n_members > 1:
-        some = taking_part(cells.snapshots, method, path, plans)  # of which the members' draws are, as the fit is
-        width_of_path = default_sigma(some, method, plans) if sigma is None else sigma  # one for all
-        problems = [p for one in seeds for p in problems_of(resampled(some, one), [one])[0]]
-        validation: list[Problem] = []
+    validate = patience is not None and field == "neural"
+    make = partial(make_problems, method=method, path=path, validate=validate, plans=plans)
+    problems: list[Problem] = []
+    validation: list[Problem] = []
+    if field == "closed-form" and n_members > 1:  # every member has a bootstrap of the cells that take part
+        some = taking_part(cells.snapshots, method, path, plans)
+        common = default_sigma(some, method, plans) if sigma is None else sigma
+        for one in seeds:
+            problems += make(resampled(some, one), sigma=common, seeds=[one])[0]
+            plans.forget_velocities()  # which only folds share
     else:
-        problems, validation = problems_of(cells.snapshots, seeds)
+        problems, validation = make(cells.snapshots, sigma=sigma, seeds=seeds)
+        plans.forget_velocities()
     result = make_field(field, problems, validation, training, where, progress=progress)
     snapshots = cells.snapshots
     at_cells = [_at_cells(result.vector_field, *one) for one in zip(snapshots.times, snapshots.points, snapshots.mass)]
@@ -234,21 +233,22 @@ def fit_flow(
         validation_loss=result.validation_loss.numpy(),
         cells=cells,
     )
-    written = [f'uns["{key_added}"]', *_write_cells(adata, cells, key_added, at_cells, result.vector_field)]
+    written, removed = _write_cells(adata, cells, key_added, at_cells, result.vector_field)
     logger.info(
         f"{method} ({field} field) fitted to {len(cells.snapshots)} snapshots of {cells.n_obs} cells in {use_rep}, "
         f"sigma = {used:.4g}{wider}, on {where}; wrote {', '.join(written)}"
+        f"{'; removed what an earlier flow left: ' + ', '.join(removed) if removed else ''}"
     )
     return adata if copy else None
 
 
 def _write_cells(
     adata: AnnData, cells: _adata.Cells, key: str, at_cells: Sequence[_AtCells], field: VectorField
-) -> list[str]:
-    """Write what holds at the cells and take away what is left of an earlier flow of this name; return the slots."""
+) -> tuple[list[str], list[str]]:
+    """Write what holds at the cells and remove what an earlier flow of this name left; return the slots of both."""
     name = _adata.VELOCITY.format(key=key)
     adata.obsm[name] = _adata.write_by_cell(cells, [at.velocity for at in at_cells])
-    written = [f'obsm["{name}"]']
+    written, removed = [f'uns["{key}"]', f'obsm["{name}"]'], []
     columns = {
         _adata.GROWTH: [at.growth for at in at_cells] if field.grows else None,
         _adata.VELOCITY_SD: [at.spread for at in at_cells] if field.members > 1 else None,
@@ -258,11 +258,13 @@ def _write_cells(
         if values is not None:
             adata.obs[column] = _adata.write_by_cell(cells, values)
             written.append(f'obs["{column}"]')
-        else:
+        elif column in adata.obs:
             _adata.drop_column(adata, column)
+            removed.append(f'obs["{column}"]')
     for slot in (_adata.TRAJECTORIES, _adata.WEIGHTS, _adata.FATES):
-        adata.obsm.pop(slot.format(key=key), None)
-    return written
+        if adata.obsm.pop(name := slot.format(key=key), None) is not None:
+            removed.append(f'obsm["{name}"]')
+    return written, removed
 
 
 class _AtCells(NamedTuple):

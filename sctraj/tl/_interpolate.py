@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
@@ -15,7 +14,7 @@ from ..flow.integrate import Integration, Solver
 from ..flow.restoration import Restoration, mixed, moved
 from ..flow.starts import Start, origins
 from ._field import check_jitter, check_module
-from ._steps import TOLERANCE, check_steps, steps_per_gap, warn_of_unused_steps
+from ._steps import TOLERANCE, check_steps, steps_between, steps_per_gap, warn_of_unused_steps
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -119,9 +118,8 @@ def interpolate(
     per_gap = steps_per_gap(solver, stiff=stiff) if n_steps is None else n_steps
 
     def from_snapshot(k: int) -> Restoration:
-        gap = abs(time - snapshots.times[k])
         cells = [(snapshots.points[k], snapshots.mass[k])]
-        how = Integration(solver, max(1, math.ceil(per_gap * gap / snapshots.mean_gap)), tolerance)
+        how = Integration(solver, steps_between(per_gap, snapshots.times[k], time, snapshots.mean_gap), tolerance)
         (there,) = moved(field, cells, [snapshots.times[k]], [time], how, jitter=jitter, seeds=[k])
         return there
 
@@ -144,10 +142,10 @@ def interpolate(
         index=pd.Index([f"{name}_at_{time:g}" for name in sources]),
     )
     result, genes_told = _with_genes(adata, use_rep, restored, obs, decoder, why_not)
-    logger.info(
-        f"the population at {time:g}: {len(sources)} cells moved from "
-        f"{' and '.join(f'{snapshots.times[i]:g}' for i in sorted(used))}, {genes_told}"
-    )
+    origin = f"moved from {' and '.join(f'{snapshots.times[i]:g}' for i in sorted(used))}"
+    if time in snapshots.times:
+        origin = "that were sampled then, as they are"
+    logger.info(f"the population at {time:g}: {len(sources)} cells {origin}, {genes_told}")
     return result
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ from ..flow.flow_matching import Training, pick_device
 from ..flow.integrate import AS_PUBLISHED
 from ..flow.judgement import Judgement, judge_all
 from ..flow.plans import Plans
-from ..flow.problem import METHODS
+from ..flow.problem import METHODS, WITH_PATH, check_method
 from ..flow.restoration import Restoration
 from ..flow.starts import Start
 from ._doubts import say_doubts
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .._adata import Cells
-    from ..flow.problem import Problem
     from ..flow.snapshots import Snapshots
     from ..flow.vector_field import VectorField
 
@@ -107,7 +106,7 @@ def leave_one_out(
     methods
         Of ``"uot-cfm"``, ``"ot-cfm"``, ``"i-cfm"``, ``"sb-cfm"``, ``"vp-cfm"``; see `sctraj.tl.fit_flow`.
     path, field, growth_key
-        As in `sctraj.tl.fit_flow`.
+        As in `sctraj.tl.fit_flow`. A path and growth rates are for those of the methods that take them.
     start
         What is moved to the held-out time: ``"both"`` neighbours, or the snapshot ``"before"``. By a neural field on
         curved paths through seven kept snapshots or more, ``"both"`` takes the second ones on each side too (of 15 or
@@ -122,7 +121,8 @@ def leave_one_out(
         Fits per held-out snapshot and method. Closed-form fields of ``"uot-cfm"`` and ``"ot-cfm"`` do not depend on a
         seed and are put together once; the others' pairs are drawn, for every seed anew.
     sigma, block, module, width, depth, n_steps, batch_size, learning_rate, weight_decay, ema_decay, patience
-        As in `sctraj.tl.fit_flow`.
+        As in `sctraj.tl.fit_flow`. A sigma that is given is every method's: a length, and for ``"sb-cfm"`` a length
+        per root of time.
     device
         ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
     rng
@@ -168,11 +168,14 @@ def leave_one_out(
         Sinkhorn or the training did not converge.
     """
     _adata.check_own(adata, copy=copy)
-    _adata.check_table_key(adata, key_added)
+    _adata.check_table_key(adata, key_added, use_rep)
     methods = [methods] if isinstance(methods, str) else list(methods)
     unknown = [m for m in methods if m not in METHODS]
     if unknown or not methods or len(set(methods)) < len(methods):
         raise ValueError(f"expected distinct methods of {METHODS}, found {methods}")
+    options = {method: _options(method, methods, path, growth_key) for method in methods}
+    for method, own in options.items():
+        check_method(method, path=own.path, sigma=sigma, prior=own.prior)
     where = pick_device(device)
     training = Training(module, width, depth, n_steps, batch_size, learning_rate, weight_decay, ema_decay, patience)
     plans = Plans(block, where)
@@ -185,29 +188,29 @@ def leave_one_out(
     cells = _adata.read_snapshots(adata, time_key, use_rep, least=3, growth_key=growth_key)
     snapshots = cells.snapshots
     _check_sizes(snapshots)
-    warn_of_unused(leave_one_out, field, training, methods=methods, path=path, block=block)
+    warn_of_unused(leave_one_out, field, training, methods=methods, path=path, block=block, growth_key=growth_key)
     say_doubts(adata, cells, use_rep, growth_key)
-    prepared = {
+    folds = {
         method: hold_out.hold_out_problems(
-            snapshots,
+            snapshots if own.prior else replace(snapshots, growth=()),
             method=method,
-            path=path,
+            path=own.path,
             sigma=sigma,
             seeds=distinct_seeds(field, method, seeds),
             validate=patience is not None and field == "neural",
             plans=plans,
         )
-        for method in methods
+        for method, own in options.items()
     }
 
     farther = {
-        method: farther_shares(field, problems) if start == "both" else [0.0] * len(problems)
-        for method, (_, problems, _) in prepared.items()
+        method: farther_shares(field, of.problems) if start == "both" else [0.0] * len(of.problems)
+        for method, of in folds.items()
     }
     found: list[_Found] = []
-    for method, (held_out, problems, validation) in prepared.items():
-        fitted = make_field(field, problems, validation, training, where, progress=progress).vector_field
-        found += _restored(method, fitted, snapshots, held_out, start, farther[method], jitter)
+    for method, of in folds.items():
+        fitted = make_field(field, of.problems, of.validation, training, where, progress=progress).vector_field
+        found += _restored(method, fitted, snapshots, of.held_out, start, farther[method], jitter)
     references, halves = _references(snapshots, seeds, plans if block is None else Plans())
     found += references
     judged = judge_all([(one.restoration, one.observed) for one in found])
@@ -216,13 +219,13 @@ def leave_one_out(
         field, training, time_key=time_key, use_rep=use_rep, growth_key=growth_key, block=block, device=where
     ) | {
         "methods": np.array(methods),
-        "paths": np.array([path_name(path, problems[0]) for _, problems, _ in prepared.values()]),
+        "paths": np.array([path_name(options[method].path, of.problems[0]) for method, of in folds.items()]),
         "n_seeds": n_seeds,
         "seed": seed,
         "start": STARTS[start],
         "jitter": jitter,
         "integration": f"{AS_PUBLISHED.solver}, {AS_PUBLISHED.n_steps} steps a gap, real time",
-        **_of_folds(snapshots, prepared, farther, neural=field == "neural"),
+        **_of_folds(snapshots, folds, farther, neural=field == "neural"),
         "noise_reference_sizes": np.array(halves),
         "leak": f"{use_rep} was computed beforehand: if on all cells, it has seen the held-out snapshots",
         "versions": _adata.versions(),
@@ -238,6 +241,20 @@ def leave_one_out(
     )
     _say_what_tells_nothing(methods, energies)
     return adata if copy else None
+
+
+class _Options(NamedTuple):
+    """What one of several methods takes of the options given for all."""
+
+    path: Path | None
+    prior: bool
+
+
+def _options(method: str, methods: Sequence[str], path: Path | None, growth_key: str | None) -> _Options:
+    """Return the options that a method takes; one that none of the methods takes is kept, and refused later."""
+    bends = method in WITH_PATH or not {*methods} & {*WITH_PATH}
+    grows = method == "uot-cfm" or "uot-cfm" not in methods
+    return _Options(path if bends else None, growth_key is not None and grows)
 
 
 def _energies(found: Sequence[_Found], judged: Sequence[Judgement]) -> dict[str, float]:
@@ -314,24 +331,22 @@ def _check_sizes(snapshots: Snapshots) -> None:
 
 def _of_folds(
     snapshots: Snapshots,
-    prepared: Mapping[str, tuple[Sequence[int], Sequence[Problem], object]],
+    folds: Mapping[str, hold_out.Folds],
     farther: Mapping[str, Sequence[float]],
     *,
     neural: bool,
 ) -> dict[str, np.ndarray]:
     """Return the held-out times and, methods x times, what a method's fits to the kept snapshots have in common."""
-    each = [
-        list(dict(zip(held_out, zip(problems, farther[method]))).values())
-        for method, (held_out, problems, _) in prepared.items()
-    ]
+    each = [[of.problems[first] for first in of.firsts()] for of in folds.values()]
     none = [np.nan] * (len(snapshots) - 2)  # a fold's intervals
-    curved = [[np.nan if p.tangents is None else p.tangents.reliability for p, _ in folds] for folds in each]
     return {
         "held_out_times": np.array([snapshots.times[k] for k in hold_out.interior(snapshots)]),
-        "sigma": np.array([[p.path.sigma for p, _ in folds] for folds in each]),
-        "spreads": np.array([[p.spreads if neural and p.spreads else none for p, _ in folds] for folds in each]),
-        "reliability": np.array(curved),
-        "farther": np.array([[share for _, share in folds] for folds in each]),
+        "sigma": np.array([[p.path.sigma for p in one] for one in each]),
+        "spreads": np.array([[p.spreads if neural and p.spreads else none for p in one] for one in each]),
+        "reliability": np.array(
+            [[np.nan if p.tangents is None else p.tangents.reliability for p in one] for one in each]
+        ),
+        "farther": np.array([[farther[method][first] for first in of.firsts()] for method, of in folds.items()]),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from .. import _adata
 from .._log import logger
 from ..flow.clouds import share_astray
 from ..flow.integrate import Field, Integration, Moved, Solver, simulate, transport
-from ._steps import steps_per_gap
+from ._steps import steps_between, steps_per_gap
 
 Movement = Callable[[torch.Tensor, float, float], Moved]  # of cells (M, n, d), from one real time to another
 LOOKED_AT = 1000  # cells of a snapshot, at most, whose paths are looked at for whether they keep to the cells
@@ -45,7 +44,7 @@ def movement(
     per_gap = steps_per_gap(solver, stochastic=stochastic, stiff=stiff) if n_steps is None else n_steps
 
     def move(x: torch.Tensor, t0: float, t1: float) -> Moved:
-        steps = max(1, math.ceil(per_gap * abs(t1 - t0) / gap))
+        steps = steps_between(per_gap, t0, t1, gap)
         if stream is None:
             return transport(field, x, t0, t1, Integration(solver, steps, tolerance))
         there = simulate(field, x, t0, t1, sigma=float(flow.params["sigma"]), n_steps=steps, rng=stream)

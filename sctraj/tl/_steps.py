@@ -20,6 +20,11 @@ def steps_per_gap(solver: Solver, *, stochastic: bool = False, stiff: bool = Fal
     return (RK4_STEPS if solver == "rk4" and not stochastic else OTHER_STEPS) * (STIFF if stiff else 1)
 
 
+def steps_between(per_gap: float, t0: float, t1: float, mean_gap: float) -> int:
+    """Return the steps of a way between two times; one that is longer by rounding alone has none more."""
+    return max(1, math.ceil(per_gap * abs(t1 - t0) / mean_gap - 1e-9))
+
+
 def check_steps(solver: Solver, n_steps: float, tolerance: float) -> None:
     """Raise a ValueError for a solver that is unknown, steps that are no whole number, or a tolerance of none."""
     if solver not in get_args(Solver):

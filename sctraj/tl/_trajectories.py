@@ -271,6 +271,8 @@ def _time_grid(times: int | Sequence[float], snapshots: Sequence[float]) -> np.n
             f"expected times that are numbers, in the unit of the snapshots' times, found {times!r}; labels stand for "
             f"times in the uns entry that `sctraj.pp.parse_time` wrote"
         ) from error
+    if grid.ndim == 0:
+        raise ValueError(f"expected a whole number of times, or the times themselves as a sequence, found {times!r}")
     if grid.ndim != 1 or not len(grid) or not (np.diff(grid) > 0).all() or not first <= grid[0] <= grid[-1] <= last:
         raise ValueError(
             f"expected increasing times from {first:g} to {last:g}, the snapshots' range, found {grid.tolist()}; "

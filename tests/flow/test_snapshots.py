@@ -30,7 +30,7 @@ def make(times=TIMES, sizes=(4, 3, 6, 5), d=2, mass=()) -> Snapshots:
         ((0.0, 1.5, 2.0, math.inf), "finite"),
         ((-math.inf, 1.5, 2.0, 7.0), "finite"),
         ((0.0, 1.5, 2.0), "one snapshot per time"),
-        ((0.0, 1e6, 1e6 + 1, 2e6), "count from the first"),
+        ((0.0, 1e6, 1e6 + 1, 2e6), "subtract the first time"),
     ],
 )
 def test_times_must_increase(times, message):

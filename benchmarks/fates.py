@@ -1,0 +1,131 @@
+"""How right the fates of single cells are, on simulated courses whose truth is known.
+
+python benchmarks/fates.py --quick             # 10 s: one small data set, from which nothing follows
+python benchmarks/fates.py --jobs 2            # the table of docs/benchmarks.md
+
+Of the families with two fates. A cell's true fate is the side it is on at the last time when its latent state is moved
+there by the true dynamics (where these diffuse the share of 50 such moves). The figure is the Brier score: the mean
+square of found less true probability, over the cells of a snapshot, then over all but the last snapshot, then over
+draws; 0 is perfect. Beside the flows stand *chained plans*, the entropic plans of consecutive snapshots one after the
+other, as Waddington-OT and moscot follow cells, and the same with soft marginals; *end shares*: every cell is given the
+shares of the sides at the last time; *cells like it*: the mean true fate of the 25 nearest cells of the same snapshot,
+which is about the best that noisy coordinates allow.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata as ad
+import joblib
+import numpy as np
+import ot
+import pandas as pd
+import torch
+from restoration import DEFAULT, N_CELLS, QUICK_CELLS, QUICK_STEPS, load, options, shown, table
+from sklearn.neighbors import KNeighborsRegressor
+
+from sctraj import get, tl
+from sctraj.datasets._courses import _COURSES, _moved
+from sctraj.flow.coupling.unbalanced import unbalanced
+from sctraj.flow.snapshots import Snapshots
+
+SIDES: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # families with two fates: the side of latent states (n, k)
+    "branching": lambda z: z[:, 1] > 0,
+    "high-dimensional": lambda z: z[:, 1] > 0,
+    "crossing": lambda z: z[:, 2] > 0,
+    "switch": lambda z: z[:, 0] > z[:, 1],
+}
+COURSES = [f"{family}{kind}" for family in SIDES for kind in ("", "+effects", ":12")]
+METHODS = {  # columns: arguments of tl.fit_flow
+    DEFAULT: {},
+    "closed-form field": {"field": "closed-form"},
+    "ot-cfm": {"method": "ot-cfm"},
+    "sb-cfm": {"method": "sb-cfm"},
+}
+CHAINED = {"chained plans": 1e3, "chained, soft": 4.0}  # penalty on marginals, in costs of the exact plan
+END_SHARES, LIKE_IT = "end shares", "cells like it"
+EPSILON = 0.05  # of the exact plan's cost
+MOVES, LIKE = 50, 25
+
+
+def true_fates(adata: ad.AnnData, family: str) -> np.ndarray:
+    """Probability of one side at the last time, of every cell's latent state ``(n,)``."""
+    course, found, last = _COURSES[family], np.empty(adata.n_obs), adata.obs["time"].max()
+    for time in adata.obs["time"].unique():
+        own = (adata.obs["time"] == time).to_numpy()
+        z, moves = adata.obsm["X_latent"][own].astype(float), MOVES if course.diffusion else 1
+        ends = [_moved(course, z, time, last, np.random.default_rng(move))[0] for move in range(moves)]
+        found[own] = np.mean([SIDES[family](end) for end in ends], axis=0)
+    return found
+
+
+def chained(snapshots: Snapshots, at_end: np.ndarray, penalty: float) -> list[np.ndarray]:
+    """Values at the last snapshot's cells carried back through the plans, one array for every earlier snapshot."""
+    values, found = torch.from_numpy(at_end.astype(float))[:, None], []
+    for interval in snapshots.intervals()[::-1]:
+        cost = float(ot.emd2([], [], ot.dist(interval.x0.double().numpy(), interval.x1.double().numpy())))
+        plan = unbalanced(interval, epsilon=EPSILON * cost, penalty=penalty * cost)
+        values = plan.descendants(values)
+        found.append(values[:, 0].numpy())
+    return found[::-1]
+
+
+def judged(name: str, seed: int, n_cells: int, real: Path, n_steps: int | None) -> list[dict]:
+    torch.set_num_threads(1)
+    logging.getLogger("sctraj").setLevel(logging.ERROR)  # of this process
+    adata, snapshots = load(name, seed, n_cells, real)
+    family = name.partition("+")[0].partition(":")[0]
+    truth, side = true_fates(adata, family), SIDES[family](adata.obsm["X_latent"])
+    adata.obs["side"] = np.where(side, "one", "other")
+    rows_of = [np.flatnonzero(adata.obs["time"] == time) for time in snapshots.times]
+    at_end = side[rows_of[-1]]
+
+    found: dict[str, list[np.ndarray]] = {}
+    for method, settings in METHODS.items():
+        steps = {} if n_steps is None or "field" in settings else {"n_steps": n_steps}
+        tl.fit_flow(adata, rng=seed, progress=False, **settings, **steps)
+        tl.fates(adata, "side")
+        found[method] = [get.fates(adata)["one"].to_numpy()[rows] for rows in rows_of[:-1]]
+    for method, penalty in CHAINED.items():
+        found[method] = chained(snapshots, at_end, penalty)
+    found[END_SHARES] = [np.full(len(rows), at_end.mean()) for rows in rows_of[:-1]]
+    found[LIKE_IT] = []
+    for rows in rows_of[:-1]:
+        cells = adata.obsm["X_pca"][rows]
+        found[LIKE_IT].append(KNeighborsRegressor(min(LIKE, len(rows))).fit(cells, truth[rows]).predict(cells))
+    return [
+        {"data": name, "seed": seed, "method": method, "brier": np.mean((one - truth[rows]) ** 2)}
+        for method, each in found.items()
+        for one, rows in zip(each, rows_of)
+    ]
+
+
+def report(frame: pd.DataFrame) -> str:
+    """Brier score, a row a data set, a column a method; in brackets the sd over draws of the mean over snapshots."""
+    rows = []
+    for name, part in frame.groupby("data", sort=False):
+        cells = []
+        for method in [*METHODS, *CHAINED, END_SHARES, LIKE_IT]:
+            draws = part[part["method"] == method].groupby("seed")["brier"].mean()
+            cells.append(shown(draws.mean(), 3) + (f" ({shown(draws.std(), 3)})" if len(draws) > 1 else ""))
+        rows.append([str(name), *cells])
+    return table(["Brier score", *METHODS, *CHAINED, END_SHARES, LIKE_IT], rows)
+
+
+def main() -> None:
+    args = options(__doc__.splitlines()[0], [], default=COURSES, seeds=3).parse_args()
+    args.data = [name for name in args.data if name.startswith(tuple(SIDES))]
+    logging.getLogger("sctraj").setLevel(logging.WARNING)
+    n_cells, n_steps = (QUICK_CELLS, QUICK_STEPS) if args.quick else (N_CELLS, None)
+    tasks = [(name, args.first + draw) for name in args.data for draw in range(args.seeds)]
+    if args.quick:
+        tasks = [("branching", args.first)]
+    each = joblib.Parallel(args.jobs)(joblib.delayed(judged)(*task, n_cells, args.real, n_steps) for task in tasks)
+    print(report(pd.DataFrame([row for rows in each for row in rows])))
+
+
+if __name__ == "__main__":
+    main()
