@@ -91,6 +91,7 @@ def test_what_fit_and_leave_one_out_share_has_one_default():
 
 def test_the_key_is_the_same_everywhere():
     found = {one[name].default for one in map(parameters, PUBLIC.values()) for name in ("key",) if name in one}
+    assert "flow" in found
     assert found <= {"flow", inspect.Parameter.empty}  # pp.parse_time's key is a column
     assert parameters(tl.fit_flow)["key_added"].default == "flow"
 

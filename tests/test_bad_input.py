@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NoReturn
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from scipy import sparse
 from torch import nn
 
 import sctraj
+from sctraj.flow.plans import Plans
 
 Change = Callable[[AnnData], None]
 QUICK = {"n_steps": 5, "batch_size": 8}
@@ -70,6 +72,9 @@ CASES: dict[str, tuple[Change, dict[str, object], type[Exception], str]] = {
     "endless blocks": (lambda a: None, {"block": float("inf")}, ValueError, "whole number of cells.*inf"),
     "half a cell": (lambda a: None, {"block": 20.5}, ValueError, "whole number of cells.*20.5"),
     "unknown method": (lambda a: None, {"method": "ot"}, ValueError, "ot-cfm.*found 'ot'"),
+    "unknown path": (lambda a: None, {"path": "bent"}, ValueError, "expected a path of .*found 'bent'"),
+    "a path of its own": (lambda a: None, {"path": "hermite", "method": "sb-cfm"}, ValueError, "no path for sb-cfm"),
+    "what is written": (lambda a: None, {"use_rep": "flow_velocity"}, ValueError, "stays as it is, found \"flow_vel"),
     "unknown device": (lambda a: None, {"device": "tpu"}, ValueError, "auto, cpu, cuda, mps, found 'tpu'"),
     "no members": (lambda a: None, {"n_members": 0}, ValueError, "whole number of members.*at least 1, found 0"),
     "no steps": (lambda a: None, {"n_steps": 0}, ValueError, "n_steps.*at least 1, found 0"),
@@ -82,12 +87,14 @@ CASES: dict[str, tuple[Change, dict[str, object], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_fit_flow_refuses(cells: AnnData, name: str) -> None:
+def test_fit_flow_refuses(cells: AnnData, monkeypatch, name: str) -> None:
     change, arguments, kind, message = CASES[name]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", lambda *a, **k: None)  # anndata warns of duplicate names
         change(cells)
     slots = {kind: set(getattr(cells, kind).keys()) for kind in ("obs", "obsm", "uns", "varm", "layers")}
+    if name != "sigma too small":  # which a solver has to find out; all else is known before one begins
+        monkeypatch.setattr(Plans, "_solve", _no_work)
     with pytest.raises(kind, match=message):
         sctraj.tl.fit_flow(cells, **{**QUICK, **arguments})  # type: ignore[arg-type]
     assert slots == {kind: set(getattr(cells, kind).keys()) for kind in slots}
@@ -100,7 +107,22 @@ def test_cuda_without_cuda(cells: AnnData) -> None:
         sctraj.tl.fit_flow(cells, device="cuda", **QUICK)
 
 
-def test_leave_one_out_refuses(cells: AnnData) -> None:
+def _no_work(*arguments: object) -> NoReturn:
+    raise AssertionError("transport is solved before all arguments are looked at")
+
+
+def test_leave_one_out_refuses(cells: AnnData, monkeypatch) -> None:
+    monkeypatch.setattr(Plans, "_solve", _no_work)
+    cells.obs["prior"] = 0.1
+    for arguments, message in (
+        ({"methods": ("ot-cfm", "sb-cfm"), "sigma": 0.0}, "positive sigma for sb-cfm"),
+        ({"methods": ("ot-cfm", "i-cfm"), "path": "bent"}, "expected a path of"),
+        ({"methods": ("sb-cfm", "vp-cfm"), "path": "hermite"}, "expected no path for sb-cfm"),
+        ({"methods": ("ot-cfm", "i-cfm"), "growth_key": "prior"}, "no prior of growth for ot-cfm"),
+        ({"use_rep": "flow_w1"}, 'stays as it is, found "flow_w1"'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sctraj.tl.leave_one_out(cells, **arguments, **QUICK)
     two = cells[cells.obs["time"] < 2].copy()
     with pytest.raises(ValueError, match=r"at least 3 snapshots.*found 2"):
         sctraj.tl.leave_one_out(two, **QUICK)
@@ -154,6 +176,8 @@ def test_flow_of_other_cells(cells: AnnData) -> None:
 
 def test_trajectory_times(cells: AnnData) -> None:
     sctraj.tl.fit_flow(cells, **QUICK)
+    with pytest.raises(ValueError, match=r"whole number of times, or the times themselves .*found 5\.0"):
+        sctraj.tl.trajectories(cells, times=5.0)
     for times in (1, [], [2.0, 1.0], [-0.1, 1.0], [1.0, 7.5], [float("nan")]):
         with pytest.raises(ValueError, match="times"):
             sctraj.tl.trajectories(cells, times=times)

@@ -313,6 +313,13 @@ def test_benchmark_judges_in_the_published_space_unless_told_otherwise(benchmark
     assert beside.uns["leave_one_out_protocol"]["use_rep"] == "X_std_benchmark"
 
 
+def test_a_path_is_for_the_methods_that_take_one(source, here):
+    options = ("--path", "hermite", "--methods", "ot-cfm,sb-cfm", "--n-seeds", 1)
+    well(sctraj("benchmark", source, *options, *QUICK))
+    record = anndata.read_h5ad(here / "sctraj_benchmark" / "benchmark.h5ad").uns["leave_one_out_protocol"]
+    assert list(record["paths"]) == ["hermite", "brownianbridge"]
+
+
 def test_benchmark_replaces_the_results_of_an_earlier_run(source, here):
     for n_seeds in (1, 2):
         well(sctraj("benchmark", source, "--n-seeds", n_seeds, "--methods", "i-cfm", *QUICK))

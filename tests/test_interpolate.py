@@ -108,6 +108,15 @@ def test_a_flow_of_genes_gives_genes_back(cells: AnnData) -> None:
     np.testing.assert_allclose(own.X, cells[own.obs["source_cell"].to_numpy()].X, rtol=1e-6)
 
 
+def test_what_was_moved_is_said_and_nothing_is_at_a_snapshots_own_time(fitted: AnnData, caplog) -> None:
+    caplog.set_level("INFO", logger="sctraj")
+    tl.interpolate(fitted, 1.5)
+    assert "cells moved from 1 and 2.5" in caplog.text
+    caplog.clear()
+    tl.interpolate(fitted, 1.0)
+    assert f"{(fitted.obs['time'] == 1).sum()} cells that were sampled then, as they are" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("change", "options", "reason"),
     [

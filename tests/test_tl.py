@@ -6,7 +6,7 @@ import logging
 import subprocess
 import sys
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 
 import anndata
 import numpy as np
@@ -18,6 +18,7 @@ from anndata import AnnData
 from torch import nn
 
 import sctraj
+from sctraj.tl._steps import steps_between
 
 QUICK = {"n_steps": 30, "batch_size": 32}
 
@@ -668,11 +669,48 @@ def test_growth_prior_enters_as_a_marginal(cells: AnnData) -> None:
     assert told[up].mean() - told[~up].mean() > plain[up].mean() - plain[~up].mean() + 0.05
     with pytest.raises(KeyError, match="growth_key"):
         sctraj.tl.fit_flow(cells, growth_key="nothing")
-    with pytest.raises(ValueError, match="uot-cfm"):
+    with pytest.raises(ValueError, match="no prior of growth for ot-cfm"):
         sctraj.tl.fit_flow(cells, method="ot-cfm", growth_key="prior")
     cells.obs.iloc[0, cells.obs.columns.get_loc("prior")] = np.nan
     with pytest.raises(ValueError, match="finite"):
         sctraj.tl.leave_one_out(cells, growth_key="prior")
+
+
+def test_of_several_methods_an_option_is_for_those_that_take_it(cells: AnnData, caplog) -> None:
+    cells.obs["prior"] = np.where(cells.obsm["X_latent"][:, 1] > 0, 0.5, -0.5)
+    methods, quick = ("uot-cfm", "sb-cfm", "i-cfm"), {"n_seeds": 1, "field": "closed-form"}
+    caplog.set_level("WARNING", logger="sctraj")
+    sctraj.tl.leave_one_out(cells, methods=methods, path="straight", growth_key="prior", **quick)
+    assert list(cells.uns["leave_one_out_protocol"]["paths"]) == ["straight", "brownianbridge", "straight"]
+    told = cells.uns["leave_one_out"].set_index("method")["value"]
+    assert "path given, without effect on sb-cfm" in caplog.text
+    assert "growth_key given, without effect on sb-cfm, i-cfm" in caplog.text
+    sctraj.tl.leave_one_out(cells, methods=methods, path="straight", **quick)
+    plain = cells.uns["leave_one_out"].set_index("method")["value"]
+    assert not np.array_equal(told["uot-cfm"], plain["uot-cfm"])
+    for other in ("sb-cfm", "i-cfm", "ot-interpolation"):
+        np.testing.assert_array_equal(told[other], plain[other])
+
+
+def test_what_an_earlier_flow_left_is_removed_and_named(cells: AnnData, caplog) -> None:
+    sctraj.tl.fit_flow(cells, field="closed-form", n_members=2)
+    sctraj.tl.trajectories(cells, times=[0.0, 7.0])
+    caplog.set_level("INFO", logger="sctraj")
+    sctraj.tl.fit_flow(cells, field="closed-form", method="ot-cfm")
+    left = ['obs["flow_growth"]', 'obs["flow_velocity_sd"]', 'obsm["flow_trajectories"]', 'obsm["flow_trajectory_wei']
+    assert f"; removed what an earlier flow left: {', '.join(left)}" in caplog.text
+    assert not {"flow_growth", "flow_velocity_sd"} & {*cells.obs} | {"flow_trajectories"} & {*cells.obsm}
+    caplog.clear()
+    sctraj.tl.fit_flow(cells, field="closed-form", method="ot-cfm")
+    assert "removed" not in caplog.text
+
+
+def test_even_gaps_take_even_steps() -> None:
+    times = np.arange(0, 0.71, 0.1)  # of which 0.3 - 0.2 is more than 0.1, in floating point
+    mean_gap = times[-1] / 7
+    assert {steps_between(10, t0, t1, mean_gap) for t0, t1 in pairwise(times)} == {10}
+    assert [steps_between(10, 0.0, t, 1.0) for t in (0.01, 0.1, 0.11, 2.0)] == [1, 1, 2, 20]
+    assert steps_between(10, 2.0, 0.0, 1.0) == 20
 
 
 def test_a_closed_form_field_has_no_loss(cells: AnnData) -> None:
@@ -928,6 +966,8 @@ def test_what_makes_a_flow_doubtful_is_said(cells: AnnData, caplog, verb) -> Non
     cells.obsm["X_umap"] = x[:, :2].copy()
     (message,) = said(use_rep="X_umap")
     assert 'draw that flow with basis="X_umap"' in message
+    cells.obsm["X_flexible"] = x.copy()  # begins as "fle" does, which is one
+    assert said(use_rep="X_flexible") == []
     cells.obsm["X_wide"] = x * np.r_[1, 100, np.ones(x.shape[1] - 2)].astype(np.float32)
     assert any('one dimension of "X_wide" (1; the first is 0)' in message for message in said(use_rep="X_wide"))
     rare = np.where(rng.random((600, 30)) < 0.05, 1.0, 0.0) * rng.exponential(3, (600, 30))  # as most genes are

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sctraj.flow.coupling import exact, independent
-from sctraj.flow.metric_path import EPSILON, MetricPath, diagonal_metric, metric_path
+from sctraj.flow.metric_path import EPSILON, MetricPath, _k_means, diagonal_metric, metric_path
 from sctraj.flow.probability_path import Pairs, Straight
 from sctraj.flow.snapshots import Snapshots, to_device
 from sctraj.flow.vector_field import scaling
@@ -237,6 +237,13 @@ def test_a_centre_whose_cells_are_at_one_place_has_a_reach():
     squares = torch.cdist((x - units.shift) / units.scale, rbf.centres).amin(1).square()
     assert float(squares[39]) < 1e-12  # rounding: the last cell is by itself
     assert float(rbf.precision.max()) <= 10 / float(squares.mean()) * (1 + 1e-9)  # a tenth of the mean square; rounding
+
+
+def test_a_centre_without_cells_stays_where_it_is():
+    x = torch.tensor([[0.0], [0.0], [0.0], [5.0]])  # of three centres two at least begin at one place
+    centres, nearest = _k_means(x, 3, torch.Generator().manual_seed(0))
+    assert {*centres.flatten().tolist()} <= {0.0, 5.0}
+    assert torch.equal(centres[nearest], x)
 
 
 def test_the_same_pair_bends_otherwise_in_another_interval(paths):

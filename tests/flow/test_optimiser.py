@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from torch import nn
 
-from sctraj.flow.optimiser import AdamW
+from sctraj.flow.optimiser import AdamW, one_cycle
+
+
+def test_the_rate_rises_over_a_tenth_and_falls_along_a_cosine():
+    assert [one_cycle(p) for p in (0.1, 0.325, 0.55, 0.775, 1.0)] == pytest.approx(
+        [1.0, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4, 0.0]
+    )
+    assert 0 < one_cycle(0.0) < one_cycle(0.05) < 0.6 < one_cycle(0.09) < 1
 
 
 def test_the_steps_are_those_of_adamw():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +22,20 @@ def cells(n: int, seed: int, d=2) -> Tensor:
 def test_sigma_is_a_tenth_of_the_displacement_and_a_bridges_three_tenths_per_root_of_the_gap(method, expected):
     x = cells(20, 0, d=3)
     assert default_sigma(Snapshots((0.0, 4.0), (x, x + 3)), method, Plans()) == pytest.approx(expected)
+
+
+def test_where_nothing_moves_a_bridge_has_no_sigma_by_default():
+    x = cells(20, 0)
+    with pytest.raises(ValueError, match="snapshots that differ, to take the sigma of sb-cfm from"):
+        default_sigma(Snapshots((0.0, 1.0), (x, x.clone())), "sb-cfm", Plans())
+
+
+def test_a_score_is_measured_in_a_bridges_largest_standard_deviation():
+    x = cells(20, 0)
+    snapshots = Snapshots((0.0, 1.0, 7.0), (x, x + 1, x + 2))
+    for method, expected in (("sb-cfm", 2.0 * math.sqrt(3.5) / 2), ("ot-cfm", 0.0)):
+        made, _ = make_problems(snapshots, method=method, path=None, sigma=2.0, seeds=[0], validate=False)
+        assert made[0].std == pytest.approx(expected)  # sigma sqrt(s (1 - s) gap), half-way
 
 
 def test_cells_without_weight_are_no_part_of_the_displacement_of_large_snapshots():
