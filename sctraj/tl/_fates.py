@@ -32,7 +32,7 @@ def fates(
     groupby: str,
     time: float | None = None,
     *,
-    n_neighbors: int = 10,
+    n_neighbors: int = 15,
     n_draws: int | None = None,
     solver: Solver = "rk4",
     n_steps: int | None = None,
@@ -45,9 +45,11 @@ def fates(
 ) -> AnnData | None:
     """Infer which groups of the cells sampled at one time every other cell ends in, or came from.
 
-    Every cell is moved along the flow from its own time to that one, forwards (its fates) or backwards (its origins).
-    The shares of the groups among the sampled cells nearest to where it comes out are its probabilities. Of a flow of
-    several members each one moves the cell, and the shares are averaged.
+    Every cell is moved along the flow from its own time to that one, forwards (its fates) or backwards (its origins),
+    and the shares of the groups among the sampled cells nearest to where it arrives are taken. Its probabilities are
+    the mean of these shares over the cells of its own snapshot that are nearest to it: measured coordinates are noisy,
+    and where fates part a little noise decides which way a single cell is carried. Each member of a flow moves the
+    cells, and the shares are averaged over members.
 
     Parameters
     ----------
@@ -59,8 +61,8 @@ def fates(
     time
         A snapshot's time; None is the last one's.
     n_neighbors
-        How many of the nearest cells are asked, of all with a group if they are fewer. Their number sets how gradual
-        probabilities are: in steps of ``1 / n_neighbors``, over members and draws.
+        How many of the nearest cells are asked, at either end: more give smoother and more cautious probabilities,
+        and blur groups that are smaller than this. All cells, if there are fewer.
     n_draws
         Follow so many samples of every cell's path in the stochastic flow instead (``"sb-cfm"`` only).
     solver, n_steps, tolerance
@@ -100,9 +102,10 @@ def fates(
 
     Notes
     -----
-    A cell's own fate is a stronger claim than where a population goes, which is all that `sctraj.tl.leave_one_out` can
-    check: cells of equal coordinates have equal fates here, and a growing group can look like one that cells move to.
-    How right fates are where the truth is known is measured in the documentation ("Fates beside the truth").
+    The fate of single cells is a stronger claim than where a population goes, which is all that
+    `sctraj.tl.leave_one_out` can check. A group that grows can look like one that cells move to, and fates that are
+    decided before they show in the coordinates cannot be told. How right fates are where the truth is known is
+    measured in the documentation ("Fates beside the truth").
     """
     check_module(module)
     _adata.check_own(adata, copy=copy)
@@ -157,11 +160,11 @@ def _followed(
     codes, groups = labels.cat.codes.to_numpy(), len(labels.cat.categories)
     own = np.eye(groups, dtype=np.float32)[codes]
     own[codes < 0] = np.nan
-    there, to = cells.snapshots.points[end].cpu().numpy(), cells.snapshots.times[end]
+    there, to = cells.snapshots.points[end].numpy(), cells.snapshots.times[end]
     known = np.flatnonzero(codes >= 0)
-    tree = NearestNeighbors(n_neighbors=min(n_neighbors, len(known))).fit(there[known])
+    labelled = _neighbours(there[known], n_neighbors)
     members, d = len(field.scale), there.shape[1]
-    at_once = max(1, SLAB // size_of((members, d), "float32"))
+    at_once = max(1, SLAB // size_of((n_draws, members, d), "float32"))
 
     probabilities, ends = [], []
     for k, (t, points) in enumerate(zip(cells.snapshots.times, cells.snapshots.points)):
@@ -174,12 +177,27 @@ def _followed(
             start = part.to(field.scale).expand(members, *part.shape)
             moved = torch.stack([move(start, t, to).points for _ in range(n_draws)]).flatten(0, 1).cpu().numpy()
             first.append(moved[0])
-            nearest = tree.kneighbors(moved.reshape(-1, d), return_distance=False)
-            votes = own[known][nearest].mean(1)  # (draws x members x cells, groups)
+            nearest = labelled.kneighbors(moved.reshape(-1, d), return_distance=False)
+            votes = _means(own[known], nearest)  # (draws x members x cells, groups)
             shares.append(votes.reshape(len(moved), len(part), groups).mean(0))
-        probabilities.append(np.concatenate(shares))
+        here = points.numpy()
+        alike = _neighbours(here, n_neighbors).kneighbors(here, return_distance=False)  # each cell among its own
+        probabilities.append(_means(np.concatenate(shares), alike))
         ends.append(np.concatenate(first))
     return _adata.write_by_cell(cells, probabilities), _adata.write_by_cell(cells, ends)
+
+
+def _means(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return the means of values ``(m, groups)`` over some rows ``(n, k)`` for each of n, in the memory of one."""
+    total = np.zeros((len(rows), values.shape[1]), values.dtype)
+    for column in rows.T:
+        total += values[column]
+    return total / rows.shape[1]
+
+
+def _neighbours(cells: np.ndarray, n: int) -> NearestNeighbors:
+    """Return what finds the ``n`` nearest of these cells ``(m, d)``, or all of fewer."""
+    return NearestNeighbors(n_neighbors=min(n, len(cells))).fit(cells)
 
 
 def _snapshot_at(time: float | None, times: tuple[float, ...]) -> int:
