@@ -1,8 +1,9 @@
 """Couplings: joint laws of (x0, x1) over one interval, computed once and sampled many times.
 
+Sequencing destroys cells, so nobody knows which cell of one snapshot became which of the next; a coupling is a guess.
 Each is a record with a method ``sample(n, rng) -> (i, j)``: ``n`` pairs of cells, as indices into the snapshots at the
-interval's two ends. Exact and growing ones list their ``pairs``, those that carry the plan's mass. (The unbalanced plan
-is none: from it growing ones are made.)
+interval's two ends. Exact and growing couplings also list their ``pairs``, those that carry the plan's mass. (The
+unbalanced plan is not a coupling itself; growing ones are made from it.)
 """
 
 from typing import Protocol

@@ -1,4 +1,4 @@
-"""Two snapshots in random blocks, for those whose whole plan does not fit; exact transport within."""
+"""Exact couplings within random blocks, for snapshots too large for one plan (mini-batch optimal transport)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ BLOCK = 3000  # cells: above this the network simplex over the whole snapshot ta
 
 
 def blocked(interval: Interval, rng: torch.Generator, *, block: int = BLOCK) -> SparsePlan:
-    """Couple exactly within random blocks of about ``block`` cells a side (more where weights are uneven).
+    """Couple exactly within random blocks of about ``block`` cells a side (more if weights are uneven).
 
-    Both marginals are kept exactly, whatever the weights. The cost is at least the optimal one (Fatras et al. 2021 on
+    Both marginals are exact, whatever the weights. The cost is at least the optimal one (Fatras et al. 2021 on
     mini-batch optimal transport). Snapshots of at most ``block`` cells get the exact plan.
     """
     parts = list(blocks(interval, rng, block=block))
@@ -39,22 +39,22 @@ def blocked(interval: Interval, rng: torch.Generator, *, block: int = BLOCK) -> 
 def blocks(
     interval: Interval, rng: torch.Generator, *, block: int = BLOCK
 ) -> Iterator[tuple[Tensor, Tensor, Interval, float]]:
-    """Yield parts of an interval, each a small one of its own; all of it where it has at most ``block`` cells a side.
+    """Yield the blocks of an interval, each itself an interval; the whole if it has at most ``block`` cells a side.
 
-    Cells with mass count, by the geometric mean of both ends. Those of larger snapshots are put in random order and cut
-    at the same fractions of their mass, a cell at a cut being shared between its two blocks; those without mass are in
-    none.
+    Only cells with mass are counted, and the geometric mean of both ends' numbers is taken. The cells of larger
+    snapshots are put in random order and cut at the same fractions of their mass; a cell at a cut is shared between its
+    two blocks. Cells without mass are in no block.
 
     Yields
     ------
-    Indices of the part's cells at the start ``(m0,)`` and at the end ``(m1,)``, the part with masses that sum to one,
-    and its share of all mass.
+    Indices of the block's cells at the start ``(m0,)`` and at the end ``(m1,)``; the block, with masses that sum to
+    one; and its share of all mass.
     """
     ends, side = (interval.mass0, interval.mass1), cells_a_side(interval)
     if side <= block:
         yield torch.arange(len(interval.x0)), torch.arange(len(interval.x1)), interval, 1.0
         return
-    n_blocks = math.ceil(side / (block - 1))  # a block may hold one shared cell more
+    n_blocks = math.ceil(side / (block - 1))  # a block may contain one more, shared cell
     logger.info(
         "coupling from %g to %g: %d blocks of %d and %d cells", interval.t0, interval.t1, n_blocks, *map(len, ends)
     )
@@ -68,12 +68,12 @@ def blocks(
 
 
 def cells_a_side(interval: Interval) -> float:
-    """Return the geometric mean of the two numbers of cells with mass: of few beside many no block has next to none."""
+    """Return the geometric mean of both numbers of cells with mass, so that no block has almost none at one end."""
     return math.sqrt(int((interval.mass0 > 0).sum()) * int((interval.mass1 > 0).sum()))
 
 
 def _cut(mass: Tensor, n_blocks: int) -> list[tuple[Tensor, Tensor]]:
-    """Cut masses ``(n,)`` into blocks of equal mass: for each, the positions in it and their shares of its mass."""
+    """Cut masses ``(n,)`` into blocks of equal mass; return each block's positions and their shares of its mass."""
     end = mass.cumsum(0) / mass.sum()
     start = torch.cat([end.new_zeros(1), end[:-1]])
     cuts = []

@@ -1,4 +1,7 @@
-"""The entropic coupling, the static Schroedinger bridge (SB-CFM)."""
+"""The entropic coupling, which is the static Schroedinger bridge (SB-CFM of Tong et al. 2023).
+
+Entropy spreads each cell's mass over many partners, as if cells moved by Brownian motion.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,12 @@ from .sinkhorn import SHARPEST, prepare, sinkhorn
 
 logger = logging.getLogger(__name__)
 
-NEWTON_EVERY = 10  # Sinkhorn iterations to a Newton step
+NEWTON_EVERY = 10  # Sinkhorn iterations per Newton step
 
 
 @dataclass(frozen=True)
 class EntropicPlan:
-    """An entropic plan as its dual potentials: ``P_ij = a_i b_j exp((f_i + g_j - |x0_i - x1_j|^2) / epsilon)``.
+    """An entropic plan by its dual potentials: ``P_ij = a_i b_j exp((f_i + g_j - |x0_i - x1_j|^2) / epsilon)``.
 
     Attributes
     ----------
@@ -33,7 +36,7 @@ class EntropicPlan:
     log_mass0, log_mass1
         Logarithms of the marginals ``a`` ``(n0,)`` and ``b`` ``(n1,)``.
     f, g
-        Potentials ``(n0,)`` and ``(n1,)``, float64, in units of cost. The rows' marginal is exact, to rounding.
+        Potentials ``(n0,)`` and ``(n1,)``, float64, in units of cost. The row marginal is exact, up to rounding.
     epsilon
         Strength of the entropy, in units of cost.
     marginal_error
@@ -54,7 +57,7 @@ class EntropicPlan:
 
     @cached_property
     def cumulative(self) -> Tensor | None:
-        """The plan's masses, row by row, summed up ``(n0 n1,)``; None where they do not fit."""
+        """The cumulative sum of the plan's masses, row by row, ``(n0 n1,)``; None if it does not fit into memory."""
         return self.matrix().flatten().cumsum(0) if fits(self.x0, self.x1) else None
 
     def matrix(self) -> Tensor:
@@ -86,9 +89,9 @@ def entropic(
     """Couple an interval's ends by entropic optimal transport for the cost ``|x0 - x1|^2``.
 
     With ``epsilon = 2 sigma^2 (t1 - t0)`` this is the static Schroedinger bridge of a Brownian motion of diffusivity
-    ``sigma`` (Tong et al. 2023, proposition 3.5). Potentials are float64; epsilon is lowered by steps from the cost's
-    own scale. Where the plan does not fit, cells are met in tiles, so memory grows as ``n0 + n1``; a tile is float32
-    where its rounding is a twentieth of the error so far at most, or of the tolerance.
+    ``sigma`` (Tong et al. 2023, proposition 3.5). Potentials are float64; epsilon is lowered in steps from the cost's
+    own scale. A plan too large for memory is computed in tiles, so memory grows as ``n0 + n1``; a tile is float32 if
+    its rounding is at most a twentieth of the current error or of the tolerance.
 
     Parameters
     ----------
@@ -101,12 +104,13 @@ def entropic(
     max_iterations
         Iterations at the final epsilon after which the solver gives up.
     device
-        Where to compute; the cells' own by default. ``mps`` has no float64, so the CPU is used instead, and said.
+        Where to compute; the cells' own device by default. ``mps`` has no float64, so the CPU is used instead, and this
+        is logged.
 
     Raises
     ------
     ValueError
-        If epsilon is not positive, or too small against the data's scale for Sinkhorn to converge.
+        If epsilon is not positive, or is too small for the data's scale for Sinkhorn to converge.
     RuntimeError
         If the marginals have not converged.
     """

@@ -1,4 +1,7 @@
-"""The exact optimal transport coupling of two whole snapshots (OT-CFM)."""
+"""The exact optimal transport coupling of two whole snapshots (OT-CFM of Tong et al. 2023).
+
+Among all ways to move the mass of one snapshot onto the other, it is the one with the smallest mean squared distance.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class SparsePlan:
-    """A plan as the pairs that carry mass; an optimal one has at most ``n0 + n1 - 1``.
+    """A plan, given by the pairs that carry mass, of which an optimal one has at most ``n0 + n1 - 1``.
 
     Attributes
     ----------
@@ -58,7 +61,8 @@ class SparsePlan:
 def optimal_plan(x0: Tensor, x1: Tensor, mass0: Tensor, mass1: Tensor, *, p: int) -> SparsePlan:
     """Solve the Kantorovich problem for the cost ``|x0 - x1|^p`` exactly (network simplex, in float64 on the CPU).
 
-    Large ones over a short list of pairs, the plan being proven optimal among all, where that does not take too long.
+    Large problems are solved over a short list of pairs, the plan being proven optimal among all pairs, unless that
+    takes too long.
 
     Parameters
     ----------
@@ -75,7 +79,7 @@ def optimal_plan(x0: Tensor, x1: Tensor, mass0: Tensor, mass1: Tensor, *, p: int
         If the solver reports that the plan is not optimal.
     """
     cost = distances(x0.double().cpu(), x1.double().cpu()).pow_(p).numpy()  # (n0, n1)
-    unit = math.ldexp(1.0, math.frexp(float(cost.mean()))[1])  # the simplex has tolerances of its own, in units of cost
+    unit = math.ldexp(1.0, math.frexp(float(cost.mean()))[1])  # the simplex's tolerances are absolute, in units of cost
     cost /= unit
     a, b = (m.double().cpu().numpy() for m in (mass0, mass1))
     a, b = a / a.sum(), b / b.sum()
@@ -86,7 +90,7 @@ def optimal_plan(x0: Tensor, x1: Tensor, mass0: Tensor, mass1: Tensor, *, p: int
 
 
 def _among_few(cost: Array, a: Array, b: Array) -> tuple[NDArray[np.int64], NDArray[np.int64], Array] | None:
-    """Return the optimal plan's pairs and masses, proven from a short list of pairs; None where that took too long."""
+    """Return the pairs and masses of the plan, found on a short list and proven optimal; None if that took too long."""
     rows, columns = np.flatnonzero(a), np.flatnonzero(b)
     if len(rows) < len(a) or len(columns) < len(b):
         cost = cost[np.ix_(rows, columns)]
@@ -98,9 +102,9 @@ def _among_few(cost: Array, a: Array, b: Array) -> tuple[NDArray[np.int64], NDAr
 
 
 def _among_all(cost: Array, a: Array, b: Array) -> tuple[NDArray[np.int64], NDArray[np.int64], Array]:
-    """Return the optimal plan's pairs and masses, sought among all, the most likely first."""
+    """Return the pairs and masses of the optimal plan, sought among all pairs, from good potentials if it is large."""
     near = None
-    if cost.size >= SMALLEST:  # and the short list did not do
+    if cost.size >= SMALLEST:  # and the short list was not enough
         near = tuple(v.numpy() for v in near_potentials(*(torch.from_numpy(v) for v in (cost, a, b))))
     plan, log = ot.emd(a, b, cost, numItermax=10_000_000, log=True, potentials_init=near)
     if log["warning"] is not None:

@@ -1,4 +1,4 @@
-"""Sums of exponentials over all pairs of two clouds in one pass of a CUDA device: no matrix, no tile in its memory."""
+"""Sums of exponentials over all pairs of two clouds in one pass on a CUDA device, without storing matrix or tiles."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS, WARPS = 128, 32, 4  # pairs that a program meets at once, by so many threads / 32
-PROGRAMS = 2048  # at least, where there are columns enough: they are split among as many
-MOST_COORDINATES = 64  # those of a program's cells have to fit a multiprocessor's shared memory
-# of an exponent, over the largest cost: three products in tf32 make up for its few bits (2^-22.7 was the most met)
+ROWS, COLUMNS, WARPS = 128, 32, 4  # rows and columns that a program handles at once, by so many threads / 32
+PROGRAMS = 2048  # at least so many, if there are enough columns to split among them
+MOST_COORDINATES = 64  # the coordinates of a program's cells have to fit into a multiprocessor's shared memory
+# error of an exponent, relative to the largest cost: three products in tf32 make up for its few bits (at most 2^-22.7
+# was observed)
 ROUNDING = 2.0**-22
-LOWEST = -1e30  # where the largest begins: from minus infinity nothing can be subtracted
+LOWEST = -1e30  # initial value of the maximum: nothing can be subtracted from minus infinity
 
 
 @triton.jit
@@ -28,9 +29,9 @@ def _kernel(  # type: ignore[no-untyped-def]
     total,  # out: (splits, m), float64
     m,
     n,
-    share,  # columns of a split
+    share,  # columns per split
     D: tl.constexpr,
-    PADDED: tl.constexpr,  # coordinates, as many as the tensor cores ask for
+    PADDED: tl.constexpr,  # number of coordinates, padded to what the tensor cores require
     VALUED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -45,7 +46,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     a = tl.load(x + k[None, :] * m + rows[:, None], mask=inside[:, None] & (k[None, :] < D), other=0.0)
     for start in range(first, min(first + share, n), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        there = columns < n  # a share is a whole number of blocks
+        there = columns < n  # a share consists of whole blocks
         b = tl.load(y + k[:, None] * n + columns[None, :], mask=there[None, :] & (k[:, None] < D), other=0.0)
         exponent = tl.dot(a, b, input_precision="tf32x3")
         exponent += tl.load(weight + columns, mask=there, other=-float("inf"))[None, :]
@@ -61,14 +62,14 @@ def _kernel(  # type: ignore[no-untyped-def]
 
 
 def row_sums(x: Tensor, y: Tensor, weight: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return of every row ``e_ij = weight_j + x_i . y_j`` the largest entry and ``sum_j exp(e_ij - largest) values_j``.
+    """Return, for every row ``e_ij = weight_j + x_i . y_j``, its maximum and ``sum_j exp(e_ij - maximum) values_j``.
 
-    Entries are float32, sums of blocks of them are added up in float64.
+    Entries are float32; the sums over blocks are added up in float64.
 
     Parameters
     ----------
     x, y
-        ``(m, d)`` and ``(n, d)``, float64, on one CUDA device; at most ``MOST_COORDINATES``.
+        ``(m, d)`` and ``(n, d)``, float64, on one CUDA device; ``d`` at most ``MOST_COORDINATES``.
     weight
         ``(n,)``, float64; minus infinity, or far above -1e30.
     values
@@ -86,7 +87,7 @@ def row_sums(x: Tensor, y: Tensor, weight: Tensor, values: Tensor | None = None)
     ends = (end.float().T.contiguous() for end in (x * bits, y))
     weight = (weight * bits).float()
     largest, total = weight.new_empty(splits, m), x.new_empty(splits, m)
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # a kernel runs where its caller is
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # a kernel runs on the current device
         _kernel[(programs, splits)](
             *ends, weight, weight if values is None else values.float(), largest, total, m, n, share,
             D=d, PADDED=max(16, triton.next_power_of_2(d)), VALUED=values is not None,

@@ -1,4 +1,8 @@
-"""The coupling of a population whose parts grow unlike each other (UOT-CFM)."""
+"""The coupling of a population whose parts grow at different rates (UOT-CFM, the default).
+
+Unbalanced transport decides how much of each cell's mass has a counterpart in the other snapshot, and who a cell's kin
+are; an exact plan then pairs what takes part. What does not take part becomes growth: a pair's mass changes on its way.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +24,22 @@ from .phase_space import in_phase_space
 from .sinkhorn import SHARPEST
 from .unbalanced import UnbalancedPlan, unbalanced
 
-# of the plan that growth and kin are read from, in units of the exact plan's cost: each cell has some ten partners
+# entropy of the plan that gives growth and kin, in units of the exact plan's cost: each cell has some ten partners
 EPSILON = 0.05
-# on marginals that differ from the snapshots': the exact plan's cost and so many times a snapshot's total variance. The
-# variance is the course's own, whatever the time between snapshots (the squared length of the dynamic problem, Chizat
-# et al. 2018). By the cost alone more of each move is read as growth the nearer snapshots are; by the variance alone,
-# the farther they are
+# penalty on marginals that differ from the snapshots': the exact plan's cost plus so many times a snapshot's total
+# variance. The variance is the course's own, whatever the time between snapshots (the squared length of the dynamic
+# problem, Chizat et al. 2018). With the cost alone, more of each move is read as growth the nearer snapshots are to
+# each other; with the variance alone, the farther they are.
 PENALTY = 8.0
-LEAST = 1e-6  # of a cell's mass takes part whatever it costs: the network simplex loses masses at its rounding
-UNIT_BLOCKS = 3  # that the unit is taken from, and of small ones as many as come to a usual one
-WHOLE = 1500  # cells a side that are met whole
-BLOCK = 1000  # of larger snapshots: those of 1,500, or whole snapshots, take longer and restore nothing better
+LEAST = 1e-6  # of a cell's mass always takes part, as the network simplex loses masses of the order of rounding
+UNIT_BLOCKS = 3  # that the unit is taken from; of small blocks, as many as make up a usual one
+WHOLE = 1500  # cells a side that are coupled as a whole
+BLOCK = 1000  # cells a side, for larger snapshots: blocks of 1,500, or none, take longer and restore nothing better
 
 
 @dataclass(frozen=True)
 class Block:
-    """Cells of both snapshots that are coupled with each other alone, and how much of each takes part.
+    """Cells of both snapshots that are coupled only with each other, and how much of each takes part.
 
     Attributes
     ----------
@@ -44,9 +48,9 @@ class Block:
     part
         The cells, with masses that sum to one.
     share
-        Of all mass.
+        The block's share of all mass.
     marginal0, marginal1
-        What takes part of them, each summing to one: the marginals of the pairs' exact plan.
+        How much of each cell takes part, each summing to one: the marginals of the exact plan that pairs the cells.
     """
 
     i: Tensor
@@ -64,16 +68,16 @@ class GrowingPlan:
     Attributes
     ----------
     pairs
-        Of the plan; at most ``n0 + n1 - 1`` a block.
+        The plan's pairs, at most ``n0 + n1 - 1`` per block.
     descendants
-        Mean of the cells that a source cell's mass goes to, ``(n0, d)`` float64; of one that no block has, as it has no
+        Mean of the cells to which a source cell's mass goes, ``(n0, d)`` float64. For a cell in no block, as it has no
         mass, the cell itself.
     ancestors
-        Mean of the cells that a target cell's mass comes from, ``(n1, d)``, likewise.
+        Mean of the cells from which a target cell's mass comes, ``(n1, d)``, likewise.
     blocks
-        Who was coupled with whom, one of all cells where the snapshots are not in blocks.
+        Which cells were coupled with which; a single block of all cells if the snapshots are not cut into blocks.
     unit
-        Of entropy, and the cost in the penalty, where cells are paired by velocity, once they are.
+        Unit of entropy, and the cost in the penalty, if the cells are paired by velocity; else None.
     """
 
     pairs: WeightedPairs
@@ -93,7 +97,7 @@ class GrowingPlan:
 
     @cached_property
     def pairs_alone(self) -> GrowingPlan:
-        """The plan without kin and blocks, which of large snapshots are most of it."""
+        """The plan without kin and blocks, which take most of its memory if snapshots are large."""
         return GrowingPlan(self.pairs, self.descendants[:0], self.ancestors[:0])
 
 
@@ -106,29 +110,31 @@ def growing(
     block: int | None = None,
     exact_cost: float | None = None,
 ) -> GrowingPlan:
-    """Couple an interval's ends where parts of the population grow or shrink relative to each other.
+    """Couple an interval's ends when parts of the population grow or shrink relative to each other.
 
-    Entropic unbalanced transport says how much of each cell's mass takes part, its marginals ``r`` and ``c``, and which
-    cells are whose kin. The exact plan ``P`` between these pairs the cells, and both ends are weighted back: a pair has
-    the mass ``P_ij a_i / r_i`` at the start and ``P_ij b_j / c_j`` at the end, so that the population starts and ends
-    as the snapshots are. A prior of growth (``interval.growth0``) makes ``a exp(growth length)`` the marginal that the
-    plan is held to, as in Schiebinger et al. 2019. Snapshots of more than ``block`` cells are met in random blocks.
+    Entropic unbalanced transport says how much of each cell's mass takes part (its marginals ``r`` and ``c``), and
+    which cells are each other's kin. The exact plan ``P`` between these marginals pairs the cells, and both ends are
+    then weighted back: a pair has the mass ``P_ij a_i / r_i`` at the start and ``P_ij b_j / c_j`` at the end, so that
+    the population starts and ends as the snapshots are. With a prior of growth (``interval.growth0``), the plan is held
+    to the marginal ``a exp(growth length)``, as in Schiebinger et al. 2019. Snapshots of more than ``block`` cells are
+    coupled in random blocks.
 
     Parameters
     ----------
     interval
         The two snapshots.
     rng
-        Of the blocks.
+        Generator of the random blocks.
     epsilon
-        Entropy of the unbalanced plan, in units of the exact plan's cost (where there are blocks, the median of a few).
+        Entropy of the unbalanced plan, in units of the exact plan's cost (with blocks, of the median of a few).
     penalty
-        On its marginals: the exact plan's cost and so many times the mean of both snapshots' total variances.
+        The penalty on its marginals is the exact plan's cost plus this times the mean of both snapshots' total
+        variances.
     block
-        Cells a side; by default snapshots of up to 1,500 cells are met whole, larger ones in blocks of at
-        most 1,000.
+        Cells a side; by default snapshots of up to 1,500 cells are coupled as a whole, larger ones in blocks of at most
+        1,000.
     exact_cost
-        Of the exact plan, where it is known; it serves where snapshots are met whole and without a prior of growth.
+        Cost of the exact plan if it is known; used if there are neither blocks nor a prior of growth.
     """
     if block is None:
         block = WHOLE if cells_a_side(interval) <= WHOLE else BLOCK
@@ -153,33 +159,33 @@ def paired_by_velocity(
     epsilon: float = EPSILON,
     penalty: float = PENALTY,
 ) -> GrowingPlan:
-    """Couple the same cells anew by where they go as well as by where they are: the cost is `in_phase_space`.
+    """Couple the same cells anew by where they are going as well as by where they are: the cost is `in_phase_space`.
 
-    What takes part of each cell stays, so that growth is read from places alone, and so does who is met. Of a plan that
-    was paired by other velocities the unit of cost stays too.
+    How much of each cell takes part stays as it was, so growth depends on places alone; the blocks stay, too. If the
+    plan was already paired by other velocities, its unit of cost stays as well.
 
     Parameters
     ----------
     plan
-        Of the interval, from `growing` or this.
+        The interval's plan, from `growing` or from this function.
     interval
         The two snapshots.
     velocity0, velocity1
-        The cells', ``(n0, d)`` and ``(n1, d)`` per unit of time; None where they are not known.
+        Velocities of the cells, ``(n0, d)`` and ``(n1, d)`` per unit of time; None if they are not known.
     time
-        Over which speeding up costs what moving does; the interval's length by default.
+        Time over which speeding up costs what moving does; the interval's length by default.
     kin_alone
-        Whether mean ancestors and descendants are all that is asked for; the pairs are then as they were.
+        Whether only mean ancestors and descendants are to be found; the pairs then stay as they were.
     epsilon
-        Of the plan that mean ancestors and descendants are taken from, in units of the exact plan's cost in the first
+        Entropy of the plan that gives mean ancestors and descendants, in units of the exact plan's cost in the first
         phase space.
     penalty
-        On its marginals, as in `growing`, of variances and cost in phase space.
+        Of the penalty on its marginals, as in `growing`, with variances and cost in phase space.
 
     Raises
     ------
     ValueError
-        If the plan is one of pairs alone.
+        If the plan has pairs alone.
     """
     if not plan.blocks:
         raise ValueError("expected a plan as `growing` makes it, found one of pairs alone; couple the interval first")
@@ -193,17 +199,17 @@ def paired_by_velocity(
 
 
 def _unit(held: Sequence[Interval], epsilon: float, known: float | None) -> float:
-    """Return the unit of entropy, and the cost in the penalty: of the exact plan, of blocks the median of a few.
+    """Return the unit of entropy, also the cost in the penalty: the exact plan's cost, with blocks the median of a few.
 
-    A few do, since blocks are of one law, and by the (lower) median a cell far away in one of them changes nothing;
-    where most of them are copies, the largest. Of a snapshot and its copy the cost is zero: then what rounding allows.
-    A cost that is known serves instead, if rounding allows it.
+    A few are enough, as all blocks have the same law, and the (lower) median is not changed by a cell far away in one
+    of them; if most of them are copies, it is the largest cost. For a snapshot and its copy the cost is zero, and the
+    unit is what rounding allows. A known cost is used instead, if rounding allows it.
     """
     largest = max(len(held[0].x0), len(held[0].x1))
     few = held[: max(UNIT_BLOCKS, BLOCK // largest)]
     costs = [known] if known is not None else at_once(_cost, [(part,) for part in few])
     least = 2 * SHARPEST / epsilon * max(map(_spread, held))
-    return max(median_low(costs) or max(costs), least) or 1.0  # all in one place: any will do
+    return max(median_low(costs) or max(costs), least) or 1.0  # all in one place: any unit will do
 
 
 def _cost(part: Interval) -> float:
@@ -211,7 +217,7 @@ def _cost(part: Interval) -> float:
 
 
 def _held(part: Interval) -> Interval:
-    """Return a block with the marginals that its plans are held to: where there is a prior of growth, grown by it."""
+    """Return a block with the marginals to which its plans are held: grown by the prior of growth, if there is one."""
     if part.growth0 is None:
         return part
     exponent = part.growth0 * part.length
@@ -220,7 +226,7 @@ def _held(part: Interval) -> Interval:
 
 
 def _strength(interval: Interval, penalty: float, cost: float) -> float:
-    """Return the penalty on marginals in units of cost: that of the exact plan and so many times the ends' variance."""
+    """Return the penalty on marginals, in units of cost: the exact plan's cost plus ``penalty`` times the variance."""
     ends = ((x.double(), m.double()) for x, m in ((interval.x0, interval.mass0), (interval.x1, interval.mass1)))
     variance = sum(float(m @ (x - m @ x).square().sum(1)) for x, m in ends) / 2
     return cost + penalty * variance
@@ -233,31 +239,31 @@ Kin = tuple[Tensor, Tensor]
 def _met(held: Interval, part: Interval, *, epsilon: float, penalty: float) -> tuple[Marginals, Kin]:
     """Return how much of each cell of a block takes part, ``(m0,)`` and ``(m1,)``, each summing to one; and its kin."""
     plan = unbalanced(held, epsilon=epsilon, penalty=penalty)
-    # marginals that sum to one, however little of a block that is far from usual takes part
+    # marginals that sum to one, however little of an unusual block takes part
     r, c = ((m.log() + ratio).softmax(0) for m, ratio in ((held.mass0, plan.log_ratio0), (held.mass1, plan.log_ratio1)))
     r, c = torch.maximum(r, LEAST * part.mass0), torch.maximum(c, LEAST * part.mass1)
     return (r / r.sum(), c / c.sum()), _related(plan, part)
 
 
 def _kin(part: Interval, held: Interval, *, epsilon: float, penalty: float) -> Kin:
-    """Return the kin of a block's cells where ``held`` has them in a space in which squared distances are the cost."""
+    """Return the kin of a block's cells; ``held`` has them in the space whose squared distances are the cost."""
     return _related(unbalanced(held, epsilon=epsilon, penalty=penalty), part)
 
 
 def _related(plan: UnbalancedPlan, part: Interval) -> Kin:
-    """Return the mean descendants ``(m0, d)`` and ancestors ``(m1, d)`` of a block's cells, where they are."""
+    """Return the mean descendants ``(m0, d)`` and ancestors ``(m1, d)`` of a block's cells, in the cells' own space."""
     return plan.descendants(part.x1.double()), plan.ancestors(part.x0.double())
 
 
 def _within(space: Interval, block: Block) -> Interval:
-    """Return a block's cells where they are in a space, with the marginals that its plans are held to."""
+    """Return a block's cells in the given space, with the marginals to which its plans are held."""
     return _held(replace(block.part, x0=space.x0[block.i], x1=space.x1[block.j]))
 
 
 def _pairs(coupled: Sequence[Block], held: Sequence[Interval]) -> WeightedPairs:
-    """Pair what takes part of each cell by the exact plan within every block, as indices of all cells.
+    """Pair what takes part of each cell by the exact plan within every block; the indices are those of all cells.
 
-    ``held`` are the blocks' cells where squared distances are the cost.
+    ``held`` has the blocks' cells in the space whose squared distances are the cost.
     """
     found = at_once(_paired, list(zip(coupled, held)))
     columns = zip(*((p.i, p.j, p.mass0 * b.share, p.mass1 * b.share) for p, b in zip(found, coupled)))
@@ -271,7 +277,7 @@ def _paired(block: Block, held: Interval) -> WeightedPairs:
 
 
 def _of_all(interval: Interval, coupled: Sequence[Block], found: Sequence[Kin]) -> Kin:
-    """Return the mean descendants ``(n0, d)`` and ancestors ``(n1, d)`` of all cells from those of every block's."""
+    """Return the mean descendants ``(n0, d)`` and ancestors ``(n1, d)`` of all cells, from those in each block."""
     descendants, ancestors = zip(*found)
     return (
         _averaged([(b.i, b.part.mass0) for b in coupled], descendants, interval.x0),
@@ -280,7 +286,7 @@ def _of_all(interval: Interval, coupled: Sequence[Block], found: Sequence[Kin]) 
 
 
 def _averaged(end: Sequence[tuple[Tensor, Tensor]], means: Sequence[Tensor], cells: Tensor) -> Tensor:
-    """Return the mean kin of all cells ``(n, d)`` from those of each block's own, of which masses are given too."""
+    """Return the mean kin ``(n, d)`` of all cells, from each block's indices and masses, and its cells' mean kin."""
     if len(end) == 1:
         return means[0]
     total, weight = torch.zeros_like(cells, dtype=torch.float64), torch.zeros(len(cells), 1, dtype=torch.float64)
@@ -291,7 +297,7 @@ def _averaged(end: Sequence[tuple[Tensor, Tensor]], means: Sequence[Tensor], cel
 
 
 def _spread(interval: Interval) -> float:
-    """Return the cost's scale as `unbalanced` measures it (twice the mean square about a mean); zero for one place."""
+    """Return the cost's scale as `unbalanced` measures it (twice the mean square about a mean); zero at one place."""
     x0, x1 = interval.x0.double(), interval.x1.double()
     centre = x0.mean(0)
     squares = (m @ (x - centre).square().sum(1) for x, m in ((x0, interval.mass0), (x1, interval.mass1)))

@@ -1,4 +1,4 @@
-"""The independent coupling: both ends drawn on their own (I-CFM)."""
+"""The independent coupling, in which both ends are drawn separately (I-CFM of Tong et al. 2023)."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ..snapshots import Interval
 
 
 def draw(cumulative: Tensor, n: int, rng: torch.Generator) -> Tensor:
-    """Draw ``n`` indices by inversion of a cumulative mass ``(m,)``; returns ``(n,)`` int64."""
+    """Draw ``n`` indices by inversion of a cumulative mass ``(m,)``; return ``(n,)`` int64."""
     u = torch.rand(n, generator=rng, device=cumulative.device, dtype=cumulative.dtype)
     # the last entry is one up to rounding
     return torch.searchsorted(cumulative, u * cumulative[-1], right=True).clamp_(max=len(cumulative) - 1)
 
 
 def draw_each(mass: Tensor, rng: torch.Generator) -> Tensor:
-    """Draw for each row of masses ``(m, n)`` one column by its masses, ``(m,)``.
+    """Draw one column for each row of masses ``(m, n)``, in proportion to the masses; return ``(m,)``.
 
-    By inversion, with one random number a row: ``torch.multinomial`` takes one an entry, and has the host wait.
+    By inversion, with one random number per row: ``torch.multinomial`` takes one per entry, and makes the host wait.
     """
     cumulative = mass.cumsum(1)
     u = torch.rand(len(mass), 1, generator=rng, device=mass.device, dtype=mass.dtype)
@@ -30,7 +30,7 @@ def draw_each(mass: Tensor, rng: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class IndependentPlan:
-    """The product of the two marginals, as their cumulative masses ``(n0,)`` and ``(n1,)``."""
+    """The product of the two marginals, given by their cumulative masses ``(n0,)`` and ``(n1,)``."""
 
     cumulative0: Tensor
     cumulative1: Tensor

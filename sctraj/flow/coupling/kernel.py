@@ -1,4 +1,4 @@
-"""What Sinkhorn's algorithm multiplies by: kept, with potentials absorbed, where it fits; made in tiles where not."""
+"""The kernel by which Sinkhorn's algorithm multiplies: kept in memory if it fits, else computed anew in tiles."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from ..exponential import exp_
 
 logger = logging.getLogger(__name__)
 
-WHOLE = 2**24  # entries: any matrix up to this size is kept (128 MiB in float64), a larger one is made anew row by row
-TILE = 2**20  # entries met at once on a CPU: what its caches hold
-FEWEST = 8  # rows of a tile: each reads all of the other side
-REACH = 100.0  # potentials that exceed the absorbed ones by more epsilons than this are absorbed in their turn
+WHOLE = 2**24  # entries: a matrix up to this size is kept (128 MiB in float64), a larger one is computed row by row
+TILE = 2**20  # entries handled at once on a CPU: what its caches hold
+FEWEST = 8  # rows of a tile, at least, as each tile reads all of the other side
+REACH = 100.0  # potentials that exceed the absorbed ones by more epsilons than this are absorbed instead
 FAINTEST = 1e-200  # smallest sum over a row of the kernel that entries lost to underflow cannot have changed
 
 
 def squared_distances(x0: Tensor, x1: Tensor) -> Tensor:
-    """Squared Euclidean distances, ``(n0, n1)``."""
+    """Return squared Euclidean distances, ``(n0, n1)``."""
     products = torch.addmm(x1.square().sum(1), x0, x1.T, alpha=-2)
     return products.add_(x0.square().sum(1)[:, None]).clamp_(min=0)
 
 
 @cache
 def _fuses(device: torch.device) -> bool:
-    """Say whether a device can run `fused`: a CUDA device, if Triton is there and works, which it is asked once."""
+    """Say whether a device can run `fused`: a CUDA device on which Triton works, which is tried once."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     few = torch.zeros(1, 1, dtype=torch.float64, device=device)
@@ -38,32 +38,32 @@ def _fuses(device: torch.device) -> bool:
         from .fused import row_sums
 
         row_sums(few, few, few[0])
-    except Exception as error:  # it is not there, or lacks a compiler
+    except Exception as error:  # Triton is missing, or lacks a compiler
         logger.info("Triton does not work here (%s): kernels of large snapshots are made in tiles", error)
         return False
     return True
 
 
 class Room:
-    """A matrix to write into, again and again: fresh memory of this size costs a CPU more than what is put there."""
+    """Memory for a matrix, reused: on a CPU fresh memory of this size costs more than computing what goes into it."""
 
     def __init__(self, like: Tensor) -> None:
         self.room = like.new_empty(0)
 
     def __call__(self, m: int, n: int) -> Tensor:
-        """Return it as ``(m, n)``; what the last call returned is lost."""
+        """Return the memory as a matrix ``(m, n)``; what the last call returned is overwritten."""
         if self.room.numel() < m * n:
             self.room = self.room.new_empty(m * n)
         return self.room[: m * n].view(m, n)
 
 
 def fits(x0: Tensor, x1: Tensor) -> bool:
-    """Say whether a matrix of all pairs may be kept."""
+    """Say whether a matrix of all pairs is small enough to be kept."""
     return len(x0) * len(x1) <= WHOLE
 
 
 def split(cells: Tensor, n: int) -> tuple[Tensor, ...]:
-    """Split indices of cells such that a part against ``n`` others has at most ``WHOLE`` entries, fewer on a CPU."""
+    """Split cells such that each part against ``n`` others has at most ``WHOLE`` entries, fewer on a CPU."""
     return cells.split(_rows(cells.device, n))
 
 
@@ -73,7 +73,7 @@ def _rows(device: torch.device, n: int) -> int:
 
 
 def tiles(x0: Tensor, x1: Tensor) -> Iterator[Tensor]:
-    """Yield row indices of ``x0`` in parts small enough to be met against all of ``x1`` at once."""
+    """Yield row indices of ``x0`` in parts small enough to be compared with all of ``x1`` at once."""
     return iter(split(torch.arange(len(x0), device=x0.device), len(x1)))
 
 
@@ -86,11 +86,11 @@ def slices(x0: Tensor, x1: Tensor) -> Iterator[slice]:
 class Kernel:
     """Soft minima over the costs ``C_ij = |x0_i - x1_j|^2``, and plans as linear maps.
 
-    Where it fits, ``K_ij = exp((f_i + g_j - C_ij) / epsilon)`` is kept beside the costs, some potentials ``f, g`` being
-    absorbed in it. A soft minimum is then a product of ``K`` and a vector, as long as the potentials asked for are near
-    the absorbed ones (Schmitzer 2019, stabilised scaling). Where they are not, it is found in the log domain, and the
-    potentials are absorbed anew. Where it does not fit, entries are made in tiles, in float32 where rounding lets it,
-    and tiles are summed up in float64.
+    If it fits, ``K_ij = exp((f_i + g_j - C_ij) / epsilon)`` is kept beside the costs, with some potentials ``f, g``
+    absorbed in it. A soft minimum is then a product of ``K`` and a vector, as long as the potentials given are near the
+    absorbed ones (stabilised scaling, Schmitzer 2019). If they are not, it is computed in the log domain, and the
+    potentials are absorbed anew. If the kernel does not fit, its entries are computed in tiles, in float32 where
+    rounding permits, and the tiles are summed up in float64.
 
     Parameters
     ----------
@@ -99,21 +99,21 @@ class Kernel:
     log_a, log_b
         Logarithms of their weights; ``-inf`` for a cell without mass.
     keep
-        Whether there will be more products than one.
+        Whether there will be more than one product.
 
     Attributes
     ----------
     rounding
-        Relative error of an entry that may pass, to be set by whoever knows it; 0: as small as float64 has it.
+        Tolerated relative error of an entry, to be set by the caller; 0: that of float64.
     """
 
     def __init__(self, x0: Tensor, x1: Tensor, log_a: Tensor, log_b: Tensor, *, keep: bool = True) -> None:
         self.cells, self.log_mass, self.rounding = (x0, x1), (log_a, log_b), 0.0
         keep = keep and fits(x0, x1)
-        self.cost = squared_distances(x0, x1) if keep else None  # the same from both sides, to the last bit
+        self.cost = squared_distances(x0, x1) if keep else None  # bit for bit the same from both sides
         self.kept = x0.new_empty(len(x0), len(x1)) if keep else None
         self.absorbed = torch.zeros_like(log_a), torch.zeros_like(log_b)
-        self.epsilon = 0.0  # of the kernel kept; none yet
+        self.epsilon = 0.0  # that of the kept kernel; none yet
         self.rooms = {dtype: Room(x0.new_empty(0, dtype=dtype)) for dtype in (torch.float32, torch.float64)}
 
     def soft_minimum(self, potential: Tensor, epsilon: float, *, rows: bool) -> Tensor:
@@ -127,7 +127,7 @@ class Kernel:
             if float(torch.where(sound, total.min(), 0)) > FAINTEST:
                 return self.absorbed[here] - epsilon * total.log()
             if float(rise.max()) <= REACH:
-                absorbed = self.absorbed[there]  # of far cells the best for the other side, where marginals are soft
+                absorbed = self.absorbed[there]  # for far cells the best for the other side, if marginals are soft
         weight = self.log_mass[there] + potential / epsilon
         if self._fused(epsilon):
             largest, total = self.sums(here, weight, epsilon)
@@ -143,10 +143,10 @@ class Kernel:
         return found
 
     def soft_minima(self, g: Tensor, epsilon: float, softness: float) -> tuple[Tensor, Tensor]:
-        """Return ``f``, the rows' soft minima over ``g`` times ``softness``, and the columns' over that ``f``.
+        """Return ``f``, ``softness`` times the rows' soft minima over ``g``, and the columns' over that ``f``.
 
-        In tiles each entry is made once for both: a row's ``f`` is known when its tile is, so the plan's column sums
-        ``c`` grow tile by tile, and the columns' soft minima are ``g - epsilon log(c / b)``.
+        In tiles each entry is computed once for both: a row's ``f`` is known as soon as its tile is, so the plan's
+        column sums ``c`` grow tile by tile, and the columns' soft minima are ``g - epsilon log(c / b)``.
         """
         if self.kept is not None or self._fused(epsilon):
             f = softness * self.soft_minimum(g, epsilon, rows=True)
@@ -160,9 +160,9 @@ class Kernel:
             f[tile] = -softness * epsilon * (entries.sum(1).double().log() + shift)
             scaling = (log_a[tile] + f[tile] / epsilon + shift).exp()
             sums += (scaling.to(entries) @ entries).double()
-            most += scaling.sum()  # entries being one at most, no sum is more
+            most += scaling.sum()  # no sum exceeds it, as entries are at most one
         best = g - epsilon * (sums.log() - log_b)
-        # of a column without mass nothing was made, of one far from all rows nothing may be left
+        # a column without mass has no sum, and that of a column far from all rows may have underflowed
         sound = (sums > 1e8 * torch.finfo(self._dtype(epsilon)).tiny * (most + len(f))) & (sums < math.inf)
         lost = torch.nonzero(~sound).squeeze(1)
         if len(lost):
@@ -205,11 +205,11 @@ class Kernel:
             self.kept[tile] = self._exp_(exponent.add_(rise[tile, None]))
 
     def _exp_(self, x: Tensor) -> Tensor:
-        """Replace ``x`` by its exponential: to the last bit where a kernel is kept, for tolerances near rounding."""
+        """Replace ``x`` by its exponential, to the last bit if a kernel is kept, for tolerances near rounding."""
         return exp_(x) if self.kept is None else x.exp_()
 
     def _fused(self, epsilon: float) -> bool:
-        """Whether entries are never stored: where none are kept and the device sums them up as it makes them."""
+        """Say whether entries are never stored: if none are kept and the device can sum them up as it computes them."""
         if self.kept is not None or not _fuses(self.cells[0].device):
             return False
         from .fused import MOST_COORDINATES, ROUNDING
@@ -217,11 +217,11 @@ class Kernel:
         return self.cells[0].shape[1] <= MOST_COORDINATES and self._may_round(ROUNDING, epsilon)
 
     def sums(self, here: int, weight: Tensor, epsilon: float, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Sum ``exp(weight_j - C_ij / epsilon) values_j`` up over ``j`` for every cell of a side, where fused.
+        """Sum ``exp(weight_j - C_ij / epsilon) values_j`` over ``j`` for every cell of a side, if fused.
 
         Returns
         -------
-        ``(m,)`` each: the largest exponent of a row, and what is left of the sum when its exponential is divided out.
+        ``(m,)`` each: the largest exponent of a row, and the sum divided by its exponential.
         """
         from .fused import row_sums
 
@@ -233,28 +233,28 @@ class Kernel:
 
     @cached_property
     def squares(self) -> tuple[Tensor, Tensor]:
-        """Squared lengths of the cells, ``(n0,)`` and ``(n1,)``; zero where costs are kept, which have them."""
+        """Squared lengths of the cells, ``(n0,)`` and ``(n1,)``; zero if costs are kept, as these include them."""
         first, second = ((x.square() if self.cost is None else torch.zeros_like(x)).sum(1) for x in self.cells)
         return first, second
 
     @cached_property
     def largest_cost(self) -> float:
-        """A bound of the costs."""
+        """An upper bound of the costs."""
         return float((self.squares[0].max().sqrt() + self.squares[1].max().sqrt()) ** 2)
 
     def _dtype(self, epsilon: float) -> torch.dtype:
-        """Return the precision of tiles: float32 where an exponent's rounding there may pass."""
+        """Return the precision of tiles: float32 if the rounding of an exponent is then tolerated."""
         single = self.kept is None and self._may_round(torch.finfo(torch.float32).eps, epsilon)
         return torch.float32 if single else torch.float64
 
     def _may_round(self, by: float, epsilon: float) -> bool:
-        """Whether costs may be off by so much of the largest."""
+        """Say whether errors of the costs by this fraction of the largest are tolerated."""
         return self.rounding > 0 and by * self.largest_cost / epsilon <= self.rounding
 
     def _exponents(self, here: int, weight: Tensor, epsilon: float) -> Iterator[tuple[slice, Tensor]]:
         """Yield slices of a side's ``m`` cells with ``weight_j - (C_ij - squares_i) / epsilon``, ``(m, n)``.
 
-        Each is written where the last one was.
+        Each tile overwrites the last.
         """
         if self.cost is not None:
             cost = self.cost if here == 0 else self.cost.T
@@ -285,7 +285,7 @@ class Plan(ABC):
 class TiledPlan(Plan):
     """A plan ``P = diag(left) K diag(right)``.
 
-    ``made`` yields slices of rows with ``K``'s entries there; a tile need not outlast the making of the next.
+    ``made`` yields slices of rows with the entries of ``K`` there; a tile is valid only until the next is computed.
     """
 
     def __init__(self, made: Callable[[], Iterator[tuple[slice, Tensor]]], left: Tensor, right: Tensor) -> None:
@@ -299,7 +299,7 @@ class TiledPlan(Plan):
         return self.right * found
 
     def there_and_back(self, v: Tensor, weight: Tensor) -> Tensor:
-        """Return ``P^T diag(weight) P v``, ``(n1,)``, each tile being made once."""
+        """Return ``P^T diag(weight) P v``, ``(n1,)``, computing each tile once."""
         found, v, weight = torch.zeros_like(v), v * self.right, weight * self.left * self.left
         for rows, entries in self.made():
             found += (weight[rows].to(entries) * (entries @ v.to(entries))) @ entries
@@ -321,7 +321,7 @@ class FusedPlan(Plan):
         return self._times(1, weight * self._times(0, v))
 
     def _times(self, here: int, values: Tensor) -> Tensor:
-        """Return ``P v`` for a vector of the other side (here 0), ``P^T v`` (1)."""
+        """Multiply a vector of the other side: return ``P v`` if ``here`` is 0, ``P^T v`` if it is 1."""
         there = 1 - here
         log_mass = [h / self.epsilon + log_m for h, log_m in zip(self.potentials, self.kernel.log_mass)]
         largest, total = self.kernel.sums(here, log_mass[there], self.epsilon, values)

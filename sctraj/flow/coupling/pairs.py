@@ -10,16 +10,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class WeightedPairs:
-    """Pairs of cells, each with a mass that goes in a straight line from one end of its interval to the other.
+    """Pairs of cells, each with a mass that changes linearly from one end of its interval to the other.
 
-    At the fraction ``s`` of the interval a pair's mass is ``(1 - s) mass0 + s mass1``, always one in total, and its
-    growth rate ``(mass1 - mass0) / ((1 - s) mass0 + s mass1) / (t1 - t0)``: relative to the population's total, of
-    which snapshots of sampled cells say nothing. Of a balanced plan ``mass0`` is ``mass1`` and nothing grows.
+    At the fraction ``s`` of the interval a pair's mass is ``(1 - s) mass0 + s mass1``; the total is always one. Its
+    growth rate is ``(mass1 - mass0) / ((1 - s) mass0 + s mass1) / (t1 - t0)``, relative to the population's total,
+    about which snapshots of sampled cells say nothing. For a balanced plan ``mass0`` is ``mass1`` and nothing grows.
 
     Attributes
     ----------
     i, j
-        Indices of the pairs at the start and at the end, ``(n_pairs,)`` int64; no pair comes twice.
+        Indices of the pairs at the start and at the end, ``(n_pairs,)`` int64; no pair occurs twice.
     mass0
         Mass at the start, ``(n_pairs,)`` float64; the pairs of a source cell sum to its weight.
     mass1
@@ -38,7 +38,7 @@ class WeightedPairs:
 
     @property
     def contrast(self) -> Tensor:
-        """Change of mass over the interval, relative to that at its middle: from -2 (dies) to 2 (is new)."""
+        """Change of mass over the interval, relative to the mass at its middle: from -2 (dies) to 2 (is new)."""
         return (self.mass1 - self.mass0) / self.middle
 
 

@@ -1,4 +1,8 @@
-"""Where cells are and where they are going: a cost under which pairs are near that a path need not bend to join."""
+"""Pairing by velocity: a cost under which two cells are near if a path joins them without bending.
+
+The nearest cell need not be the one that a cell becomes, as where lineages cross. With each cell's velocity as further
+coordinates, the cost becomes a squared distance again, and the usual solvers apply.
+"""
 
 from __future__ import annotations
 
@@ -14,34 +18,33 @@ from ..snapshots import Interval
 def in_phase_space(
     interval: Interval, velocity0: Tensor | None, velocity1: Tensor | None, *, time: float | None = None
 ) -> Interval:
-    """Return the interval with cells in more coordinates, whose squared distances are a pair's work.
+    """Return the interval with cells in more coordinates, in which squared distances are the work of a pair.
 
-    With ``h`` the interval's length, ``x(t)`` the straight way and ``y(t)`` the cubic with the given velocities at its
-    ends, the work is ``h integral |x'|^2 dt + h time^2 integral |y''|^2 dt``: as if speeding up cost, over that time,
-    what moving does. The second is the cost of splines through distributions (Chen, Conforti & Georgiou 2018,
+    Let ``h`` be the interval's length, ``x(t)`` the straight path and ``y(t)`` the cubic with the given velocities at
+    its ends. The work is ``h integral |x'|^2 dt + h time^2 integral |y''|^2 dt``: speeding up over the given time costs
+    what moving does. The second term is the cost of splines through distributions (Chen, Conforti & Georgiou 2018,
     Measure-valued spline curves; Benamou, Gallouet & Vialard 2019, Second-order models for optimal transport),
 
         ``(time / h)^2 (12 |(x1 - h v1 / 2) - (x0 + h v0 / 2)|^2 + h^2 |v1 - v0|^2)``,
 
-    and ``(time / h)^2 3 |(x1 - h v1) - x0|^2`` where the first velocity is left free, as natural splines do. Whoever
-    solves for squared Euclidean distances solves for these; the first ``d`` coordinates are the cells' own, centred
-    where there are more.
+    and ``(time / h)^2 3 |(x1 - h v1) - x0|^2`` if the first velocity is left free, as in natural splines. Any solver
+    for squared Euclidean distances will do. The first ``d`` coordinates are the cells' own, centred if there are more.
 
     Parameters
     ----------
     interval
         The two snapshots, cells ``(n0, d)`` and ``(n1, d)``.
     velocity0, velocity1
-        Of these, per unit of time; None where they are not known.
+        Velocities of the cells, per unit of time; None if they are not known.
     time
-        The interval's length by default.
+        Time over which speeding up costs what moving does; the interval's length by default.
 
     Returns
     -------
-    The same with cells ``(n0, D)`` and ``(n1, D)``, ``D`` being ``3 d``, ``2 d`` with one velocity and ``d`` with none.
+    The same with cells ``(n0, D)`` and ``(n1, D)``; ``D`` is ``3 d``, ``2 d`` with one velocity and ``d`` with none.
     """
     h, scale = interval.length, 1.0 if time is None else time / interval.length
-    centre = interval.x0.mean(0)  # of numbers far from zero sums and multiples are rounded as they are large
+    centre = interval.x0.mean(0)  # centred, as the rounding of sums and multiples grows with the distance from zero
     x0, x1 = interval.x0 - centre, interval.x1 - centre
     if velocity0 is not None and velocity1 is not None:
         step0, step1, weight = h * velocity0, h * velocity1, math.sqrt(12) * scale

@@ -1,4 +1,8 @@
-"""Sinkhorn's algorithm for hard and soft marginals alike: annealing, absorbed potentials, Newton steps."""
+"""Sinkhorn's algorithm, for hard marginals (entropic transport) and soft ones (unbalanced transport) alike.
+
+It alternates between the potentials of both sides. Annealing of epsilon, starts from a sample of the cells,
+extrapolation and Newton steps save iterations.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +19,22 @@ from .kernel import Kernel
 
 logger = logging.getLogger(__name__)
 
-ANNEALING = 10  # iterations at each epsilon on the way down
-BLUNT = 100.0  # epsilons that the cost's scale comes to at most where soft marginals need no way down,
-SOFT = 10.0  # and the cost's scales that their penalty comes to at most
-SAMPLE = 1500  # cells a side at most that come first, where there are more than twice as many
-NEAR = 1e-2  # error at which these have served: their potentials are off by the sample's noise anyway
-MEMORY = 3  # last iterations from which the next is extrapolated
-FARTHEST = 30.0  # epsilons that a potential is extrapolated by at most
-ROUNDING = 0.05  # of the error so far, or the tolerance: relative error of a plan's entry for which float32 will do
-SLOW = 0.1  # of the error left after as many iterations as lie between Newton steps: if more is, those are taken
-CONJUGATE_GRADIENTS = 50  # iterations at most within a Newton step
-SHARPEST = 1e-6  # epsilon below this fraction of the mean cost is refused: rounding would rule
+ANNEALING = 10  # iterations at each larger epsilon
+BLUNT = 100.0  # soft marginals need no annealing if the cost's scale is at most so many epsilons
+SOFT = 10.0  # and their penalty at most so many times the cost's scale
+SAMPLE = 1500  # at most so many cells a side are solved first if there are more than twice as many
+NEAR = 1e-2  # error at which the sample is solved: its potentials are off by the sample's noise anyway
+MEMORY = 3  # previous iterations from which the next is extrapolated
+FARTHEST = 30.0  # in epsilons: a potential is extrapolated by at most this
+ROUNDING = 0.05  # float32 will do for a relative error of a plan's entry of this times the current error or tolerance
+SLOW = 0.1  # if more than this part of the error is left after `newton_every` iterations, Newton steps are taken
+CONJUGATE_GRADIENTS = 50  # at most so many iterations within a Newton step
+SHARPEST = 1e-6  # an epsilon below this fraction of the mean cost is refused: rounding would dominate
 
 
 @dataclass(frozen=True)
 class Ends:
-    """Cells ``(n0, d)`` and ``(n1, d)``, centred, their log weights, float64, and the cost's scale (about its mean)."""
+    """Centred cells ``(n0, d)`` and ``(n1, d)``, their log weights, float64, and the cost's scale (about its mean)."""
 
     x0: Tensor
     x1: Tensor
@@ -40,7 +44,7 @@ class Ends:
 
 
 def prepare(interval: Interval, device: torch.device | None) -> Ends:
-    """Return an interval's ends as the solver takes them, on the device."""
+    """Return an interval's ends in the form that the solver takes, on the device."""
     device = device or interval.x0.device
     if device.type == "mps":
         logger.info("mps has no float64, so Sinkhorn runs on the CPU")
@@ -48,7 +52,7 @@ def prepare(interval: Interval, device: torch.device | None) -> Ends:
     x0, x1 = (x.to(device, torch.float64) for x in (interval.x0, interval.x1))
     log_a, log_b = (m.to(device).log() for m in (interval.mass0, interval.mass1))  # -inf where a cell has no mass
     centre = x0.mean(0)
-    x0, x1 = x0 - centre, x1 - centre  # squares of small numbers: no cancellation far from the origin
+    x0, x1 = x0 - centre, x1 - centre  # so that squares do not cancel far from the origin
     scale = float((log_a.exp() @ x0.square().sum(1)) + (log_b.exp() @ x1.square().sum(1)))
     return Ends(x0, x1, log_a, log_b, scale)
 
@@ -60,13 +64,13 @@ class Potentials:
     Attributes
     ----------
     f, g
-        Potentials ``(n0,)`` and ``(n1,)``; ``f`` is the best for ``g``.
+        Potentials ``(n0,)`` and ``(n1,)``; ``f`` is optimal for ``g``.
     best
-        ``(n1,)``: soft minimum of ``C - f`` over the columns; ``g`` at the optimum of hard marginals.
+        ``(n1,)``: soft minimum of ``C - f`` for every column; at the optimum for hard marginals it equals ``g``.
     error
-        L1 distance of the column marginal from the best, ``b exp(-g / penalty)``, relative to that one's mass.
+        L1 distance of the column marginal from the optimal one, ``b exp(-g / penalty)``, relative to the latter's mass.
     n_iterations
-        At the last epsilon.
+        Iterations at the last epsilon.
     """
 
     f: Tensor
@@ -79,12 +83,12 @@ class Potentials:
 def sinkhorn(
     ends: Ends, *, epsilon: float, penalty: float, tolerance: float, max_iterations: int, newton_every: int
 ) -> Potentials:
-    """Find the potentials of the entropic plan, whose marginals hold at the strength ``penalty`` (infinity: are hard).
+    """Find the potentials of the entropic plan, whose marginals hold with the strength ``penalty`` (infinity: exactly).
 
-    Epsilon is lowered by steps from the cost's own scale, but for soft marginals and an epsilon not far below it; of
-    large snapshots on a sample of the cells, whose potentials then start all others. Iterations at the last one are
-    extrapolated; where that does not serve they begin again, as plain ones and Newton steps. The caller judges whether
-    ``error`` is below ``tolerance``.
+    Epsilon is lowered in steps from the cost's own scale, except for soft marginals and an epsilon not far below it.
+    For large snapshots a sample of the cells is solved first, and its potentials are the start for all cells. The
+    iterations at the last epsilon are extrapolated; if that does not help, they start again as plain ones with Newton
+    steps. The caller checks whether ``error`` is below ``tolerance``.
     """
     held = [log_m > -math.inf for log_m in (ends.log_a, ends.log_b)]
     if not all(bool(cells.all()) for cells in held):
@@ -97,7 +101,7 @@ def sinkhorn(
         )  # fmt: skip
         return _extended(found, few, ends, held, epsilon, penalty)
     log_a, log_b = ends.log_a, ends.log_b
-    # soft marginals do not let potentials run far: they are found from nothing, unless epsilon is small
+    # soft marginals keep potentials small, so they are found from zero unless epsilon is small
     blunt = penalty <= SOFT * ends.scale <= SOFT * BLUNT * epsilon
     g, epsilons = torch.zeros_like(log_b), [epsilon] if blunt else annealing(ends.scale, epsilon)
     iterations, error = 0, math.inf
@@ -123,21 +127,21 @@ def sinkhorn(
             if error < tolerance:
                 break
             if iterations == 1:
-                mark = error  # and then that of every Newton step's turn
+                mark = error  # later the error whenever a Newton step is due
             if iterations % newton_every == 0:
                 if mix is None:
                     g = _newton(kernel, f, g, eps, penalty)
                     continue
-                if error > SLOW * mark:  # it led nowhere: from the start again, without
+                if error > SLOW * mark:  # extrapolation did not help: start again without it
                     g, mix = start, None
                     continue
                 mark = error
-            if mix is not None and not error <= last:  # too far: on from where the plain iteration had come to
+            if mix is not None and not error <= last:  # extrapolated too far: go on from the plain iteration
                 g, mix = plain, Mixing(log_b.exp(), FARTHEST * eps)
                 continue
             then = softness * best
             if penalty < math.inf:
-                # the best of all (f + shift, g - shift), which share one plan (Sejourne et al. 2022)
+                # the best of all (f + shift, g - shift), which have the same plan (Sejourne et al. 2022)
                 log_masses = [torch.logsumexp(log_m - h / penalty, 0) for log_m, h in ((log_a, f), (log_b, then))]
                 then = then - penalty / 2 * (log_masses[0] - log_masses[1])
             plain = then
@@ -148,14 +152,14 @@ def sinkhorn(
 class Mixing:
     """Extrapolate a fixed-point iteration from its last steps (Anderson 1965; Walker & Ni 2011, type II).
 
-    Sinkhorn's error falls by a constant factor an iteration, whose direction a few steps tell.
+    Sinkhorn's error falls by a constant factor per iteration, in a direction that a few steps show.
 
     Parameters
     ----------
     weight
-        Of the coordinates ``(n,)`` in the norm of a step.
+        Weights of the coordinates, ``(n,)``, in the norm of a step.
     farthest
-        Extrapolation by more than this, in any coordinate, is none.
+        If extrapolation would move any coordinate by more than this, there is none.
     """
 
     def __init__(self, weight: Tensor, farthest: float) -> None:
@@ -164,7 +168,7 @@ class Mixing:
         self.steps: list[Tensor] = []
 
     def __call__(self, at: Tensor, then: Tensor) -> Tensor:
-        """Return where to go on from ``at``, for which the iteration has ``then``; both ``(n,)``."""
+        """Return the next point after ``at``, which the plain iteration maps to ``then``; both ``(n,)``."""
         step = then - at
         self.points, self.steps = [*self.points[-MEMORY:], at], [*self.steps[-MEMORY:], step]
         if len(self.steps) == 1:
@@ -173,7 +177,7 @@ class Mixing:
         moves = torch.stack([before - at for before in self.points[:-1]])
         gram = (changes * self.weight) @ changes.T
         gram.diagonal().mul_(1 + 1e-12).add_(1e-300)
-        shares = torch.linalg.solve_ex(gram, (changes * self.weight) @ step).result  # which has no device wait
+        shares = torch.linalg.solve_ex(gram, (changes * self.weight) @ step).result  # without making the host wait
         change = shares @ (moves + changes)
         return then - torch.where(change.abs().amax() <= self.farthest, change, 0)
 
@@ -181,7 +185,7 @@ class Mixing:
 def _extended(
     found: Potentials, few: Ends, ends: Ends, held: list[Tensor], epsilon: float, penalty: float
 ) -> Potentials:
-    """Return the potentials of all cells, those without mass having the best for the other side's, from the others'."""
+    """Return the potentials of all cells from those of cells with mass; the rest get the best for the other side's."""
     softness = _softness(penalty, epsilon)
     rows = Kernel(ends.x0, few.x1, ends.log_a, few.log_b, keep=False)
     columns = Kernel(few.x0, ends.x1, few.log_a, ends.log_b, keep=False)
@@ -193,7 +197,7 @@ def _extended(
 
 
 def _sample(ends: Ends) -> Ends:
-    """Return at most ``SAMPLE`` cells of each side, of those that have mass; always the same ones."""
+    """Return at most ``SAMPLE`` of the cells with mass of each side, always the same ones."""
     rng, sides = torch.Generator().manual_seed(0), []
     for x, log_mass in ((ends.x0, ends.log_a), (ends.x1, ends.log_b)):
         cells = torch.nonzero(log_mass > -math.inf).squeeze(1)
@@ -204,27 +208,28 @@ def _sample(ends: Ends) -> Ends:
 
 
 def annealing(start: float, end: float) -> list[float]:
-    """Return epsilons falling by factors of four from the cost's scale to the one asked for."""
+    """Return epsilons that fall by factors of four from the cost's scale to the final one."""
     n = max(0, math.ceil(math.log(start / end, 4))) if start > end else 0
     return [end * 4**k for k in range(n, 0, -1)] + [end]
 
 
 def _softness(penalty: float, epsilon: float) -> float:
-    """Return what a soft minimum is multiplied by: one where the marginals are hard."""
+    """Return the factor on a soft minimum; one if the marginals are hard."""
     return 1.0 if penalty == math.inf else penalty / (penalty + epsilon)
 
 
 def _newton(kernel: Kernel, f: Tensor, g: Tensor, epsilon: float, penalty: float) -> Tensor:
     """Take one Newton step on the semi-dual, which is concave; return the new ``g``.
 
-    Up to a constant it is ``F(g) = -(penalty + epsilon) <a, e^(-f(g) / penalty)> - penalty <b, e^(-g / penalty)>``, or
-    ``<a, f(g)> + <b, g>`` where marginals are hard. Sinkhorn alone exchanges mass between well separated groups of
-    cells at a rate of ``exp(-gap / epsilon)``, and where marginals are soft it approaches their masses by a factor of
-    ``1 - 2 epsilon / penalty`` an iteration. These few slow modes are what conjugate gradients find first (Brauer et
-    al. 2017, the Sinkhorn-Newton method).
+    Up to a constant the semi-dual is
+    ``F(g) = -(penalty + epsilon) <a, e^(-f(g) / penalty)> - penalty <b, e^(-g / penalty)>``, or ``<a, f(g)> + <b, g>``
+    if marginals are hard. Sinkhorn's iterations alone exchange mass between well separated groups of cells at a rate of
+    ``exp(-gap / epsilon)``; if marginals are soft, they approach the groups' masses by a factor of
+    ``1 - 2 epsilon / penalty`` per iteration. These few slow modes are what conjugate gradients find first (the
+    Sinkhorn-Newton method, Brauer et al. 2017).
     """
     (log_a, log_b), softness = kernel.log_mass, _softness(penalty, epsilon)
-    r, target = (log_a - f / penalty).exp(), (log_b - g / penalty).exp()  # marginals, the columns' as it should be
+    r, target = (log_a - f / penalty).exp(), (log_b - g / penalty).exp()  # marginals; the columns' is the target
     plan = kernel.plan(f, g, epsilon)
     c = plan.columns(torch.ones_like(r))
     gradient = target - c
@@ -236,11 +241,11 @@ def _newton(kernel: Kernel, f: Tensor, g: Tensor, epsilon: float, penalty: float
 
     step = epsilon * conjugate_gradients(hessian, gradient, diagonal)
     slope = float(gradient @ step)
-    kernel.rounding = 0.0  # a small step's gain would not be seen beside float32's rounding
+    kernel.rounding = 0.0  # rounding in float32 would hide a small step's gain
     for halving in range(12):
         change = step / 2**halving
         f_trial = softness * kernel.soft_minimum(g + change, epsilon, rows=True)
-        # F's difference, not F's values: those cancel where the penalty is large
+        # the difference of F directly, as its values cancel if the penalty is large
         loss = _loss(r, f - f_trial, penalty, (penalty + epsilon)) + _loss(target, -change, penalty, penalty)
         if -loss >= 0.1 * slope / 2**halving:
             return softness * kernel.soft_minimum(f_trial, epsilon, rows=False)
@@ -248,12 +253,12 @@ def _newton(kernel: Kernel, f: Tensor, g: Tensor, epsilon: float, penalty: float
 
 
 def _loss(marginal: Tensor, fall: Tensor, penalty: float, strength: float) -> float:
-    """Return ``strength <marginal, e^(fall / penalty) - 1>``, what a side of the semi-dual loses by a fall ``(n,)``."""
+    """Return ``strength <marginal, e^(fall / penalty) - 1>``, a side's loss in the semi-dual for a fall ``(n,)``."""
     return float(marginal @ fall) if penalty == math.inf else strength * float(marginal @ torch.expm1(fall / penalty))
 
 
 def conjugate_gradients(matrix: Callable[[Tensor], Tensor], right: Tensor, diagonal: Tensor) -> Tensor:
-    """Solve ``matrix v = right`` for a positive semi-definite matrix, roughly, preconditioned by its diagonal."""
+    """Solve ``matrix v = right`` roughly, for a positive semi-definite matrix, preconditioned by its diagonal."""
     v, r = torch.zeros_like(right), right.clone()
     z = r / diagonal
     direction, rz = z.clone(), r @ z

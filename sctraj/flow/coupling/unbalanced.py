@@ -1,4 +1,8 @@
-"""The unbalanced coupling: entropic transport between marginals that hold only softly, for populations that grow."""
+"""Unbalanced entropic transport, whose marginals hold only softly, for populations that grow.
+
+Where moving mass is too costly it is destroyed and made instead, at a penalty (Liero, Mielke & Savare 2018; Chizat et
+al. 2018).
+"""
 
 from __future__ import annotations
 
@@ -17,15 +21,16 @@ from .sinkhorn import SHARPEST, prepare, sinkhorn
 
 logger = logging.getLogger(__name__)
 
-NEWTON_EVERY = 5  # iterations to a Newton step: a third fewer iterations than at 10, at the same time or less
+NEWTON_EVERY = 5  # iterations per Newton step: a third fewer iterations than at 10, in the same time or less
 
 
 @dataclass(frozen=True)
 class UnbalancedPlan:
-    """An unbalanced plan as its dual potentials: ``Q_ij = a_i b_j exp((f_i + g_j - |x0_i - x1_j|^2) / epsilon)``.
+    """An unbalanced plan by its dual potentials: ``Q_ij = a_i b_j exp((f_i + g_j - |x0_i - x1_j|^2) / epsilon)``.
 
-    Its marginals ``r = Q 1`` and ``c = Q^T 1`` are not those of the snapshots: what lacks was cheaper to make and to
-    destroy than to move. So it is no coupling of theirs, but says how much of each cell takes part in one (`growing`).
+    Its marginals ``r = Q 1`` and ``c = Q^T 1`` are not those of the snapshots: the difference was cheaper to make and
+    to destroy than to move. So it is not a coupling of them, but says how much of each cell takes part in one
+    (`growing`).
 
     Attributes
     ----------
@@ -36,7 +41,7 @@ class UnbalancedPlan:
     f, g
         Potentials ``(n0,)`` and ``(n1,)``, float64, in units of cost.
     log_ratio0, log_ratio1
-        ``log(r / a)`` ``(n0,)`` and ``log(c / b)`` ``(n1,)``: the plan's marginals against the snapshots'.
+        ``log(r / a)`` ``(n0,)`` and ``log(c / b)`` ``(n1,)``: the plan's marginals relative to the snapshots'.
     epsilon, penalty
         Strengths of the entropy and of the marginals, in units of cost.
     residual
@@ -63,21 +68,21 @@ class UnbalancedPlan:
         return torch.cat([exp_(self._log_rows(rows)) for rows in tiles(self.x0, self.x1)])
 
     def descendants(self, values: Tensor) -> Tensor:
-        """Return the mean of target cells' values ``(n1, k)`` over where each source cell's mass goes, ``(n0, k)``."""
+        """Return for each source cell the mean value, of ``(n1, k)``, of the cells its mass goes to, ``(n0, k)``."""
         return conditional_means(self.x0, self.x1, self._weight1, self.epsilon, values)
 
     def ancestors(self, values: Tensor) -> Tensor:
-        """Return the mean of source cells' values ``(n0, k)`` over where target cells' mass comes from, ``(n1, k)``."""
+        """Return for each target cell the mean value, of ``(n0, k)``, of the cells its mass comes from, ``(n1, k)``."""
         return conditional_means(self.x1, self.x0, self._weight0, self.epsilon, values)
 
     @property
     def _weight0(self) -> Tensor:
-        """Source cells' log mass, up to their distances, in what a target cell comes from, ``(n0,)``."""
+        """Source cells' log weights, apart from distances, among the ancestors of a target cell, ``(n0,)``."""
         return self.f / self.epsilon + self.log_mass0
 
     @property
     def _weight1(self) -> Tensor:
-        """Target cells' log mass, up to their distances, in where a source cell goes, ``(n1,)``."""
+        """Target cells' log weights, apart from distances, among the descendants of a source cell, ``(n1,)``."""
         return self.g / self.epsilon + self.log_mass1
 
     def _log_rows(self, rows: Tensor) -> Tensor:
@@ -99,10 +104,10 @@ def unbalanced(
 
     Minimises ``<C, P> + epsilon KL(P | a x b) + penalty (KL(P 1 | a) + KL(P^T 1 | b))`` over positive measures (Liero,
     Mielke & Savare 2018; Chizat et al. 2018), where ``KL(p | q) = sum p log(p / q) - p + q``. Between two single cells
-    the mass ``exp(-C / (epsilon + 2 penalty))`` moves, the rest is destroyed and made; a large penalty gives the
-    entropic coupling. Potentials are float64; a small epsilon is come to by steps from the cost's own scale. Where the
-    plan does not fit, cells are met in tiles, so memory grows as ``n0 + n1``; a tile is float32 where its rounding is
-    a twentieth of the error so far at most, or of the tolerance.
+    the mass ``exp(-C / (epsilon + 2 penalty))`` moves, and the rest is destroyed and made; a large penalty gives the
+    entropic coupling. Potentials are float64; a small epsilon is approached in steps from the cost's own scale. A plan
+    too large for memory is computed in tiles, so memory grows as ``n0 + n1``; a tile is float32 if its rounding is at
+    most a twentieth of the current error or of the tolerance.
 
     Parameters
     ----------
@@ -117,12 +122,13 @@ def unbalanced(
     max_iterations
         Iterations at the final epsilon after which the solver gives up.
     device
-        Where to compute; the cells' own by default. ``mps`` has no float64, so the CPU is used instead, and said.
+        Where to compute; the cells' own device by default. ``mps`` has no float64, so the CPU is used instead, and this
+        is logged.
 
     Raises
     ------
     ValueError
-        If epsilon or penalty is not positive and finite, or epsilon too small against the data's scale.
+        If epsilon or penalty is not positive and finite, or epsilon is too small for the data's scale.
     RuntimeError
         If the potentials have not converged.
     """
