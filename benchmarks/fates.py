@@ -7,13 +7,15 @@ Of the families with two fates. A cell's true fate is the side it is on at the l
 there by the true dynamics (where these diffuse the share of 50 such moves). The figure is the Brier score: the mean
 square of found less true probability, over the cells of a snapshot, then over all but the last snapshot, then over
 draws; 0 is perfect. Beside the flows stand *chained plans*, the entropic plans of consecutive snapshots one after the
-other, as Waddington-OT and moscot follow cells, and the same with soft marginals; *end shares*: every cell is given the
+other, as Waddington-OT and moscot follow cells, and the same with soft marginals, both averaged over cells near to each
+other as `tl.fates` does (which makes them better); *end shares*: every cell is given the
 shares of the sides at the last time; *cells like it*: the mean true fate of the 25 nearest cells of the same snapshot,
 which is about the best that noisy coordinates allow.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +51,7 @@ CHAINED = {"chained plans": 1e3, "chained, soft": 4.0}  # penalty on marginals, 
 END_SHARES, LIKE_IT = "end shares", "cells like it"
 EPSILON = 0.05  # of the exact plan's cost
 MOVES, LIKE = 50, 25
+NEAR = inspect.signature(tl.fates).parameters["n_neighbors"].default
 
 
 def true_fates(adata: ad.AnnData, family: str) -> np.ndarray:
@@ -73,6 +76,11 @@ def chained(snapshots: Snapshots, at_end: np.ndarray, penalty: float) -> list[np
     return found[::-1]
 
 
+def averaged(values: np.ndarray, cells: np.ndarray, k: int) -> np.ndarray:
+    """Means of cells' values over the k nearest cells, itself among them."""
+    return KNeighborsRegressor(min(k, len(cells))).fit(cells, values).predict(cells)
+
+
 def judged(name: str, seed: int, n_cells: int, real: Path, n_steps: int | None) -> list[dict]:
     torch.set_num_threads(1)
     logging.getLogger("sctraj").setLevel(logging.ERROR)  # of this process
@@ -90,12 +98,12 @@ def judged(name: str, seed: int, n_cells: int, real: Path, n_steps: int | None) 
         tl.fates(adata, "side")
         found[method] = [get.fates(adata)["one"].to_numpy()[rows] for rows in rows_of[:-1]]
     for method, penalty in CHAINED.items():
-        found[method] = chained(snapshots, at_end, penalty)
+        each = zip(chained(snapshots, at_end, penalty), rows_of)
+        found[method] = [averaged(values, adata.obsm["X_pca"][rows], NEAR) for values, rows in each]
     found[END_SHARES] = [np.full(len(rows), at_end.mean()) for rows in rows_of[:-1]]
     found[LIKE_IT] = []
     for rows in rows_of[:-1]:
-        cells = adata.obsm["X_pca"][rows]
-        found[LIKE_IT].append(KNeighborsRegressor(min(LIKE, len(rows))).fit(cells, truth[rows]).predict(cells))
+        found[LIKE_IT].append(averaged(truth[rows], adata.obsm["X_pca"][rows], LIKE))
     return [
         {"data": name, "seed": seed, "method": method, "brier": np.mean((one - truth[rows]) ** 2)}
         for method, each in found.items()

@@ -1,7 +1,8 @@
-"""Learned paths that keep to the data: Metric Flow Matching (Kapusniak et al. 2024, arXiv 2405.14780).
+"""Learned paths that stay near the data: Metric Flow Matching (Kapusniak et al. 2024, arXiv 2405.14780).
 
-A path bends away from its chord by as much as lowers its kinetic energy under a metric in which moving is cheap where
-cells are and dear where none are. The bend is a perceptron's, trained once on the kept snapshots before the flow is.
+A path bends away from its chord so as to lower its kinetic energy under a metric in which moving is cheap where there
+are cells and costly where there are none. The bend is given by a perceptron, which is trained once on the kept
+snapshots, before the flow.
 """
 
 from __future__ import annotations
@@ -23,29 +24,30 @@ from .vector_field import Scaling, scaling
 
 Metric = Literal["land", "rbf"]
 
-N_STEPS = 300  # of training, a second or two: simulated courses were restored no better with 600
-BATCH_SIZE = 64  # pairs a step, of all intervals together: up to here a step's cost hardly grows
-WIDTH = 64  # of both hidden layers: a bend is a smooth function of few directions
-LEARNING_RATE = 1e-2  # at the start; falls to zero along a cosine, so that the end does not depend on the last batch
-REFERENCE_CELLS = 1000  # at most, of all snapshots together, against which a metric is met at every step
-NEIGHBOUR = 10  # gamma is the median distance to the cell this near: it holds some tens of cells in any dimension
-CENTRES = 100  # of the rbf metric at most, as in the authors' code; of ten cells each on average at least
-KAPPA = 1.0  # the reach of a centre over the root mean square distance of its cells
-LLOYD = 20  # iterations of k-means: centres need only cover the cells
-EPSILON = 1e-2  # h far from all cells over its mean at cells: the dearest place costs a hundred times the usual
+N_STEPS = 300  # of training, which take a second or two; with 600, simulated courses were restored no better
+BATCH_SIZE = 64  # pairs per step, of all intervals together; up to here the cost of a step hardly grows
+WIDTH = 64  # of both hidden layers; a bend is a smooth function of few directions
+LEARNING_RATE = 1e-2  # initial; it falls to zero along a cosine, so that the result does not depend on the last batch
+REFERENCE_CELLS = 1000  # at most, of all snapshots together; the metric is computed from these at every step
+NEIGHBOUR = 10  # gamma is the median distance to the 10th nearest cell: it covers some tens of cells in any dimension
+CENTRES = 100  # of the rbf metric, at most, as in the authors' code; each has on average at least ten cells
+KAPPA = 1.0  # reach of a centre, relative to the root mean square distance of its cells
+LLOYD = 20  # iterations of k-means; the centres need only cover the cells
+EPSILON = 1e-2  # added to h, in units of its mean at cells: the costliest place costs a hundred times the usual
 
 
 @dataclass(frozen=True)
 class MetricPath(ProbabilityPath):
     """A learned curve with constant spread: ``N((1-s) x0 + s x1 + s (1-s) phi(x0, x1, s, t0), sigma^2)``.
 
-    The interpolants of Kapusniak et al. 2024 (algorithm 1), whose ``phi`` knows its interval here too;
-    `metric_path` trains one. The ends are met exactly whatever ``phi`` is. ``sigma`` is a length.
+    These are the interpolants of Kapusniak et al. 2024 (algorithm 1), except that here ``phi`` is also given its
+    interval, by ``t0``; `metric_path` trains one. The path passes exactly through its ends whatever ``phi`` is.
+    ``sigma`` is a length.
 
     Attributes
     ----------
     weights, biases
-        Of ``phi``'s layers, ``(n, m)`` and ``(m,)``, in standardised units.
+        Weights and biases of the layers of ``phi``, ``(n, m)`` and ``(m,)``, in standardised units.
     shift
         Centre of the cells, ``(d,)``.
     scale
@@ -78,39 +80,39 @@ class MetricPath(ProbabilityPath):
     def _phi(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Map standardised ``(s, x0, x1, t0)``, ``(..., 2 d + 2)``, to ``phi`` and its rate in ``s``, ``(..., d)``.
 
-        The exact derivative goes forwards beside the value, so that neither needs a graph.
+        The exact derivative is propagated forwards together with the value, so that neither needs a graph.
         """
         rate = torch.zeros_like(h)
         rate[..., 0] = 1
         last = len(self.weights) - 1
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             h, rate = h @ weight.to(h) + bias.to(h), rate @ weight.to(h)
-            if layer < last:  # SiLU, which is smooth, so that the velocity is
+            if layer < last:  # SiLU is smooth, and so is the velocity
                 gate = torch.sigmoid(h)
                 h, rate = h * gate, rate * gate * (1 + h * (1 - gate))
         return h, rate
 
 
 class DiagonalMetric(Protocol):
-    """What moving costs at a place: the diagonal of ``G`` as the inverse of ``h + epsilon``."""
+    """The cost of moving at a place: a diagonal metric ``G``, the inverse of ``h + epsilon``."""
 
     def density(self, x: Tensor) -> Tensor:
-        """Return ``h`` at points ``(n, d)``: ``(n, d)``, or ``(n, 1)`` where all coordinates share it."""
+        """Return ``h`` at points ``(n, d)``: ``(n, d)``, or ``(n, 1)`` if all coordinates share it."""
 
 
 @dataclass(frozen=True)
 class Land:
     """Local variances of the cells: ``h_a(x) = sum_i m_i (x_i^a - x^a)^2 exp(-|x - x_i|^2 / (2 gamma^2))``.
 
-    LAND of Arvanitidis et al. 2016, as in Kapusniak et al. 2024, with the cells' weights. A few ``gamma``
-    from all cells it is flat, so that a chord across a wide hole may stay in it.
+    The LAND metric of Arvanitidis et al. 2016, as in Kapusniak et al. 2024, with the cells' weights. At a distance of a
+    few ``gamma`` from all cells it is flat, so a chord across a wide hole may stay in the hole.
 
     Attributes
     ----------
     cells, mass
         Reference cells ``(n, d)`` and their weights ``(n,)``.
     gamma
-        Reach, a length: the median distance of a cell to its tenth nearest.
+        Reach, a length: the median distance of a cell to its tenth nearest cell.
     """
 
     cells: Tensor
@@ -120,7 +122,7 @@ class Land:
     def density(self, x: Tensor) -> Tensor:
         """Return ``h`` at points ``(n, d)``: ``(n, d)``."""
         near = self.mass * torch.exp(-_squared_distances(x, self.cells) / (2 * self.gamma**2))  # (n, n_cells)
-        # expanded, so that no (n, n_cells, d) is made
+        # expanded, to avoid an (n, n_cells, d) tensor
         spread = near @ self.cells.square() - 2 * x * (near @ self.cells) + x.square() * near.sum(1, keepdim=True)
         return spread.clamp(min=0)
 
@@ -134,10 +136,10 @@ class Rbf:
     Attributes
     ----------
     centres
-        Centres of k-means ``c``, ``(k, d)``.
+        Centres ``c`` found by k-means, ``(k, d)``.
     precision
-        ``lambda = 1 / (kappa r_k)^2``, ``(k,)``, of the root mean square distance ``r_k`` of a centre's cells: the
-        distance and not its share of a coordinate, so that ``kappa`` means the same in any dimension.
+        ``lambda = 1 / (kappa r_k)^2``, ``(k,)``, with ``r_k`` the root mean square distance of a centre's cells: the
+        whole distance, not that per coordinate, so that ``kappa`` means the same in any dimension.
     weights
         ``w``, ``(k,)``, non-negative.
     """
@@ -165,15 +167,15 @@ def metric_path(
 ) -> MetricPath:
     """Learn paths of low kinetic energy ``E |x_s'|^2_G`` under a metric of the cells, over pairs and uniform ``s``.
 
-    Algorithm 1 of Kapusniak et al. 2024, for all intervals at once. Cells and times are standardised first, and all
-    that the metric needs is measured on the (kept) snapshots, so that the result moves with shift and unit of both.
-    Paths start out straight.
+    This is algorithm 1 of Kapusniak et al. 2024, for all intervals at once. Cells and times are standardised first, and
+    everything that the metric needs is measured on the (kept) snapshots, so that the result follows any shift or change
+    of unit of both. Before training, paths are straight.
 
     Parameters
     ----------
     snapshots
-        At least two; all is computed from these alone. Of more than ``REFERENCE_CELLS`` cells an evenly spaced subset
-        of each snapshot stands for the whole in the metric.
+        At least two; everything is computed from these alone. If there are more than ``REFERENCE_CELLS`` cells, an
+        evenly spaced subset of each snapshot stands for the whole in the metric.
     couplings
         One per interval.
     metric
@@ -181,16 +183,16 @@ def metric_path(
     sigma
         Spread of the paths, a length; the energy is that of their means.
     n_steps, batch_size, width, learning_rate
-        Steps of training, pairs a step (at least one per interval), width of the two hidden layers, and Adam's first
+        Training steps, pairs per step (at least one per interval), width of the two hidden layers, and Adam's initial
         step size, which falls to zero along a cosine.
     rng
-        Generator on the cells' device, for first weights, centres, pairs and times.
+        Generator on the cells' device, for initial weights, centres, pairs and times.
 
     Raises
     ------
     ValueError
-        If there are fewer than two snapshots, not one coupling per interval, an unknown metric, a number that is not
-        positive, fewer pairs than intervals, or cells that do not differ.
+        If there are fewer than two snapshots, if there is not one coupling per interval, if the metric is unknown or a
+        number not positive, if there are fewer pairs than intervals, or if the cells do not differ.
     RuntimeError
         If the energy becomes infinite or undefined.
     """
@@ -204,7 +206,7 @@ def metric_path(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, n_steps)
     for step, pairs in enumerate(_batches(snapshots, couplings, n_steps, batch_size, rng)):
         with torch.enable_grad():
-            at = path.sample(pairs, rng)  # sigma is zero: on the mean
+            at = path.sample(pairs, rng)  # points on the mean, as sigma is zero here
             y, rate = (at.x - path.shift) / path.scale, at.velocity * pairs.length / path.scale
             # E |x'|^2_G, G = diag(h + eps)^-1, h in units of its mean at the cells
             energy = (rate.square() / (cost.density(y) / usual + EPSILON)).sum(-1).mean()
@@ -222,7 +224,7 @@ def metric_path(
 
 
 def diagonal_metric(snapshots: Snapshots, units: Scaling, metric: Metric, rng: torch.Generator) -> Land | Rbf:
-    """Return a metric of the kept cells, in standardised units; ``rng`` serves the centres of ``"rbf"``."""
+    """Return a metric of the kept cells, in standardised units; ``rng`` is for the centres of ``"rbf"``."""
     cells, mass = _reference(snapshots, units)
     if metric == "land":
         k = min(NEIGHBOUR, len(cells) - 1)
@@ -232,16 +234,16 @@ def diagonal_metric(snapshots: Snapshots, units: Scaling, metric: Metric, rng: t
     squares = (cells - centres[nearest]).square().sum(1)
     n = torch.bincount(nearest, minlength=len(centres)).clamp(min=1)
     radius = torch.zeros_like(centres[:, 0]).index_add_(0, nearest, squares) / n
-    radius = radius.clamp(min=float(squares.mean()) / 10)  # squared; a centre of one cell has a reach too
+    radius = radius.clamp(min=float(squares.mean()) / 10)  # squared; a centre with a single cell has a reach too
     precision = 1 / (KAPPA**2 * radius)
     basis = torch.exp(-precision / 2 * _squared_distances(cells, centres))  # (n_cells, k)
-    root = mass.sqrt()  # least squares of h(x_i) = 1, each cell by its weight
+    root = mass.sqrt()  # least squares for h(x_i) = 1, weighted by the cells' masses
     weights, _ = nnls((root[:, None] * basis).double().cpu().numpy(), root.double().cpu().numpy())
     return Rbf(centres, precision, torch.as_tensor(weights).to(cells))
 
 
 def _reference(snapshots: Snapshots, units: Scaling) -> tuple[Tensor, Tensor]:
-    """Return standardised cells ``(n, d)`` and weights ``(n,)``, of each snapshot an evenly spaced subset."""
+    """Return an evenly spaced subset of each snapshot: standardised cells ``(n, d)`` and weights ``(n,)``."""
     share = max(1, REFERENCE_CELLS // len(snapshots))
     cells, mass = [], []
     for x, m in zip(snapshots.points, snapshots.mass):
@@ -252,18 +254,18 @@ def _reference(snapshots: Snapshots, units: Scaling) -> tuple[Tensor, Tensor]:
 
 
 def _k_means(cells: Tensor, k: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return centres ``(k, d)`` and each cell's nearest, ``(n,)``, by Lloyd's algorithm from random cells."""
+    """Return centres ``(k, d)`` and each cell's nearest centre, ``(n,)``, by Lloyd's algorithm from random cells."""
     centres = cells[torch.randperm(len(cells), generator=rng, device=cells.device)[:k]]
     for _ in range(LLOYD):
         nearest = _squared_distances(cells, centres).argmin(1)
         n = torch.bincount(nearest, minlength=k)[:, None]
         means = torch.zeros_like(centres).index_add_(0, nearest, cells) / n.clamp(min=1)
-        centres = torch.where(n > 0, means, centres)  # one without cells stays
+        centres = torch.where(n > 0, means, centres)  # a centre without cells stays
     return centres, _squared_distances(cells, centres).argmin(1)
 
 
 def _straight(snapshots: Snapshots, units: Scaling, width: int, rng: torch.Generator) -> MetricPath:
-    """Return a path without spread whose last layer is zero and the others random: it runs along the chord."""
+    """Return a path without spread along the chord: its last layer is zero, the others are random."""
     d, like = snapshots.dimension, snapshots.points[0]
     weights, biases = [], []
     for n, m in pairwise((2 * d + 2, width, width, d)):
@@ -279,7 +281,7 @@ def _straight(snapshots: Snapshots, units: Scaling, width: int, rng: torch.Gener
 def _batches(
     snapshots: Snapshots, couplings: Sequence[Coupling], n_steps: int, n_pairs: int, rng: torch.Generator
 ) -> Iterator[Pairs]:
-    """Yield pairs for every step, shared evenly among the intervals."""
+    """Yield pairs for every step, divided evenly among the intervals."""
     intervals = snapshots.intervals()
     share, rest = divmod(n_pairs, len(intervals))
     t0, length, drawn = [], [], []
@@ -296,7 +298,7 @@ def _batches(
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """Squared Euclidean distances, ``(n, m)``, of points that lie about the origin."""
+    """Return squared Euclidean distances, ``(n, m)``, of points that lie about the origin."""
     return (x.square().sum(1)[:, None] + y.square().sum(1)[None, :] - 2 * x @ y.T).clamp(min=0)
 
 

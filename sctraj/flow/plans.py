@@ -1,4 +1,4 @@
-"""Which coupling a method has; and couplings, solved once for all the folds that share them."""
+"""Which coupling belongs to a method; and couplings, each solved once for all the folds that share it."""
 
 from __future__ import annotations
 
@@ -29,25 +29,24 @@ from .threads import at_once
 
 logger = logging.getLogger(__name__)
 
-MOST_CELLS = 6_000  # of a snapshot that are coupled: twice as many take twice as long and restore nothing better
-BLOCKS_SEED = 0  # they belong to the data, whoever is trained on it
+MOST_CELLS = 6_000  # that are coupled per snapshot: twice as many take twice as long and restore nothing better
+BLOCKS_SEED = 0  # blocks belong to the data and are the same for all members
 
 
 class Plans:
-    """Couplings solved so far, for snapshots that share intervals, as those of the folds do, and how to solve them.
+    """The couplings solved so far, for snapshots that share intervals (as folds do), and how to solve new ones.
 
-    A coupling is found again where the interval and what is asked of it are the same; the blocks of large snapshots are
-    drawn anew from one seed for each interval, so they are the same too. To be discarded once problems are put
-    together.
+    A coupling is reused if the interval and what is asked of it are the same. The blocks of large snapshots are drawn
+    from one seed, anew for each interval, so they are the same too. To be discarded once the problems are made.
 
     Parameters
     ----------
     block
-        Cells a side of the blocks that larger snapshots are coupled in; by default those of more than 3,000 are, and by
-        the coupling of growing populations those of more than 1,500.
+        Cells a side of the blocks in which larger snapshots are coupled. By default snapshots of more than 3,000 cells
+        are coupled in blocks, and of more than 1,500 by the coupling of growing populations.
     device
-        Where the plans of ``"sb-cfm"`` are solved; None: where the cells are. (mps, which has no float64, leaves them
-        there too.) Those of growing populations are of blocks, solved by the processors at once.
+        Where the plans of ``"sb-cfm"`` are solved. None: where the cells are, as also for mps, which has no float64.
+        The plans of growing populations consist of blocks, which the processors solve in parallel.
 
     Raises
     ------
@@ -66,10 +65,10 @@ class Plans:
         self._spacings: list[tuple[Tensor, float]] = []
 
     def taking_part(self, snapshots: Snapshots) -> Snapshots:
-        """Return the snapshots with the cells that are coupled: of each at most 6,000, or a block.
+        """Return the snapshots with the cells that are coupled: at most 6,000 of each, or a block if that is larger.
 
-        The choice is random, by a snapshot's own weights alone (see `thinned`), and of the same snapshots the same
-        tensors, so that couplings are known again.
+        The choice is random and depends on a snapshot's own weights alone (see `thinned`). The same snapshots always
+        give the same tensors, by which couplings are recognised.
         """
         for known, few in self._few:
             if known is snapshots:
@@ -82,7 +81,7 @@ class Plans:
         return few
 
     def spacing(self, cells: Tensor) -> float:
-        """Return how far apart a snapshot's cells are (`clouds.spacing`), from those known if it is among them."""
+        """Return how far apart a snapshot's cells are (`clouds.spacing`), measured once."""
         for known, found in self._spacings:
             if known is cells:
                 return found
@@ -91,9 +90,9 @@ class Plans:
         return found
 
     def couple(self, interval: Interval, path: ProbabilityPath | None, method: str) -> Coupling:
-        """Return a method's coupling of one interval, from those known if it is among them.
+        """Return a method's coupling of one interval, solved once.
 
-        The path serves only for ``"sb-cfm"``, whose coupling depends on its sigma.
+        The path is used for ``"sb-cfm"`` alone, whose coupling depends on its sigma.
         """
         what = method, path.sigma if path is not None and method == "sb-cfm" else None
         for known in self._known:
@@ -104,7 +103,7 @@ class Plans:
         return coupling
 
     def growing(self, interval: Interval) -> GrowingPlan:
-        """Return the coupling of a growing population, which tells whose kin a cell is, as `couple` does."""
+        """Return the coupling of a growing population, which also says who each cell's kin are; solved once."""
         plan = self.couple(interval, None, "uot-cfm")
         assert isinstance(plan, GrowingPlan)
         return plan
@@ -122,7 +121,7 @@ class Plans:
         return independent(interval)
 
     def _exact_cost(self, interval: Interval) -> float | None:
-        """Return the cost of the interval's exact plan, if it is known: as where a path's sigma is by default."""
+        """Return the cost of the interval's exact plan if it is known, as it may be if sigma is the default."""
         for known in self._known:
             if isinstance(known.coupling, SparsePlan) and _same(known.interval, interval):
                 return known.coupling.cost
@@ -138,7 +137,7 @@ class Plans:
         *,
         kin_alone: bool,
     ) -> GrowingPlan:
-        """Return what `paired_by_velocity` does, from those known if it is among them."""
+        """Return the plan of `paired_by_velocity`, solved once."""
         what = time, kin_alone, _digest(velocity0), _digest(velocity1)
         for known in self._anew:
             if known.before is plan and known.what == what:
@@ -148,11 +147,11 @@ class Plans:
         return found
 
     def forget_velocities(self) -> None:
-        """Let go of what `by_velocity` found: kin, ``(n, d)`` float64 a side, of no more use once problems are made."""
+        """Forget the plans of `by_velocity`: kin, ``(n, d)`` float64 a side, are of no use once problems are made."""
         self._anew.clear()
 
     def prepare(self, intervals: Sequence[Interval], method: str) -> None:
-        """Solve exact and growing couplings of small snapshots on several threads at once; of large ones blocks are."""
+        """Solve exact and growing couplings of small snapshots in parallel (of large ones, the blocks are parallel)."""
         if method not in ("uot-cfm", "ot-cfm"):
             return
         distinct: list[Interval] = []
@@ -166,7 +165,7 @@ class Plans:
 
 @dataclass(frozen=True)
 class _Solved:
-    """A coupling and what was asked for."""
+    """A coupling, and the interval, method and sigma for which it was solved."""
 
     interval: Interval
     what: tuple[str, float | None]
@@ -175,7 +174,7 @@ class _Solved:
 
 @dataclass(frozen=True)
 class _PairedAnew:
-    """A plan, what it was made anew by (time, whether its kin alone, the velocities' digests), and the new one."""
+    """A plan, what it was paired anew by (time, whether for kin alone, the velocities' digests), and the new plan."""
 
     before: GrowingPlan
     what: tuple[float, bool, bytes, bytes]
@@ -183,12 +182,12 @@ class _PairedAnew:
 
 
 def _digest(values: Tensor | None) -> bytes:
-    """Return what tells tensors apart by their values, in no room: velocities would take as much as kin do."""
+    """Return a hash of a tensor's values; keeping the velocities themselves would take as much memory as the kin."""
     return b"" if values is None else hashlib.sha256(values.cpu().numpy().tobytes()).digest()
 
 
 def _same(one: Interval, other: Interval) -> bool:
-    """Whether two intervals are between the same cells with the same masses; cells are compared by identity."""
+    """Say whether two intervals have the same cells (compared by identity) with the same masses."""
     if (one.t0, one.t1) != (other.t0, other.t1) or one.x0 is not other.x0 or one.x1 is not other.x1:
         return False
     return all(torch.equal(a, b) for a, b in ((one.mass0, other.mass0), (one.mass1, other.mass1))) and (

@@ -1,8 +1,10 @@
 """Probability paths: the law of x_t given the two ends (x0, x1) of an interval.
 
-All are Gaussian, ``p_t(x | x0, x1) = N(mean_t, std_t^2)``, so one formula gives every velocity and score target
-(Tong et al. 2023, theorem 2.1): with ``x = mean_t + std_t noise`` the velocity is ``mean_t' + std_t' noise`` and the
-score ``-noise / std_t``.
+The velocity of the population is not observed, but that of a path chosen between two paired cells is known; the average
+over the pairs is what the field learns. All paths here are Gaussian,
+``p_t(x | x0, x1) = N(mean_t, std_t^2)``, so one formula gives every velocity and score target (Tong et al. 2023,
+theorem 2.1): with ``x = mean_t + std_t noise`` the velocity is ``mean_t' + std_t' noise`` and the score
+``-noise / std_t``.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-BRIDGE_MARGIN = 1e-3  # fractions of an interval left out at its ends, where the bridge's velocity target diverges
-_GOLDEN = 2654435769  # 2^32 / golden ratio: steps of this size modulo 2^32 fill any run evenly
+BRIDGE_MARGIN = 1e-3  # fraction of an interval left out at each end, where the bridge's velocity target diverges
+_GOLDEN = 2654435769  # 2^32 / golden ratio: in steps of this size modulo 2^32, any run of numbers is evenly spread
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,11 @@ class Pairs:
     t0, t1
         Real times of the ends, floats or ``(..., 1)``.
     velocity0, velocity1
-        Where the paths bend: velocities at the ends, ``(..., d)``, per unit of real time.
+        Velocities at the ends of curved paths, ``(..., d)``, per unit of real time.
     spread
-        Standard deviation beside the path's own, ``(..., 1)``, a length; None for none.
+        Standard deviation in addition to the path's own, ``(..., 1)``, a length; None for none.
     bridged
-        Whether that is a Brownian bridge's, zero at both ends and ``spread`` half-way; else it is so all along.
+        Whether that is a Brownian bridge's, zero at both ends and ``spread`` half-way; else it is constant.
     """
 
     x0: Tensor
@@ -47,7 +49,7 @@ class Pairs:
 
     @property
     def length(self) -> Tensor | float:
-        """The gaps in real time."""
+        """The lengths of the intervals in real time."""
         return self.t1 - self.t0
 
 
@@ -78,7 +80,7 @@ class PathSample:
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and standard deviation of a path and their derivatives in real time: ``(..., d)`` and ``(..., 1)``."""
+    """Mean ``(..., d)`` and standard deviation ``(..., 1)`` of a path, and their derivatives in real time."""
 
     mean: Tensor
     mean_rate: Tensor
@@ -105,8 +107,8 @@ class ProbabilityPath(ABC):
     def sample(self, pairs: Pairs, rng: torch.Generator) -> PathSample:
         """Draw a time and a point for every pair.
 
-        Times are uniform on the interval (but for its margin) and stratified: any run of consecutive pairs has its
-        times spread evenly, which lowers the variance of the loss and biases nothing.
+        Times are uniform on the interval (except its margins) and stratified: the times of any run of consecutive pairs
+        are evenly spread, which lowers the variance of the loss and introduces no bias.
 
         Parameters
         ----------
@@ -132,9 +134,9 @@ class ProbabilityPath(ABC):
 
 
 def _wider(at: Moments, pairs: Pairs, s: Tensor) -> Moments:
-    """Return the moments at the fraction ``s`` with the pairs' spread, as of independent noise beside the path's.
+    """Return the moments at the fraction ``s`` with the pairs' spread, independent noise in addition to the path's.
 
-    Variances add up, a bridge's being ``4 s (1 - s) spread^2``; ``std' = (std^2)' / (2 std)``.
+    Variances add up; a bridge's is ``4 s (1 - s) spread^2``; ``std' = (std^2)' / (2 std)``.
     """
     if pairs.spread is None:
         return at
@@ -149,7 +151,8 @@ def _wider(at: Moments, pairs: Pairs, s: Tensor) -> Moments:
 class Straight(ProbabilityPath):
     """A straight line with constant spread: ``N((1-s) x0 + s x1, sigma^2)``.
 
-    I-CFM and OT-CFM, by the coupling (Tong et al. 2023, eq. 12 and 13). ``sigma`` is a length.
+    The path of I-CFM and OT-CFM, which differ in their coupling (Tong et al. 2023, eq. 12 and 13). ``sigma`` is a
+    length.
     """
 
     def moments(self, pairs: Pairs, s: Tensor) -> Moments:
@@ -160,17 +163,18 @@ class Straight(ProbabilityPath):
 
 
 class Hermite(ProbabilityPath):
-    """A cubic through both ends with given velocities there, and constant spread; straight where none are given.
+    """A cubic curve through both ends with given velocities there, and constant spread.
 
-    ``mean = h00 x0 + h10 (t1-t0) v0 + h01 x1 + h11 (t1-t0) v1`` with the cubic Hermite basis, so that a cell's paths
-    before and after its snapshot go through it at one velocity where they are given one. ``sigma`` is a length.
+    ``mean = h00 x0 + h10 (t1-t0) v0 + h01 x1 + h11 (t1-t0) v1`` with the cubic Hermite basis. If the paths before and
+    after a snapshot are given the same velocity at a cell, they join there without a corner; if no velocities are
+    given, the path is straight. ``sigma`` is a length.
     """
 
     def moments(self, pairs: Pairs, s: Tensor) -> Moments:
         """Return mean, standard deviation and their rates at the fraction ``s`` of an interval."""
         way = pairs.x1 - pairs.x0
         chord = way / pairs.length
-        # what the velocities at the ends are beside it
+        # the velocities at the ends relative to it
         a, b = (torch.zeros_like(chord) if v is None else v - chord for v in (pairs.velocity0, pairs.velocity1))
         # with u = 1 - s: h10 = s u^2, h11 = -s^2 u
         bend = s * (1 - s) ** 2 * a - s**2 * (1 - s) * b
@@ -182,10 +186,10 @@ class Hermite(ProbabilityPath):
 class BrownianBridge(ProbabilityPath):
     """A Brownian bridge over a real interval: ``N((1-s) x0 + s x1, sigma^2 s (1-s) (t1-t0))``.
 
-    SB-CFM, with the entropic coupling at ``epsilon = 2 sigma^2 (t1-t0)`` (Tong et al. 2023, eq. 20 and 21, there for
-    a unit interval). ``sigma`` is a diffusivity: a length per square root of time. Given the ends, the velocity has
-    variance ``sigma^2 (1-2s)^2 / (4 s (1-s) (t1-t0))``, which has no finite integral, so ``s`` keeps a margin of
-    1e-3 from the ends.
+    The path of SB-CFM, together with the entropic coupling at ``epsilon = 2 sigma^2 (t1-t0)`` (Tong et al. 2023, eq. 20
+    and 21, there for a unit interval). ``sigma`` is a diffusivity: a length per square root of time. Given the ends,
+    the velocity has the variance ``sigma^2 (1-2s)^2 / (4 s (1-s) (t1-t0))``, whose integral is not finite, so ``s``
+    keeps a margin of 1e-3 from the ends.
     """
 
     margin = BRIDGE_MARGIN
@@ -203,8 +207,9 @@ class BrownianBridge(ProbabilityPath):
 class Trigonometric(ProbabilityPath):
     """The variance-preserving path: ``N(c + cos(pi s / 2) (x0 - c) + sin(pi s / 2) (x1 - c), sigma^2)``.
 
-    Albergo & Vanden-Eijnden 2023; Tong et al. 2023, table 1 (VP-CFM). Independent ends of one variance keep it all
-    along. The centre ``c`` ``(d,)`` makes the path move with its data; ``sigma`` is a length.
+    The path of VP-CFM (Albergo & Vanden-Eijnden 2023; Tong et al. 2023, table 1). If the ends are independent and have
+    the same variance, x_t has it all along. The centre ``c`` ``(d,)`` makes the path shift with its data; ``sigma`` is
+    a length.
     """
 
     centre: Tensor | None = None
@@ -221,9 +226,9 @@ class Trigonometric(ProbabilityPath):
 
 
 def _stratified(shape: tuple[int, ...], rng: torch.Generator, like: Tensor) -> Tensor:
-    """Draw uniform numbers of which every run of consecutive ones is spread evenly (a Kronecker sequence)."""
+    """Draw uniform numbers such that every run of consecutive ones is evenly spread (a Kronecker sequence)."""
     start = torch.randint(2**32, (1,), generator=rng, device=like.device)
     n = math.prod(shape)
     sequence = (start + _GOLDEN * torch.arange(n, device=like.device)) % 2**32  # whole numbers: exact on any device
-    # the middle of the bin, so that neither 0 nor 1 comes up
+    # the middle of the bin, so that neither 0 nor 1 occurs
     return ((sequence.to(like.dtype) + 0.5) / 2**32).clamp_(max=1 - 1e-7).reshape(shape)

@@ -1,4 +1,8 @@
-"""What a fit is given: snapshots, a coupling for each interval and a probability path."""
+"""The data of a fit: snapshots, a coupling for each interval and a probability path.
+
+Conditional flow matching (Tong et al. 2023) needs pairs of cells and a path between the cells of a pair; the methods
+differ in these two. This file turns the name of a method into a `Problem`, which draws a member's training data.
+"""
 
 from __future__ import annotations
 
@@ -22,42 +26,42 @@ from .tangents import Tangents, reliability, tangents, velocities
 from .threads import at_once
 
 METHODS = ("uot-cfm", "ot-cfm", "i-cfm", "sb-cfm", "vp-cfm")
-LISTED = ("uot-cfm", "ot-cfm")  # whose couplings list their pairs; the others' are drawn, by a member's seed
+LISTED = ("uot-cfm", "ot-cfm")  # their couplings list all pairs; those of the others are drawn, by a member's seed
 PATHS = ("hermite", "straight", "land", "rbf")
 WITH_PATH = ("uot-cfm", "ot-cfm", "i-cfm")  # methods that leave the path open
 
-# sigma, where none is given, as a fraction of the displacement per root of the mean gap: scale- and unit-free
+# default sigma as a fraction of the displacement (a bridge's: per root of the mean gap), free of scale and unit
 STRAIGHT_FRACTION = 0.1
 BRIDGE_FRACTION = 0.3
-HELD_BACK = 0.1  # of each snapshot's cells, where early stopping is asked for
-DISPLACEMENT_CELLS = 1000  # cells a side at most from which the displacement is estimated
-SLOW = 1 / 16  # tempo of a network's clock on a growing plan: the faster, the more of one snapshot's own it learns
-ROUNDS = 2  # of finding velocities and pairing by them: further ones changed little
-LONG = 8.0  # times the shorter gap beside it, an interval's length from which on velocities fade: at 6 they still tell
-DATA_SEED = 0  # of cells held back: they belong to the data, whoever is trained on it
-DRAWN_PAIRS = 4  # per cell, where a coupling has too many pairs to list
+HELD_BACK = 0.1  # fraction of each snapshot's cells, if early stopping is asked for
+DISPLACEMENT_CELLS = 1000  # at most so many cells a side are used to estimate the displacement
+SLOW = 1 / 16  # tempo of a network on growing plans: the faster, the more it learns what is peculiar to one snapshot
+ROUNDS = 2  # of finding velocities and pairing by them; further rounds changed little
+LONG = 8.0  # over longer intervals, in shorter gaps beside them, velocities count less; at 6 they still tell
+DATA_SEED = 0  # of the cells held back, which belong to the data and are the same for all members
+DRAWN_PAIRS = 4  # per cell, if a coupling has too many pairs to list
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One member's data: the pairs of cells it may see and the path between them.
+    """One member's data: the pairs of cells that it may see and the path between them.
 
     Attributes
     ----------
     snapshots
-        The kept snapshots; of large ones the cells that take part in couplings (see `taking_part`).
+        The kept snapshots; of large ones, only the cells that take part in couplings (see `taking_part`).
     couplings
         One per interval.
     path
-        The law of x_t between the two ends of a pair.
+        The law of x_t given the two ends of a pair.
     seed
-        Of the member's own random stream: first weights, pairs, times and noise depend on it and on the kept
-        snapshots alone, never on the other members.
+        Seed of the member's own random stream: its initial weights, pairs, times and noise depend on this seed and on
+        the kept snapshots alone, never on the other members.
     tangents
-        For curved paths: velocities at their ends; None for others.
+        Velocities at the ends of curved paths; None for other paths.
     spreads
-        Spread of the paths beside ``path.sigma``, a length for each interval; between two snapshots alone that of a
-        Brownian bridge half-way. Empty, where sigma is all.
+        Spread of the paths in addition to ``path.sigma``, a length for each interval; if there are only two snapshots,
+        the half-way spread of a Brownian bridge. Empty if there is none but sigma.
     """
 
     snapshots: Snapshots
@@ -69,9 +73,9 @@ class Problem:
 
     @property
     def std(self) -> float:
-        """What the score is measured in: a bridge's largest standard deviation on an interval as long as the mean gap.
+        """Unit of the score: a bridge's largest standard deviation on an interval as long as the mean gap.
 
-        On a longer one it has a larger. Zero for other paths, of which no score is learned.
+        On a longer interval the bridge is wider than this. Zero for other paths, for which no score is learned.
         """
         if isinstance(self.path, BrownianBridge):
             return self.path.sigma * math.sqrt(self.snapshots.mean_gap) / 2
@@ -79,33 +83,34 @@ class Problem:
 
     @property
     def tempo(self) -> float:
-        """Factor on the time, in mean gaps, that a network is given.
+        """Factor by which the time given to a network, in mean gaps, is multiplied.
 
-        Slow on a growing plan's pairs: they all but follow a map, so that cells at one place move alike all through
-        an interval, and what changes faster is more often one sample's age or composition than the course. Such a
-        field need not hit every kept snapshot. The other methods' fields are held to what they are defined by.
+        It is small for the pairs of a growing plan. These almost follow a map, so that cells at one place move alike
+        throughout an interval, and what changes faster is more often the age or composition of a single sample than the
+        course. Such a field need not hit every kept snapshot. For the other methods, whose fields are held to what they
+        are defined by, it is 1.
         """
         return SLOW if self.grows else 1.0
 
     @property
     def farther(self) -> float:
-        """How much a snapshot counts beside the next nearer one, in a population that is moved to another time."""
+        """Weight of a snapshot relative to the next nearer one when a population is moved to another time."""
         return farther_share(len(self.snapshots), None if self.tangents is None else self.tangents.reliability)
 
     @property
     def grows(self) -> bool:
-        """Whether pairs change their mass on the way."""
+        """Whether the mass of a pair changes along its path."""
         return any(isinstance(coupling, GrowingPlan) for coupling in self.couplings)
 
     def pairs(self, k: int, i: Tensor, j: Tensor) -> Pairs:
-        """Return pairs of interval ``k`` by their indices at both ends, ``(n,)``: their ends and velocities there."""
+        """Return pairs of interval ``k``, given by indices ``(n,)`` at both ends, with any velocities at their ends."""
         interval = self.snapshots.intervals()[k]
         x0, x1 = interval.x0.index_select(0, i), interval.x1.index_select(0, j)
         velocities = () if self.tangents is None else self.tangents.at(k, i, j, (x1 - x0) / interval.length)
         return Pairs(x0, x1, interval.t0, interval.t1, *velocities)
 
     def listed(self, k: int) -> WeightedPairs:
-        """Return the pairs of interval ``k``: all that the coupling lists, else a sample with equal masses."""
+        """Return the pairs of interval ``k``: all, if the coupling lists them, else a sample with equal masses."""
         coupling, interval = self.couplings[k], self.snapshots.intervals()[k]
         if isinstance(coupling, (GrowingPlan, SparsePlan)):
             return coupling.pairs
@@ -116,7 +121,7 @@ class Problem:
         return WeightedPairs(i, j, mass, mass)
 
     def sample(self, n_steps: int, n_pairs: int, rng: torch.Generator) -> Sample:
-        """Draw ``n_steps`` batches of ``n_pairs`` pairs, shared evenly among the intervals."""
+        """Draw ``n_steps`` batches of ``n_pairs`` pairs, divided evenly among the intervals."""
         share, rest = divmod(n_pairs, len(self.couplings))
         drawn, contrasts, starts, lengths, spreads = [], [], [], [], []
         for k, (interval, coupling) in enumerate(zip(self.snapshots.intervals(), self.couplings, strict=True)):
@@ -144,7 +149,7 @@ class Problem:
         if not contrasts:
             return Sample(path, length, weight=None, growth=None)
         contrast = torch.cat(contrasts, 1)
-        # a pair's mass at s over that at 1/2, by which it was drawn, and its growth rate d log(mass) / dt
+        # weight: a pair's mass at s over that at 1/2, by which it was drawn; growth: d log(mass) / dt
         weight = 1 + ((path.t - start) / length - 0.5) * contrast
         return Sample(path, length, weight=weight, growth=contrast / weight / length)
 
@@ -158,11 +163,11 @@ class Sample:
     path
         Points on the paths and their targets.
     length
-        Of each pair's interval, ``(n_pairs, 1)``.
+        Length of each pair's interval, ``(n_pairs, 1)``.
     weight
-        Mass of the pair at its time relative to what it was drawn by, ``(..., 1)``; None where nothing grows.
+        Mass of the pair at its time, relative to the mass by which it was drawn, ``(..., 1)``; None if nothing grows.
     growth
-        Growth rate of the pair, ``(..., 1)`` per unit of time; None where nothing grows.
+        Growth rate of the pair, ``(..., 1)`` per unit of time; None if nothing grows.
     """
 
     path: PathSample
@@ -172,30 +177,30 @@ class Sample:
 
 
 def taking_part(snapshots: Snapshots, method: str, path: str | None, plans: Plans) -> Snapshots:
-    """Return the snapshots with the cells that a method's problems are made of: all, or at most 6,000 of each.
+    """Return the snapshots with the cells from which a method's problems are made: all, or at most 6,000 of each.
 
-    Fewer for ``"uot-cfm"``, ``"ot-cfm"`` and curved paths, whose pairs or kin are met in blocks, see
+    The limit holds for ``"uot-cfm"``, ``"ot-cfm"`` and curved paths, whose pairs or kin are found in blocks; see
     `Plans.taking_part`.
     """
     return plans.taking_part(snapshots) if method in ("uot-cfm", "ot-cfm") or path == "hermite" else snapshots
 
 
 def displacement(snapshots: Snapshots, plans: Plans) -> float:
-    """Root mean square displacement per coordinate under the exact coupling, over the kept intervals.
+    """Return the root mean square displacement per coordinate under the exact coupling, over the kept intervals.
 
-    Of snapshots with more than 1,000 cells an evenly spaced thousand stands for the whole.
+    For snapshots of more than 1,000 cells, a thousand evenly spaced ones stand for the whole.
     """
     squares = at_once(partial(_mean_square, plans=plans), [(interval,) for interval in snapshots.intervals()])
     return math.sqrt(sum(squares) / len(squares) / snapshots.dimension)
 
 
 def measured_whole(interval: Interval, plans: Plans) -> bool:
-    """Whether the displacement over an interval is that of the exact coupling of all its cells."""
+    """Say whether the displacement over an interval is taken from the exact coupling of all its cells."""
     return max(len(interval.x0), len(interval.x1)) <= min(DISPLACEMENT_CELLS, plans.block or DISPLACEMENT_CELLS)
 
 
 def _mean_square(interval: Interval, plans: Plans) -> float:
-    """Return the mean square displacement over an interval, in all coordinates together."""
+    """Return the mean square displacement over an interval, summed over the coordinates."""
     if measured_whole(interval, plans):
         plan = plans.couple(interval, None, "ot-cfm")
         assert isinstance(plan, SparsePlan)
@@ -207,10 +212,10 @@ def _mean_square(interval: Interval, plans: Plans) -> float:
 
 
 def default_sigma(snapshots: Snapshots, method: str, plans: Plans) -> float:
-    """Return the sigma of a method where none is given, from the kept snapshots alone.
+    """Return the sigma that a method takes by default, computed from the kept snapshots alone.
 
-    A bridge's is a diffusivity, ``BRIDGE_FRACTION`` of the rms displacement per root of the mean gap; the others' is
-    a length, ``STRAIGHT_FRACTION`` of the rms displacement over the mean gap.
+    For a bridge it is a diffusivity, ``BRIDGE_FRACTION`` of the rms displacement per root of the mean gap; for the
+    others a length, ``STRAIGHT_FRACTION`` of the rms displacement over the intervals.
     """
     moved = displacement(snapshots, plans)
     if method != "sb-cfm":
@@ -223,11 +228,11 @@ def default_sigma(snapshots: Snapshots, method: str, plans: Plans) -> float:
 
 
 def default_spreads(snapshots: Snapshots, couplings: Sequence[Coupling], plans: Plans) -> tuple[float, ...]:
-    """Return the spreads of ``"uot-cfm"``'s paths beside sigma where none is given, lengths, one for each interval.
+    """Return the default spreads of the paths of ``"uot-cfm"`` in addition to sigma: a length for each interval.
 
-    With three snapshots or more cells are told what to do beside their paths, see `spread_between`. Between two alone
-    nothing tells which way a cell took: paths are Brownian bridges, as wide for how far their pairs go as those of
-    ``"sb-cfm"``: half-way ``BRIDGE_FRACTION / 2`` of the rms displacement.
+    With three snapshots or more, they teach the field what cells beside the paths do, see `spread_between`. Between
+    only two snapshots nothing tells which way a cell took. The paths are then Brownian bridges, as wide relative to
+    their pairs' displacement as those of ``"sb-cfm"``: half-way ``BRIDGE_FRACTION / 2`` of the rms displacement.
     """
     if len(snapshots) > 2:
         return tuple(spread_between(interval, plans) for interval in snapshots.intervals())
@@ -239,11 +244,12 @@ def default_spreads(snapshots: Snapshots, couplings: Sequence[Coupling], plans: 
 
 
 def spread_between(interval: Interval, plans: Plans) -> float:
-    """Return the spread of an interval's paths beside sigma, a length: how far apart the cells at its ends are.
+    """Return the spread of an interval's paths in addition to sigma, a length: how far apart the cells at its ends are.
 
-    Between the cells that were sampled there are as many that were not, and where no path is a network learns nothing.
-    The rms distance of a point from its path is the mean of both snapshots' median distances to the 5th nearest other
-    cell (`clouds.spacing`), in each coordinate that over ``sqrt(d)``. It falls with the number of cells.
+    Between the cells that were sampled there are as many that were not, and a network learns nothing where no path
+    runs. The rms distance of a point from its path is the mean over both snapshots of the median distance to the 5th
+    nearest other cell (`clouds.spacing`); the spread is this divided by ``sqrt(d)``, as it is per coordinate. It falls
+    with the number of cells.
     """
     return (plans.spacing(interval.x0) + plans.spacing(interval.x1)) / 2 / math.sqrt(interval.x0.shape[1])
 
@@ -273,7 +279,7 @@ def check_method(method: str, *, path: str | None, sigma: float | None, prior: b
 
 
 def make_path(snapshots: Snapshots, method: str, path: str | None, sigma: float) -> ProbabilityPath:
-    """Return a method's probability path; ``path`` is for the methods that leave a choice (see `make_problems`)."""
+    """Return a method's probability path; ``path`` is for the methods that allow a choice (see `make_problems`)."""
     if method == "sb-cfm":
         return BrownianBridge(sigma)
     if method == "vp-cfm":
@@ -293,29 +299,30 @@ def make_problems(
     validate: bool,
     plans: Plans | None = None,
 ) -> tuple[list[Problem], list[Problem]]:
-    """Put together the problems of members that share their snapshots: sigma, path and couplings, one per seed.
+    """Make the problems of members that share their snapshots, one per seed: find sigma, path and couplings.
 
     Parameters
     ----------
     snapshots
-        At least two; all else is computed from these (kept) snapshots alone.
+        The kept snapshots, at least two; everything else is computed from these alone.
     method
         ``"uot-cfm"``: coupling of a growing population (`growing`). ``"i-cfm"``: independent coupling. ``"ot-cfm"``:
-        exact coupling (in blocks where snapshots are large). ``"sb-cfm"``: entropic coupling, Brownian bridge.
-        ``"vp-cfm"``: independent coupling, trigonometric path. The last four after Tong et al. 2023, table 1.
+        exact coupling (in blocks if snapshots are large). ``"sb-cfm"``: entropic coupling, Brownian bridge.
+        ``"vp-cfm"``: independent coupling, trigonometric path. The last four are those of Tong et al. 2023, table 1.
     path
-        Of the first three methods: ``"straight"``, ``"hermite"`` (curved through neighbouring snapshots; pairs of
-        ``"uot-cfm"`` are then found by the cells' velocities too, `paired_by_velocity`), or learned to keep to the
-        cells under the metric ``"land"`` or ``"rbf"``; None: hermite for ``"uot-cfm"``, else straight.
+        For the first three methods: ``"straight"``; ``"hermite"``, curved through neighbouring snapshots (the pairs of
+        ``"uot-cfm"`` are then found by the cells' velocities too, see `paired_by_velocity`); or ``"land"`` or
+        ``"rbf"``, learned to stay near the cells under that metric. None: hermite for ``"uot-cfm"``, else straight.
     sigma
-        Spread of the path in the user's units (a length; for ``"sb-cfm"`` a length per root of time); None for
-        ``default_sigma``, and for ``"uot-cfm"`` the `default_spreads` beside it.
+        Spread of the path in the user's units (a length; for ``"sb-cfm"`` a length per root of time). None:
+        `default_sigma` and, for ``"uot-cfm"``, the `default_spreads` in addition.
     seeds
-        Of the members' own random streams.
+        Seeds of the members' own random streams.
     validate
         Whether to hold back a tenth of each snapshot's cells.
     plans
-        Of other snapshots with which these share intervals, and how to solve them; none by default.
+        How to solve couplings, and those already solved for other snapshots that share intervals with these; none by
+        default.
 
     Returns
     -------
@@ -336,18 +343,18 @@ def make_problems(
     for part, cells in zip(problems, parts):
         plans.prepare(cells.intervals(), method)
         couplings = tuple(plans.couple(interval, law, method) for interval in cells.intervals())
-        if isinstance(law, Straight) and path in ("land", "rbf"):  # learned once, on the cells to train on
+        if isinstance(law, Straight) and path in ("land", "rbf"):  # learned once, on the training cells
             law = _learned(cells, couplings, "land" if path == "land" else "rbf", law.sigma)
         bends = None
         if isinstance(law, Hermite):
             plans.prepare(cells.intervals(), "uot-cfm")
-            kin: Sequence[GrowingPlan] = [plans.growing(i) for i in cells.intervals()]  # whatever the couplings are
-            # as the cells to train on have it, and by places alone: who is paired by velocity seems to turn reliably
+            kin: Sequence[GrowingPlan] = [plans.growing(i) for i in cells.intervals()]  # whatever the couplings
+            # of the training cells, paired by place alone: cells that are paired by velocity seem to turn reliably
             share = reliability(cells, kin) if share is None else share
             if method == "uot-cfm":
                 couplings = kin = _by_velocity(cells, kin, plans)
             bends = tangents(cells, kin, couplings, share)
-        if spreads is None:  # the training cells', for those that are held back too
+        if spreads is None:  # those of the training cells also serve the cells held back
             spreads = default_spreads(cells, couplings, plans)
         couplings = tuple(c.pairs_alone if isinstance(c, GrowingPlan) else c for c in couplings)
         part.extend(Problem(cells, couplings, law, seed, bends, spreads) for seed in seeds)
@@ -355,7 +362,7 @@ def make_problems(
 
 
 def _learned(snapshots: Snapshots, couplings: Sequence[Coupling], metric: Metric, sigma: float) -> ProbabilityPath:
-    """Return paths learned to keep to the cells, whatever the members' seeds."""
+    """Return paths learned to stay near the cells, the same for all members."""
     return metric_path(
         snapshots,
         couplings,
@@ -370,12 +377,15 @@ def _learned(snapshots: Snapshots, couplings: Sequence[Coupling], metric: Metric
 
 
 def _by_velocity(snapshots: Snapshots, kin: Sequence[GrowingPlan], plans: Plans) -> tuple[GrowingPlan, ...]:
-    """Return plans by where cells go as well as by where they are, which their kin tell, and so on, a few times.
+    """Couple the cells by where they are going as well as by where they are, in ``ROUNDS`` rounds.
 
-    Cells of the first and the last snapshot have no velocity. Over a long interval beside a very short one velocities
-    are noise: it is in proportion to ``1 / g`` where the gap is ``g``, and adds to squared distances as ``(h / g)^2``
-    where the interval's length is ``h``. So where that is more than ``LONG`` times ``g``, speeding up costs as over
-    ``(LONG g)^2 / h`` instead of ``h``, by which what is added falls as ``(g / h)^2``.
+    In each round the kin found so far give velocities, and the velocities give new kin; the last round gives the pairs
+    as well. Cells of the first and the last snapshot have no velocity.
+
+    Over a long interval beside a very short one velocities are mostly noise: the noise of a velocity measured over a
+    gap ``g`` is proportional to ``1 / g``, and over an interval of length ``h`` it adds to squared distances in
+    proportion to ``(h / g)^2``. So where ``h`` is more than ``LONG`` times ``g``, the time over which speeding up costs
+    what moving does is ``(LONG g)^2 / h`` instead of ``h``; what noise adds then falls as ``(g / h)^2``.
     """
     kin, intervals = list(kin), snapshots.intervals()
     lengths = [interval.length for interval in intervals]
@@ -386,6 +396,6 @@ def _by_velocity(snapshots: Snapshots, kin: Sequence[GrowingPlan], plans: Plans)
         solve = partial(plans.by_velocity, kin_alone=left > 0)
         if all(len(plan.blocks) == 1 for plan in kin):
             kin = at_once(solve, list(zip(kin, intervals, *zip(*ends), times)))
-        else:  # blocks of an interval are solved at once
+        else:  # here the blocks of each interval are solved in parallel
             kin = [solve(*asked) for asked in zip(kin, intervals, *zip(*ends), times)]
     return tuple(kin)

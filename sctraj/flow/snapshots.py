@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-COARSEST = 2e-6  # gap over the time, at which a clock in single precision is off by a twentieth of the gap
+COARSEST = 2e-6  # gap over time, at which rounding in single precision puts a time off by a twentieth of the gap
 
 _Record = TypeVar("_Record")
 
@@ -43,7 +43,7 @@ class Interval:
 
     @property
     def length(self) -> float:
-        """The gap in real time."""
+        """The interval's length in real time."""
         return self.t1 - self.t0
 
 
@@ -58,16 +58,16 @@ class Snapshots:
     points
         One floating-point tensor ``(n_k, d)`` per time.
     mass
-        One tensor ``(n_k,)`` of non-negative weights per time; uniform where not given. Normalised to sum to one.
+        One tensor ``(n_k,)`` of non-negative weights per time; uniform by default. Normalised to sum to one.
     growth
         One tensor ``(n_k,)`` of prior growth rates per time (log mass change per unit of time), or none.
 
     Raises
     ------
     ValueError
-        If times do not increase, are not finite or too close together for single precision, the numbers of times and
-        snapshots differ, dimensions differ, a snapshot is empty, a weight is negative or all are zero, or a growth rate
-        is not finite.
+        If times do not increase, are not finite or are too close together for single precision; if the numbers of times
+        and snapshots differ, or dimensions differ; if a snapshot is empty; if a weight is negative or all are zero; or
+        if a growth rate is not finite.
     """
 
     times: tuple[float, ...]
@@ -116,7 +116,7 @@ class Snapshots:
         return (self.times[-1] - self.times[0]) / (len(self) - 1)
 
     def without(self, k: int) -> Snapshots:
-        """Build the same data without snapshot ``k``: the only way in which anything is held out."""
+        """Return the same data without snapshot ``k``: the only way in which anything is held out."""
         if not 0 <= k < len(self):
             raise IndexError(f"expected a snapshot from 0 to {len(self) - 1}, found {k}")
         fields = self.times, self.points, self.mass, self.growth
@@ -129,7 +129,7 @@ class Snapshots:
 
 
 def hold_back(snapshots: Snapshots, *, fraction: float, rng: torch.Generator) -> tuple[Snapshots, Snapshots]:
-    """Split every snapshot's cells at random into those to train on and a ``fraction`` to validate on."""
+    """Split every snapshot's cells at random into training cells and a ``fraction`` of validation cells."""
     train, validation = [], []
     for x in snapshots.points:
         n = min(max(1, round(fraction * len(x))), len(x) - 1)
@@ -140,7 +140,7 @@ def hold_back(snapshots: Snapshots, *, fraction: float, rng: torch.Generator) ->
 
 
 def resampled(snapshots: Snapshots, seed: int) -> Snapshots:
-    """Return the snapshots with the weights of a bootstrap: how often each cell is drawn when as many are, anew."""
+    """Return a bootstrap: each cell weighs as often as it is drawn, of as many draws with replacement as cells."""
     rng = torch.Generator().manual_seed(seed)
     mass = []
     for m in snapshots.mass:
@@ -150,18 +150,18 @@ def resampled(snapshots: Snapshots, seed: int) -> Snapshots:
 
 
 def sampled(mass: Tensor, most: int) -> Tensor:
-    """Choose ``most`` cells with mass at random, or all that have mass where they are no more; sorted indices.
+    """Choose at random ``most`` of the cells with mass, or all of these if there are no more; return sorted indices.
 
-    The choice is the weights' ``(n,)`` alone, and more of them include fewer.
+    The choice depends on the weights ``(n,)`` alone, and a larger sample contains every smaller one.
     """
     order = torch.randperm(len(mass), generator=torch.Generator().manual_seed(len(mass))).to(mass.device)
     return order[mass[order] > 0][:most].sort().values
 
 
 def thinned(snapshots: Snapshots, most: int) -> Snapshots:
-    """Return the snapshots with at most ``most`` cells with mass (`sampled`) of each that has more cells.
+    """Return the snapshots, those of more than ``most`` cells thinned to ``most`` cells with mass (see `sampled`).
 
-    Those that lose no cell stay the same tensors, by which couplings are known again.
+    Snapshots that lose no cell stay the same tensors, by which couplings are recognised.
     """
     chosen = [torch.arange(len(m)) if len(m) <= most else sampled(m, most) for m in snapshots.mass]
     fewer = [None if len(rows) == len(m) else rows for rows, m in zip(chosen, snapshots.mass)]
@@ -169,7 +169,7 @@ def thinned(snapshots: Snapshots, most: int) -> Snapshots:
 
 
 def _cells(snapshots: Snapshots, chosen: Sequence[Tensor | None]) -> Snapshots:
-    """Return the snapshots with the chosen cells of each alone, indices ``(m_k,)``; None: with all, as they are."""
+    """Return the snapshots with only the chosen cells of each, indices ``(m_k,)``; None: with all, as they are."""
     columns = (
         tuple(values if rows is None else values[rows] for values, rows in zip(column, chosen))
         for column in (snapshots.points, snapshots.mass, snapshots.growth)
@@ -178,9 +178,9 @@ def _cells(snapshots: Snapshots, chosen: Sequence[Tensor | None]) -> Snapshots:
 
 
 def applied(record: _Record, fn: Callable[[Tensor], Tensor]) -> _Record:
-    """Return a record with a function applied to all of its tensors, those of nested records and tuples too.
+    """Return a record with a function applied to all of its tensors, including those of nested records and tuples.
 
-    What is kept of them is not checked again: checks have the host wait for a GPU, and reckon in float64.
+    The result is not checked again: checks make the host wait for a GPU, and compute in float64.
     """
     if isinstance(record, Tensor):
         return fn(record)  # type: ignore[return-value]
@@ -188,14 +188,14 @@ def applied(record: _Record, fn: Callable[[Tensor], Tensor]) -> _Record:
         return tuple(applied(value, fn) for value in record)  # type: ignore[return-value]
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
         other = copy.copy(record)
-        for name, value in vars(record).items():  # what was computed of them once, too
+        for name, value in vars(record).items():  # cached properties included
             object.__setattr__(other, name, applied(value, fn))
         return other
     return record
 
 
 def to_device(record: _Record, device: torch.device) -> _Record:
-    """Move every tensor of a record (nested records and tuples too) to a device; the rest stays as it is."""
+    """Move every tensor of a record (and of nested records and tuples) to a device; the rest stays as it is."""
 
     def moved(values: Tensor) -> Tensor:
         # mps has no float64

@@ -1,4 +1,4 @@
-"""From which snapshots a population is moved to another time, and how much each of them counts there."""
+"""Which snapshots are moved to another time to predict the population there, and how much each of them counts."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 Start = Literal["both", "before"]
-ONE_MORE = 8  # snapshots for each one on a side beside the nearest: of fewer, noise and course are too hard to tell
-MOST = 3  # on a side: nothing was measured beyond, and the way grows longer
-FAINT = 0.05  # of the nearest one's share, below which a snapshot is not worth its way
+ONE_MORE = 8  # snapshots for each one on a side beyond the nearest; with fewer, noise is too hard to tell from course
+MOST = 3  # snapshots on a side: no more were tried, and the way grows longer
+FAINT = 0.05  # share, relative to the nearest snapshot's, below which a snapshot is not worth moving
 
 
 class Origin(NamedTuple):
-    """A snapshot that is moved, by its index; its share of the population; how many gaps it crosses."""
+    """The index of a snapshot that is moved, its share of the population, and how many gaps it crosses."""
 
     snapshot: int
     share: float
@@ -21,17 +21,17 @@ class Origin(NamedTuple):
 
 
 def origins(times: Sequence[float], time: float, start: Start, *, farther: float) -> list[Origin]:
-    """Return the snapshots that a population at ``time`` is moved from; their shares sum to one.
+    """Return the snapshots from which the population at ``time`` is predicted; their shares sum to one.
 
-    ``"before"``: the snapshot before alone. ``"both"``: at the fraction ``s`` of the gap those before count ``1 - s``
-    in all and those after ``s``. On each side that is the nearest, and up to `reach` in all, each with ``farther``
-    times the share of the one nearer, as long as that is not below ``FAINT`` of the nearest one's. Never a snapshot at
-    the time itself.
+    ``"before"``: the snapshot before alone. ``"both"``: at the fraction ``s`` of the gap, the snapshots before count
+    ``1 - s`` in all and those after ``s``. On each side these are the nearest one and farther ones, up to `reach` in
+    all. Each has ``farther`` times the share of the next nearer one, and is left out if that is below ``FAINT`` of the
+    nearest one's share. A snapshot at the time itself is never used.
 
     Parameters
     ----------
     times
-        Of the snapshots, increasing; one of them is before ``time``, and for ``"both"`` one after.
+        The snapshots' times, increasing; at least one is before ``time`` and, for ``"both"``, one after.
     farther
         From 0 to 1, see `farther_share`.
 
@@ -62,25 +62,25 @@ def origins(times: Sequence[float], time: float, start: Start, *, farther: float
 
 
 def reach(n_snapshots: int) -> int:
-    """Return how many snapshots on a side a population is moved from at most, of a course with this many."""
+    """Return how many snapshots on each side are moved at most, on a course of this many."""
     return min(MOST, 1 + (n_snapshots + 1) // ONE_MORE)
 
 
 def farther_share(n_snapshots: int, reliability: float | None) -> float:
-    """Return how much a snapshot counts beside the next nearer one on its side, from 0 to 1.
+    """Return the weight of a snapshot relative to the next nearer one on its side, from 0 to 1.
 
-    What a sample is off by (an age, a composition, a batch of its own) travels with its cells, and of several samples
-    the more cancels the more evenly they count; over a longer way the field's own errors grow. Where differences
-    between snapshots are noise, all count the same; where they are the course, the nearest alone: the share is that of
-    the population's accelerations which is noise, ``1 - reliability`` (`tangents.reliability`), or 0 where that is
-    below ``FAINT`` or snapshots are too few to `reach` beyond the nearest.
+    What a sample is off by (its own age, composition or batch) travels with its cells; over several samples it cancels,
+    the more so the more evenly they count. On the other hand, the field's own errors grow with the way. If differences
+    between snapshots are noise, all should count the same; if they are the course, only the nearest. So the weight is
+    the share of the population's accelerations that is noise, ``1 - reliability`` (see `tangents.reliability`); it is 0
+    if that is below ``FAINT`` or there are too few snapshots to `reach` beyond the nearest.
 
     Parameters
     ----------
     n_snapshots
-        That the field was made from.
+        Number of snapshots to which the field was fitted.
     reliability
-        None where it was not asked for, as for straight paths; the share is then 0.
+        None if it was not measured, as for straight paths; the weight is then 0.
     """
     if reliability is None or reach(n_snapshots) == 1 or 1.0 - reliability < FAINT:
         return 0.0

@@ -1,4 +1,8 @@
-"""What curved paths go by: the cells' velocities at their own snapshots, and how far to trust the population's."""
+"""The velocities that curved paths follow, and how far to trust the turns of the whole population.
+
+A cell's velocity at its own snapshot is estimated from its kin: its mean ancestors in the snapshot before and its mean
+descendants in the one after. `Hermite` paths pass through the cell at this velocity.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +16,26 @@ from torch import Tensor
 from .coupling import Coupling, GrowingPlan, WeightedPairs
 from .snapshots import Snapshots
 
-COHERENCE = 0.7  # length of the mean of two directions (of one for a straight course) below which speed is taken off
+COHERENCE = 0.7  # if the mean of the two unit directions (1 on a straight course) is shorter, speed is reduced
 
 
 @dataclass(frozen=True)
 class Tangents:
     """Velocities at both ends of every pair's path, per unit of real time.
 
-    A sample that is off as a whole turns all of its cells alike. So turns, velocities less chords, are taken apart: of
-    their mean, the population's turn, the share ``reliability`` is taken, and in full what a cell turns beside it.
+    A sample that is off as a whole makes all of its cells turn alike. So turns, which are velocities minus chords, are
+    split in two: of their mean, the population's turn, only the share ``reliability`` is taken; what a cell turns
+    relative to this mean is taken in full.
 
     Attributes
     ----------
     velocities
         Every cell's velocity at its snapshot, ``(n_k, d)``; None at the first and the last snapshot, where paths start
-        and end along the chord.
+        and end along their chord.
     turns
-        The population's at the start and at the end of each interval, means over its pairs, ``(d,)`` each.
+        The population's turns at the start and at the end of each interval, means over its pairs, ``(d,)`` each.
     reliability
-        The share of them that is taken, from 0 to 1.
+        The share of the population's turns that is taken, from 0 to 1.
     """
 
     velocities: tuple[Tensor | None, ...]
@@ -50,16 +55,16 @@ class Tangents:
 def tangents(
     snapshots: Snapshots, plans: Sequence[GrowingPlan], couplings: Sequence[Coupling], reliability: float
 ) -> Tangents:
-    """Return what curved paths through the kept snapshots go by.
+    """Return the velocities that curved paths through the kept snapshots follow.
 
     Parameters
     ----------
     snapshots
         The kept snapshots.
     plans
-        Who is whose kin, one per interval.
+        The plans that say who is whose kin, one per interval.
     couplings
-        By which the paths' pairs are drawn, one per interval; the plans themselves where those are.
+        The couplings from which the paths' pairs are drawn, one per interval; they may be the plans themselves.
     reliability
         The share of the population's turns that is taken.
     """
@@ -79,11 +84,11 @@ def tangents(
 def velocities(snapshots: Snapshots, plans: Sequence[GrowingPlan]) -> tuple[Tensor | None, ...]:
     """Return the velocity of every cell of every interior snapshot ``(n_k, d)``; None for the first and the last.
 
-    With the velocity ``a`` from a cell's mean ancestors to it over the gap ``h0``, and ``b`` from it to its mean
-    descendants over ``h1``: the direction is that of a parabola, ``h1 a/|a| + h0 b/|b|``, and the speed is the
-    geometric mean of both. A course that turns keeps its speed so (the mean of two directions is shorter than either),
-    and one slow and one fast gap do not make each other overshoot. Where the two directions all but cancel, as
-    at a turning point between even gaps, the speed goes to zero.
+    Let ``a`` be the velocity from a cell's mean ancestors to it over the gap ``h0``, and ``b`` that from it to its mean
+    descendants over ``h1``. The direction is that of a parabola, ``h1 a/|a| + h0 b/|b|``, and the speed the geometric
+    mean of both speeds. A course that turns thus keeps its speed (the mean of two directions is shorter than either),
+    and a slow gap beside a fast one does not make the paths in either overshoot. Where the two directions almost
+    cancel, as at a turning point between even gaps, the speed goes to zero.
 
     Parameters
     ----------
@@ -108,20 +113,21 @@ def velocities(snapshots: Snapshots, plans: Sequence[GrowingPlan]) -> tuple[Tens
 def reliability(snapshots: Snapshots, plans: Sequence[GrowingPlan]) -> float:
     """Return the share, from 0 to 1, of the population's accelerations that is not noise of single kept snapshots.
 
-    A sample that is off as a whole (an age, a composition, a batch of its own) bends all paths one way there and the
-    other way beside it. If every snapshot has noise of its own and the course's accelerations ``c`` have no correlation
-    from one to the next, ``corr(c_k, c_{k+1}) = (1 - reliability) corr(noise)`` for what is measured over even gaps,
-    and nearly so over uneven ones; the gaps alone say what white noise has (-2/3 if they are even). Accelerations that
-    last have a correlation, and the noise is then underrated. ``reliability`` times the bend found is the best linear
-    guess of the true one, as in regression on what is measured with errors (Fuller 1987, Measurement Error Models,
-    section 1.1).
+    A sample that is off as a whole (an age, a composition, a batch of its own) bends all paths one way at its own time
+    and the other way at the snapshots beside it. Suppose that every snapshot has independent noise and that the
+    course's accelerations ``c`` are uncorrelated from one snapshot to the next. Then
+    ``corr(c_k, c_{k+1}) = (1 - reliability) corr(noise)`` for accelerations measured over even gaps, and nearly so over
+    uneven ones; the correlation of white noise follows from the gaps alone (-2/3 if they are even). Accelerations that
+    last are correlated, and the noise is then underestimated. ``reliability`` times the measured bend is the best
+    linear guess of the true one, as in regression on variables that are measured with errors (Fuller 1987, Measurement
+    Error Models, section 1.1).
 
-    ``c_k`` are second differences of cells and their mean kin, as means over the pairs of the interval between the two;
-    correlations are cosines, and means over the intervals between interior snapshots. Few of them in few dimensions
-    make a rough estimate, of noise alone .15 to .25 and of a course alone .6 to .8 on average over four or five
-    snapshots in two to five dimensions. A course that turns by more than a right angle in a gap looks like noise, and
-    where the population does not turn it may come to anything, of nothing. 1 where there are fewer than two interior
-    snapshots.
+    ``c_k`` are second differences of cells and their mean kin, averaged over the pairs of the interval between the two
+    snapshots. Correlations are cosines, averaged over the intervals between interior snapshots. With few of them in few
+    dimensions the estimate is rough: for noise alone it is .15 to .25, and for a course alone .6 to .8, on average over
+    four or five snapshots in two to five dimensions. A course that turns by more than a right angle within a gap looks
+    like noise. Where the population does not turn, the result may be anything, but it is then a share of nothing. It is
+    1 if there are fewer than two interior snapshots.
     """
     found, of_noise = 0.0, 0.0
     times = torch.tensor(snapshots.times, dtype=torch.float64)
@@ -133,25 +139,25 @@ def reliability(snapshots: Snapshots, plans: Sequence[GrowingPlan]) -> float:
 
 
 def _shares(pairs: WeightedPairs, n0: int, n1: int) -> tuple[Tensor, Tensor]:
-    """Shares of the cells at both ends in the pairs' mass at mid-interval, ``(n0,)`` and ``(n1,)``."""
+    """Return the cells' shares, at both ends, of the pairs' mass at mid-interval, ``(n0,)`` and ``(n1,)``."""
     mass = pairs.middle
     return mass.new_zeros(n0).index_add(0, pairs.i, mass), mass.new_zeros(n1).index_add(0, pairs.j, mass)
 
 
 def _rates(snapshots: Snapshots, plans: Sequence[GrowingPlan], k: int) -> tuple[Tensor, Tensor]:
-    """Mean velocities of the cells of an interior snapshot from their ancestors and to their descendants."""
+    """Return the velocities of an interior snapshot's cells from their mean ancestors and to their mean descendants."""
     x, before, after = snapshots.points[k].double(), *snapshots.intervals()[k - 1 : k + 1]
     return (x - plans[k - 1].ancestors) / before.length, (plans[k].descendants - x) / after.length
 
 
 def _acceleration(snapshots: Snapshots, plans: Sequence[GrowingPlan], k: int) -> Tensor:
-    """Second differences of the cells of an interior snapshot and their mean kin, ``(n_k, d)``."""
+    """Return the second differences of an interior snapshot's cells and their mean kin, ``(n_k, d)``."""
     before, after = _rates(snapshots, plans, k)
     return 2 * (after - before) / (snapshots.times[k + 1] - snapshots.times[k - 1])
 
 
 def _second_difference(times: Tensor, k: int) -> Tensor:
-    """Weights ``(T,)`` of the snapshots in the acceleration at one of them."""
+    """Return the weights ``(T,)`` with which the snapshots enter the acceleration at snapshot ``k``."""
     h0, h1 = times[k] - times[k - 1], times[k + 1] - times[k]
     weights = torch.zeros_like(times)
     weights[k - 1 : k + 2] = torch.stack([1 / h0, -1 / h0 - 1 / h1, 1 / h1]) * 2 / (h0 + h1)
@@ -159,5 +165,5 @@ def _second_difference(times: Tensor, k: int) -> Tensor:
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
-    """Cosine between two vectors; 0 where either is zero."""
+    """Return the cosine between two vectors; 0 if either is zero."""
     return float(a @ b / (a.norm() * b.norm()).clamp(min=1e-300))
