@@ -1,1 +1,1 @@
-"""Flow matching itself: tensors in, small named records out."""
+"""Flow matching itself, on tensors: couple the snapshots, choose paths between the paired cells, learn the velocity."""

@@ -1,9 +1,10 @@
 """The closed-form field: a kernel average of the pairs' velocities, without training.
 
-Given pairs with masses ``m_p(t)`` and Gaussian paths ``N(mu_p(t), h^2)``, the conditional flow matching objective has
-the minimiser ``v(t, x) = sum_p w_p(t, x) u_p(t, x)``, ``w_p`` being proportional to ``m_p(t) N(x; mu_p(t), h^2)``
-(Tong et al. 2023, eq. 9). With ``h`` the path's own spread this is the exact minimiser on the empirical coupling, and
-so it is for a bridge; elsewhere, with a local bandwidth, it is a kernel estimator of the velocity given the place.
+For pairs with masses ``m_p(t)`` and Gaussian paths ``N(mu_p(t), h^2)``, the conditional flow matching objective has the
+minimiser ``v(t, x) = sum_p w_p(t, x) u_p(t, x)``, with ``w_p`` proportional to ``m_p(t) N(x; mu_p(t), h^2)`` (Tong et
+al. 2023, eq. 9). If ``h`` is the path's own spread, this is the exact minimiser on the empirical coupling. It is so for
+a bridge; for the other paths a local bandwidth is used, and the field is a kernel estimator of the velocity given the
+place.
 """
 
 from __future__ import annotations
@@ -24,26 +25,26 @@ from .problem import Problem
 from .snapshots import applied
 from .vector_field import FieldSample, Leg, VectorField, scaling
 
-NEIGHBOURS = 5  # the bandwidth is the distance to the path point that is so near
-FLOOR = 0.05  # least bandwidth, as a fraction of the interval's rms displacement
-TILE = 2**22  # queries times pairs met at once on a CPU
-TILE_ON_GPU = 2**26  # there: of a million pairs dozens of queries still fill it
-BLOCK = 64  # pairs among which the least distance is found first
+NEIGHBOURS = 5  # the bandwidth is the distance to the 5th nearest path point
+FLOOR = 0.05  # smallest bandwidth, as a fraction of the interval's rms displacement
+TILE = 2**22  # queries times pairs handled at once on a CPU
+TILE_ON_GPU = 2**26  # on a GPU, which dozens of queries still fill if there are a million pairs
+BLOCK = 64  # pairs among which the smallest distance is found first
 KINDS = {kind.__name__: kind for kind in (Straight, Hermite, BrownianBridge, Trigonometric, MetricPath)}
 
 
 @dataclass(frozen=True)
 class IntervalPairs:
-    """One interval's pairs and what they weigh.
+    """One interval's pairs and their masses.
 
     Attributes
     ----------
     pairs
         Ends ``(n_pairs, d)``, relative to the member's origin, and real times.
     mass0, mass1
-        At the start and at the end, ``(n_pairs,)``; linear in between.
+        Masses at the start and at the end, ``(n_pairs,)``; linear in between.
     floor
-        Least bandwidth, a length.
+        Smallest bandwidth, a length.
     """
 
     pairs: Pairs
@@ -54,7 +55,7 @@ class IntervalPairs:
 
 @dataclass(frozen=True)
 class _Member:
-    """One member: its path, its intervals in order of time, and the origin ``(d,)`` of their coordinates."""
+    """One member: its path, its intervals in temporal order, and the origin ``(d,)`` of their coordinates."""
 
     path: ProbabilityPath
     intervals: tuple[IntervalPairs, ...]
@@ -64,8 +65,8 @@ class _Member:
 class ClosedFormField(VectorField):
     """Kernel averages of velocities, scores and growth rates over the pairs of an interval; nothing is trained.
 
-    At a snapshot's time the field is that of the interval that follows, at the last one that of the last. Memory is a
-    tile of queries times pairs.
+    At a snapshot's time the field is that of the following interval; at the last snapshot, that of the last interval.
+    It is evaluated in tiles of queries times pairs, which bound the memory.
 
     Parameters
     ----------
@@ -95,22 +96,22 @@ class ClosedFormField(VectorField):
 
     @property
     def has_score(self) -> bool:
-        """Whether the score is that of the path, as it is where the bandwidth is the path's: for a bridge."""
+        """Whether there is a score: where the bandwidth is the path's own, which is so for a bridge."""
         return not _local(self._parts[0].path)
 
     @property
     def grows(self) -> bool:
-        """Whether pairs change their mass."""
+        """Whether the mass of pairs changes."""
         return self._grows
 
     def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
-        """Return velocity, score (of the kernel estimate of the density) and growth; ``t`` is one time a member."""
+        """Return velocity, score (that of the kernel density estimate) and growth; ``t`` holds one time per member."""
         each = [_evaluate(part, time, points) for part, time, points in zip(self._parts, self._times(t), x)]
         velocity, score, growth = (torch.stack([e[n] for e in each]) for n in range(3))
         return FieldSample(velocity, score if self.has_score else None, growth if self.grows else None)
 
     def bandwidth(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """Return the kernel's standard deviation ``(M, B, 1)`` at one time a member and points ``(M, B, d)``."""
+        """Return the kernel's standard deviation ``(M, B, 1)`` at one time per member and points ``(M, B, d)``."""
         return torch.stack(
             [_bandwidth(part, time, points) for part, time, points in zip(self._parts, self._times(t), x)]
         )
@@ -118,8 +119,9 @@ class ClosedFormField(VectorField):
     def legs(self, t0: Tensor, t1: Tensor) -> Sequence[Leg]:
         """Return the ways from ``t0`` to ``t1``, ``(M,)`` each, cut at the snapshots, where the field jumps.
 
-        On each leg the field is its own interval's, with both ends: the one before, where it ends at a snapshot. Who
-        has fewer legs than another stays where it has arrived.
+        On each leg the field is that of the leg's own interval, at both of its ends too; so at a snapshot where a leg
+        ends, it is not yet that of the following interval. A member with fewer legs than another stays where it has
+        arrived.
         """
         cuts = [_cut(part, *ends) for part, *ends in zip(self._parts, t0.tolist(), t1.tolist(), strict=True)]
         legs = []
@@ -134,7 +136,7 @@ class ClosedFormField(VectorField):
         return torch.as_tensor(t, dtype=torch.float64).expand(self.members, 1, 1)[:, 0, 0].tolist()
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Return paths, pairs and scales as arrays; a member's names begin with its number."""
+        """Return paths, pairs and scales as arrays; the names of a member's arrays begin with its number."""
         arrays = {"scale": self.scale.flatten().cpu().numpy()}
         for m, part in enumerate(self._parts):
             arrays[f"{m}.origin"] = part.origin.cpu().numpy()
@@ -147,7 +149,7 @@ class ClosedFormField(VectorField):
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> ClosedFormField:
-        """Rebuild a field from ``to_arrays``."""
+        """Rebuild a field from the arrays of ``to_arrays``."""
         members = []
         scales = np.atleast_1d(np.asarray(arrays["scale"])).tolist()
         for m in range(len(scales)):
@@ -166,14 +168,14 @@ class ClosedFormField(VectorField):
 
 
 def closed_form(problems: Sequence[Problem], *, device: torch.device, dtype: torch.dtype) -> ClosedFormField:
-    """Put the members' pairs together as fields.
+    """Assemble the closed-form field of the members' pairs.
 
     Parameters
     ----------
     problems
         One per member.
     device, dtype
-        Where and in what precision.
+        Where to compute, and in what precision.
 
     Raises
     ------
@@ -211,7 +213,7 @@ def closed_form(problems: Sequence[Problem], *, device: torch.device, dtype: tor
 
 
 def _cut(part: _Member, first: float, last: float) -> list[float]:
-    """Return a way's ends and the snapshots' times between them, in its order; what rounding may part is one."""
+    """Return a way's ends and the snapshots' times between, in its order; times equal up to rounding count once."""
     inner = []
     for interval in part.intervals[1:]:
         rounding = 1e-6 * float(interval.pairs.length)
@@ -221,14 +223,14 @@ def _cut(part: _Member, first: float, last: float) -> list[float]:
 
 
 def _between(part: _Member, first: float, last: float) -> _Member:
-    """Return a member with the one interval that holds the middle of a leg."""
+    """Return a member with only the interval that contains the middle of a leg."""
     middle = (first + last) / 2
     k = max(sum(float(interval.pairs.t0) <= middle for interval in part.intervals) - 1, 0)
     return replace(part, intervals=part.intervals[k : k + 1])
 
 
 class _Now(NamedTuple):
-    """What a member's pairs are at one time: moments of their paths, masses ``(n_pairs,)`` and growth rates."""
+    """A member's pairs at one time: moments of their paths, masses ``(n_pairs,)``, growth rates, and the floor."""
 
     at: Moments
     mass: Tensor
@@ -237,7 +239,7 @@ class _Now(NamedTuple):
 
     @classmethod
     def of(cls, part: _Member, t: float, dtype: torch.dtype) -> _Now:
-        # all times in the points' precision: where they are the same they must not differ by rounding
+        # all times in the points' precision, as equal times must not differ by rounding
         now, *starts = torch.tensor(
             [t, *(float(interval.pairs.t0) for interval in part.intervals)], dtype=dtype
         ).tolist()
@@ -247,7 +249,7 @@ class _Now(NamedTuple):
         there = min(max((t - float(pairs.t0)) / length, 0.0), 1.0)
         s = min(max(there, path.margin), 1 - path.margin)
         at = path.moments(pairs, interval.mass0.new_full((1, 1), s, dtype=dtype))
-        if s != there:  # the spread alone keeps its margin: a cell at its snapshot is where its pairs' means are
+        if s != there:  # only the spread keeps the margin: at a snapshot a cell is at its pairs' means
             at = replace(at, mean=at.mean + (there - s) * length * at.mean_rate)
         mass = ((1 - s) * interval.mass0 + s * interval.mass1).clamp(min=1e-30)
         rate = (interval.mass1 - interval.mass0) / mass / length
@@ -278,7 +280,7 @@ def _evaluate(part: _Member, t: float, x: Tensor) -> tuple[Tensor, Tensor, Tenso
     now = _Now.of(part, t, x.dtype)
     at, log_mass = now.at, now.mass.log()
     values = torch.cat([at.mean, at.mean_rate, now.rate[:, None]], 1).to(x)  # (n_pairs, 2 d + 1)
-    # by a multiple of 16 columns a CPU multiplies up to five times faster
+    # with a multiple of 16 columns a CPU multiplies up to five times faster
     d, values = x.shape[1], torch.nn.functional.pad(values, (0, -values.shape[1] % 16))
     results = []
     for points, distance2, width2 in now.tiles(part.path, x - part.origin):
@@ -295,9 +297,9 @@ def _evaluate(part: _Member, t: float, x: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def _nearest(distance2: Tensor, k: int) -> Tensor:
-    """Return the ``k``-th smallest entry of every row, the last one's where there are fewer: ``(n, 1)``.
+    """Return the ``k``-th smallest entry of every row, or the largest if there are fewer, ``(n, 1)``.
 
-    The ``k`` smallest are in the ``k`` blocks of columns whose own smallest are least, so only these are searched.
+    The ``k`` smallest are in those ``k`` blocks of columns whose minima are smallest, so only these are searched.
     """
     m = distance2.shape[1]
     whole = m // BLOCK * BLOCK
@@ -310,12 +312,12 @@ def _nearest(distance2: Tensor, k: int) -> Tensor:
 
 
 def _local(path: ProbabilityPath) -> bool:
-    """Whether the bandwidth is a local one: where the path's own spread is constant, a mere smoothing."""
+    """Say whether the bandwidth is local: where the path's own spread is constant, and so a mere smoothing."""
     return not path.margin > 0
 
 
 def _values(record: object) -> dict[str, np.ndarray]:
-    """Return a record's numbers and tensors as arrays; what is None or a record itself is left out."""
+    """Return a record's numbers and tensors as arrays; entries that are None or records are left out."""
     held = {f.name: getattr(record, f.name) for f in fields(record)}  # type: ignore[arg-type]
     rows = {name: value for name, value in held.items() if isinstance(value, tuple)}
     held |= {f"{name}.{n}": one for name, value in rows.items() for n, one in enumerate(value)}
@@ -327,7 +329,7 @@ def _values(record: object) -> dict[str, np.ndarray]:
 
 
 def _gathered(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Put what `_values` took apart together: ``name.0``, ``name.1``, ... into a tuple."""
+    """Undo how `_values` takes tuples apart: put ``name.0``, ``name.1``, ... together into a tuple."""
     whole: dict[str, Any] = {name: value for name, value in values.items() if "." not in name}
     for name in {name.split(".")[0] for name in values if "." in name}:
         whole[name] = tuple(values[f"{name}.{n}"] for n in range(sum(k.startswith(f"{name}.") for k in values)))
@@ -335,6 +337,6 @@ def _gathered(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(array: np.ndarray | float) -> Tensor | float:
-    """Return an array as it was: a number or a tensor."""
+    """Convert an array back to the number or tensor that it was."""
     array = np.asarray(array)
     return float(array) if array.ndim == 0 else torch.as_tensor(array)

@@ -1,4 +1,4 @@
-"""A field of either kind for the same problems: a network that is trained, or a kernel average that is put together."""
+"""A field of either kind for the same problems: a network that is trained, or a kernel average that is assembled."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def make_field(
     *,
     progress: bool,
 ) -> Fit:
-    """Train the members' fields, or put them together, in single precision.
+    """Train the members' fields, or assemble closed-form ones, in single precision.
 
     Parameters
     ----------
     problems, validation
-        One per member; those of held-back cells, or none.
+        One per member; for validation those of held-back cells, or none.
     training
-        Of a neural field.
+        How to train a neural field.
     device
-        Where it is computed, and where the field stays.
+        Where to compute, and where the field stays.
     progress
-        Whether to show a bar of the training.
+        Whether to show a progress bar of the training.
     """
     if kind == "closed-form":
         field = closed_form(problems, device=device, dtype=torch.float32)
@@ -61,14 +61,14 @@ def make_field(
 
 
 def distinct_seeds(kind: FieldKind, method: str, seeds: Sequence[int]) -> Sequence[int]:
-    """Return the seeds by which fields differ: the first alone, where nothing is trained and no pairs are drawn."""
+    """Return the seeds that give different fields: only the first if nothing is trained and no pairs are drawn."""
     return seeds if kind == "neural" or method not in LISTED else seeds[:1]
 
 
 def farther_shares(kind: FieldKind, problems: Sequence[Problem]) -> list[float]:
-    """Return how much farther snapshots count in each member's populations, see `starts.farther_share`.
+    """Return how much farther snapshots count when each member moves a population, see `starts.farther_share`.
 
-    Nothing in those of a closed-form field: on their way farther cells come through the nearer snapshots and take over
-    what these are off by, so that nothing is gained.
+    For a closed-form field they count nothing: on their way, cells of farther snapshots pass through the nearer ones
+    and take over what these are off by, so nothing is gained.
     """
     return [problem.farther if kind == "neural" else 0.0 for problem in problems]

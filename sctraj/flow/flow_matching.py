@@ -1,7 +1,9 @@
-"""Flow matching: ONE training loop, for one fit or many.
+"""Conditional flow matching: the training loop, the same for one fit and for many.
 
-All members are trained in one batch: their pairs are drawn in bulk, each from its own random stream, and every step
-is one batched matmul per layer. No member's numbers enter another's.
+Draw a pair of cells, a time and a point on the path between them, and regress the network on the path's velocity there:
+the minimiser is the mean velocity of all paths through a point, which carries the population along (Tong et al. 2023).
+All members are trained in one batch: their pairs are drawn in bulk, each member's from its own random stream, and every
+step is one batched matmul per layer. No member's numbers enter another's.
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ from .replay import Replayed
 from .snapshots import to_device
 from .vector_field import MLP, Modules, NeuralField, VectorField, scaling
 
-CHUNK = 2**19  # numbers drawn at once for a member: a few dozen steps' worth in five dimensions
-CHUNK_ON_GPU = 2**21  # there: a draw's time is that of launching its kernels, however much it draws
-EVALUATE_EVERY = 25  # steps between looks at the validation loss
+CHUNK = 2**19  # numbers drawn at once for a member: enough for a few dozen steps in five dimensions
+CHUNK_ON_GPU = 2**21  # on a GPU, where a draw takes as long as launching its kernels, however much it draws
+EVALUATE_EVERY = 25  # steps between evaluations of the validation loss
 VALIDATION_PAIRS = 512  # per interval
-FULL_INTERVALS = 5  # that have a batch each; those of a longer course, which are alike, share as many
-DIVERGED = 10.0  # times the first loss: a last one above has not converged
-GROWTH_WEIGHT = 0.1  # of the growth's error in the loss: a head beside the velocity's, not instead of it
+FULL_INTERVALS = 5  # up to so many intervals have a batch each; those of a longer course, alike, share as many pairs
+DIVERGED = 10.0  # a final loss above this many times the first one has not converged
+GROWTH_WEIGHT = 0.1  # of the growth's error in the loss: growth is learned beside the velocity, not instead of it
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,11 @@ class Fit:
     vector_field
         M members.
     loss
-        Training loss of every step, ``(n_steps, M)``: mean squared error of the velocity in units of the data's rms
-        deviation per mean gap, plus that of the score times the path's standard deviation where there is one, plus
-        a tenth of that of the growth (per mean gap).
+        Training loss of every step, ``(n_steps, M)``: the mean squared error of the velocity in units of the data's rms
+        deviation per mean gap, plus, if there is a score, that of the score times the path's standard deviation, plus a
+        tenth of that of the growth (per mean gap).
     validation_loss
-        The same on held-back pairs, ``(n_evaluations, M)``; empty unless early stopping was asked for.
+        The same for pairs of held-back cells, ``(n_evaluations, M)``; empty unless early stopping was asked for.
     """
 
     vector_field: VectorField
@@ -59,9 +61,9 @@ class _Batch(NamedTuple):
     x: Tensor
     velocity: Tensor
     noise: Tensor  # minus std times the score target; (S, M, B, 0) without a score
-    growth: Tensor  # target, per mean gap; (S, M, B, 0) where nothing grows
+    growth: Tensor  # target, per mean gap; (S, M, B, 0) if nothing grows
     weight: Tensor  # of the velocity's and the growth's error
-    std: Tensor  # of the path, over `Problem.std`: at most the root of the interval's length over the mean gap
+    std: Tensor  # of the path, in units of `Problem.std`: at most the root of the interval's length over the mean gap
 
 
 def pick_device(name: str) -> torch.device:
@@ -70,7 +72,7 @@ def pick_device(name: str) -> torch.device:
     Raises
     ------
     ValueError
-        If the device is unknown or not there: it never falls back in silence.
+        If the device is unknown or not available; there is no silent fallback.
     """
     n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     there = {"cuda": n_cuda, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
@@ -95,16 +97,17 @@ class Training:
     Attributes
     ----------
     module
-        The user's own network (see ``Modules``), or None for a perceptron of ``depth`` hidden layers of ``width``.
+        The user's own network (see `Modules`), or None for a perceptron with ``depth`` hidden layers of ``width``
+        units.
     n_steps
         Steps of the optimiser (AdamW; a one-cycle schedule whose highest rate is ``learning_rate``).
     batch_size
-        Pairs per interval in each step; of more than ``FULL_INTERVALS`` as many in all as of these.
+        Pairs per interval in each step; more than ``FULL_INTERVALS`` intervals share as many pairs as these would have.
     ema_decay
-        Of the exponential moving average of the weights that is returned; 0 for the last weights.
+        Decay of the exponential moving average of the weights, which is returned; 0 for the last weights.
     patience
-        Evaluations (every 25 steps) without improvement of its validation loss after which a member keeps its best
-        weights; None: no early stopping.
+        Number of evaluations (one every 25 steps) without improvement of its validation loss after which a member keeps
+        its best weights; None: no early stopping.
     """
 
     module: nn.Module | None
@@ -125,7 +128,7 @@ class Training:
             is_number = isinstance(value, numbers.Real)
             if not is_number or not 1 <= value < math.inf or value != int(value):
                 raise ValueError(f"expected {name} to be a whole number of at least 1, found {value!r}")
-            object.__setattr__(self, name, int(value))  # a float may stand for it
+            object.__setattr__(self, name, int(value))  # a whole float is accepted
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"expected a positive learning_rate, found {self.learning_rate}")
         if not 0 <= self.weight_decay < math.inf or not 0 <= self.ema_decay < 1:
@@ -148,22 +151,22 @@ def fit(
     Parameters
     ----------
     problems
-        One per member; all of one dimension, all with a score or all without.
+        One per member; all of one dimension, and all with a score or all without.
     validation
-        One per member, of held-back cells, for early stopping; or none.
+        Problems of held-back cells for early stopping, one per member; or none.
     training
         Network, steps, rates.
     device, dtype
-        Where and in what precision.
+        Where to train, and in what precision.
     progress
         Whether to show a progress bar.
 
     Raises
     ------
     ValueError
-        If there is no member, or a user's module gives outputs of another shape.
+        If there is no member, or the outputs of a user's module have another shape.
     RuntimeError
-        If the loss is not finite at the end, or far above what it was at first.
+        If the final loss is not finite, or is far above the first one.
     """
     if not problems:
         raise ValueError("expected at least one problem to fit, found none")
@@ -200,7 +203,7 @@ def fit(
     history = losses.cpu()
     if not bool(history[-1].isfinite().all()):
         raise RuntimeError(f"expected a finite loss, found {history[-1].tolist()}; take a lower learning_rate")
-    first, last = history[0], history[-max(1, n_steps // 20) :].mean(0)  # the first is before any step
+    first, last = history[0], history[-max(1, n_steps // 20) :].mean(0)  # the first loss precedes any step
     if bool((last > DIVERGED * first.clamp(min=1)).any()):
         raise RuntimeError(
             f"expected a loss that falls, found {first.tolist()} at first and {last.tolist()} at last; take a lower "
@@ -215,7 +218,7 @@ def _train(
 ) -> tuple[Tensor, Tensor]:
     """Train the field's network in place.
 
-    The host never waits for the device but to ask whether all members are done, where there is a ``held_back`` batch.
+    The host waits for the device only if there is a ``held_back`` batch, to ask whether all members are done.
 
     Returns
     -------
@@ -229,7 +232,7 @@ def _train(
 
     def act(rate: Tensor | float, fading: Tensor | float, *batch: Tensor) -> Tensor:
         loss = _loss(field, _Batch(*batch))  # (M,)
-        # members share nothing: each gets the gradient of its own loss
+        # members share no weights, so each gets the gradient of its own loss
         optimiser.step(torch.autograd.grad(loss.sum(), weights, allow_unused=True), rate)
         with torch.no_grad():
             for mean, w in zip(average, weights):
@@ -237,10 +240,10 @@ def _train(
         return loss.detach()
 
     rates: Sequence[Tensor | float] = [training.learning_rate * one_cycle(step / n_steps) for step in range(n_steps)]
-    # a short memory while the weights still travel
+    # a short memory while the weights still move far
     fadings: Sequence[Tensor | float] = [1 - min(training.ema_decay, (1 + k) / (10 + k)) for k in range(n_steps)]
     run: Callable[..., Tensor] = act
-    if device.type == "cuda" and isinstance(field.network, MLP):  # a user's module may do what cannot be recorded
+    if device.type == "cuda" and isinstance(field.network, MLP):  # a user's module may not be recordable
         each = (torch.tensor(v, dtype=torch.float32).to(device, non_blocking=True) for v in (rates, fadings))
         rates, fadings = (v.unbind() for v in each)
         run = Replayed(act, device)
@@ -266,13 +269,13 @@ def _train(
 def _steps(n_steps: int, members: int, *, progress: bool) -> Iterable[int]:
     if not progress:
         return range(n_steps)
-    from tqdm.auto import trange  # warns where a notebook lacks its widgets: only whom it concerns
+    from tqdm.auto import trange  # imported only where needed: it warns in notebooks without widgets
 
     return trange(n_steps, desc=f"flow matching, {members} member(s)", leave=False)
 
 
 def pairs_a_step(batch_size: int, n_intervals: int) -> int:
-    """Return how many pairs a step has of a course of so many intervals, the same number of each."""
+    """Return the number of pairs in a training step on a course of so many intervals, the same number for each."""
     return n_intervals * math.ceil(batch_size * min(n_intervals, FULL_INTERVALS) / n_intervals)
 
 
@@ -283,8 +286,8 @@ def _batches(
     n_pairs: int,
     n_steps: int,
 ) -> Iterator[_Batch]:
-    """Yield every step's data, drawn some dozens of steps at a time: indices and noise in bulk, then only views."""
-    # whatever the other members are, so that a member's stream is its own
+    """Yield every step's data, views of what is drawn in bulk for some dozens of steps at a time."""
+    # the same for any number of members, so that a member's stream does not depend on the others
     most = CHUNK if field.scale.device.type == "cpu" else CHUNK_ON_GPU
     at_once = max(1, min(n_steps, most // (n_pairs * (3 * field.dimension + 3))))
     for start in range(0, n_steps, at_once):
@@ -305,7 +308,7 @@ def _draw(
         drawn = problem.sample(n_steps, n_pairs, stream)
         sample, empty = drawn.path, drawn.path.x[..., :0]
         noise = -sample.score * sample.std if sample.score is not None and problem.std > 0 else None
-        # an interval's error counts by how far it displaces cells by the interval's end, a pair's by its mass
+        # an interval's errors are weighted by how far they displace cells by its end, a pair's by its mass
         weight = (drawn.length / gap).square().expand(n_steps, n_pairs, 1)
         return _Batch(
             t=((sample.t - origin) / gap).to(dtype),
@@ -329,7 +332,7 @@ def _draw(
 
 
 def _loss(field: NeuralField, batch: _Batch) -> Tensor:
-    """Each member's loss ``(M,)``: CFM for the velocity, denoising score matching weighted by the std, growth."""
+    """Return each member's loss ``(M,)``: CFM for velocity and growth, std-weighted denoising score matching."""
     output = field.network(batch.t, batch.x)
     d, n_score, n_growth = (v.shape[-1] for v in (batch.x, batch.noise, batch.growth))
     loss = (batch.weight * (output[..., :d] - batch.velocity).square()).mean((1, 2))

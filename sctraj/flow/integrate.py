@@ -1,4 +1,7 @@
-"""Moving cells along a field: the ODE (`push`, and `transport` with mass) and the SDE (`simulate`), either way."""
+"""Move cells along a field, forwards or backwards in time.
+
+`push` solves the ODE of the velocity, `transport` the same with mass, and `simulate` the SDE of velocity and score.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from torchdiffeq import odeint
 from .vector_field import FieldSample, Leg
 
 Solver = Literal["euler", "rk4", "dopri5"]
-CELLS = 2**16  # cells times members met at once
-CELLS_ON_CPU = 2**14  # there: what the caches hold of the network's layers
+CELLS = 2**16  # cells times members handled at once
+CELLS_ON_CPU = 2**14  # on a CPU, whose caches hold the network's layers for so many
 
 
 class Field(Protocol):
@@ -32,7 +35,7 @@ class Field(Protocol):
         """Return velocity, score and growth."""
 
     def bandwidth(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """Return the standard deviation of the kernel, ``(M, B, 1)``; zero without one."""
+        """Return the kernel's standard deviation, ``(M, B, 1)``; zero without a kernel."""
 
     def legs(self, t0: Tensor, t1: Tensor) -> Sequence[Leg]:
         """Return the ways from ``t0`` to ``t1``, ``(M,)`` each, cut where the field jumps."""
@@ -45,15 +48,15 @@ class Integration:
     Attributes
     ----------
     solver
-        ``"euler"`` or ``"rk4"`` on a fixed grid of ``n_steps`` equal steps: each cell's result is its own, whatever
-        its companions, to rounding. ``"dopri5"`` takes steps that the cells met together share, so that a cell's
-        result depends on its companions within ``tolerance``.
+        ``"euler"`` or ``"rk4"``, on a fixed grid of ``n_steps`` equal steps: a cell's result does not depend on the
+        other cells, up to rounding. ``"dopri5"`` takes adaptive steps that are shared by all cells handled at once, so
+        a cell's result depends on the others, within ``tolerance``.
     n_steps
-        On the whole way, or where several gaps are crossed in each of them. A way that a closed-form field is cut into
-        legs on shares them among these.
+        Steps on the whole way or, if a population crosses several gaps, in each of them. If the way is cut into the
+        legs of a closed-form field, they are divided among these.
     tolerance
-        Of dopri5, of a step, relative to the position and to the data's rms deviation; of log masses absolute. On the
-        whole way it adds up: at 1e-4 cells were off by .2 % of the deviation (rms), single ones by 1 %.
+        Tolerance of a step of dopri5, relative to the position and to the data's rms deviation; absolute for log
+        masses. Errors add up along the way: at 1e-4 cells were off by .2 % of the deviation (rms), single ones by 1 %.
     """
 
     solver: Solver
@@ -61,19 +64,19 @@ class Integration:
     tolerance: float = 1e-4
 
 
-AS_PUBLISHED = Integration("euler", 100)  # the protocol's (Tong et al. 2023, section 5.2)
+AS_PUBLISHED = Integration("euler", 100)  # in the published protocol (Tong et al. 2023, section 5.2)
 
 
 @dataclass(frozen=True)
 class Moved:
-    """Where cells have come to, ``(M, n, d)``, and the log of what their mass has been multiplied by, ``(M, n)``."""
+    """The cells after the move, ``(M, n, d)``, and the log of the factor on their mass, ``(M, n)``."""
 
     points: Tensor
     log_mass: Tensor
 
 
 def push(field: Field, x: Tensor, t0: Tensor | float, t1: Tensor | float, how: Integration) -> Tensor:
-    """Integrate ``dx/dt = v(t, x)`` from ``t0`` to ``t1``: `transport` without the mass; returns ``(M, n, d)``."""
+    """Integrate ``dx/dt = v(t, x)`` from ``t0`` to ``t1``: `transport` without the mass; return ``(M, n, d)``."""
     return transport(field, x, t0, t1, how).points
 
 
@@ -86,13 +89,13 @@ def transport(field: Field, x: Tensor, t0: Tensor | float, t1: Tensor | float, h
     x
         Cells of every member, ``(M, n, d)``.
     t0, t1
-        Real times: floats, or ``(M,)`` where members differ.
+        Real times: floats, or ``(M,)`` if members differ.
     how
         Solver, steps on the whole way, tolerance.
 
     Returns
     -------
-    Cells at ``t1``, and what has become of their mass (nothing, where the field has no growth).
+    Cells at ``t1``, and the log factor on their mass (zero if the field has no growth).
     """
     d = x.shape[-1]
     grows = field.evaluate(_span(t0, t1, x)[0], x[:, :1]).growth is not None
@@ -126,7 +129,7 @@ def _moved_on(leg: Leg, state: Tensor, d: int, how: Integration) -> Tensor:
 def _ways(
     field: Field, t0: Tensor | float, t1: Tensor | float, members: int, n_steps: int
 ) -> Iterator[tuple[Leg, int]]:
-    """Yield the legs of the members' ways, and how many of the steps each leg has: as many as its largest share."""
+    """Yield the legs of the members' ways and each leg's number of steps, by the member for which it is largest."""
     first, last = (torch.as_tensor(t, dtype=torch.float64).flatten().cpu().expand(members) for t in (t0, t1))
     legs = field.legs(first, last)
     for leg in legs:
@@ -155,11 +158,12 @@ def simulate(
     x
         Cells of every member, ``(M, n, d)``.
     t0, t1
-        Real times: floats, or ``(M,)`` where members differ; all forwards or all backwards.
+        Real times: floats, or ``(M,)`` if members differ; all forwards or all backwards.
     sigma
         Diffusivity: a length per root of time; a float, or ``(M,)``.
     n_steps
-        Equal steps. The noise is drawn for all cells at every step, so the result does not depend on tiling.
+        Number of equal steps. At every step the noise is drawn for all cells at once, so the result does not depend on
+        how they are split into parts.
 
     Returns
     -------
@@ -184,9 +188,10 @@ def simulate(
 
 
 def _in_steps(rate: Callable[[Tensor, Tensor], Tensor], y: Tensor, solver: Solver, n_steps: int) -> Tensor:
-    """Integrate ``dy/ds = rate(s, y)`` from 0 to 1 in ``n_steps`` equal steps, Euler's or of Kutta's 3/8 rule.
+    """Integrate ``dy/ds = rate(s, y)`` from 0 to 1 in ``n_steps`` equal steps of Euler's method or Kutta's 3/8 rule.
 
-    As in torchdiffeq, whose own loop has the host wait for the device to compare times at every step.
+    These are the steps of torchdiffeq, whose own loop makes the host wait for the device at every step, to compare
+    times.
     """
     if not n_steps >= 1 or math.isinf(n_steps):
         raise ValueError(f"expected at least one step, found {n_steps}")
@@ -204,12 +209,12 @@ def _in_steps(rate: Callable[[Tensor, Tensor], Tensor], y: Tensor, solver: Solve
 
 
 def _span(t0: Tensor | float, t1: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return start and length of the way, each ``(M or 1, 1, 1)``, on the CPU: a field may have to look at times."""
+    """Return start and length of the way, each ``(M or 1, 1, 1)``, on the CPU, as a field may have to inspect times."""
     first, last = (torch.as_tensor(t, dtype=torch.float64).reshape(-1, 1, 1).cpu() for t in (t0, t1))
     return first.to(x.dtype), (last - first).to(x.dtype)
 
 
 def _tiles(x: Tensor) -> tuple[Tensor, ...]:
-    """Split cells ``(M, n, d)`` into parts that are met at once."""
+    """Split cells ``(M, n, d)`` into parts that are handled one at a time."""
     at_once = min(CELLS, CELLS_ON_CPU) if x.device.type == "cpu" else CELLS
     return x.split(max(1, at_once // len(x)), 1)

@@ -1,4 +1,4 @@
-"""What the training loop moves weights by: AdamW, the cycle of its rate, and early stopping, member by member."""
+"""How the training loop moves weights: AdamW, its learning rate's cycle, and early stopping of single members."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw
 
 
 def one_cycle(progress: float) -> float:
-    """Learning rate over its highest: a linear rise over the first tenth, then a cosine fall to zero."""
+    """Return the learning rate over its highest: a linear rise over the first tenth, then a cosine fall to zero."""
     rise = 0.1
     if progress < rise:
         return (progress + 0.01) / (rise + 0.01)
@@ -21,7 +21,8 @@ def one_cycle(progress: float) -> float:
 class AdamW:
     """AdamW with PyTorch's defaults (Loshchilov & Hutter 2019).
 
-    ``torch.optim.AdamW`` takes the same steps, but to make one loads the compiler, which takes longer than a short fit.
+    ``torch.optim.AdamW`` takes the same steps, but creating one loads the compiler, which takes longer than a short
+    fit.
     """
 
     def __init__(self, weights: list[Tensor], weight_decay: float) -> None:
@@ -34,11 +35,11 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor | None], learning_rate: Tensor | float) -> None:
-        """Take a step; weights without a gradient stay."""
+        """Take a step; weights without a gradient stay as they are."""
         moved = [k for k, gradient in enumerate(gradients) if gradient is not None]
         adamw(
             [self.weights[k] for k in moved],
-            [gradient.contiguous() for gradient in gradients if gradient is not None],  # as the weights are
+            [gradient.contiguous() for gradient in gradients if gradient is not None],  # like the weights
             [self.means[k] for k in moved],
             [self.squares[k] for k in moved],
             [],
@@ -55,7 +56,7 @@ class AdamW:
 
 
 class swapped:
-    """Put other values into the weights for a while."""
+    """Replace the weights' values within a ``with`` block."""
 
     def __init__(self, weights: list[Tensor], values: list[Tensor]) -> None:
         self.weights, self.values = weights, values
@@ -71,7 +72,7 @@ class swapped:
 
 
 class EarlyStopping:
-    """Each member's best weights so far; a member that has not improved for ``patience`` looks is done for good."""
+    """Each member's best weights so far; a member without improvement for ``patience`` evaluations is done for good."""
 
     def __init__(self, weights: list[Tensor], members: int, patience: int) -> None:
         self.best, device = [w.clone() for w in weights], weights[0].device
@@ -80,7 +81,7 @@ class EarlyStopping:
         self.patience = patience
 
     def look(self, loss: Tensor, weights: list[Tensor]) -> None:
-        """Take the members' losses with these weights into account."""
+        """Record the members' validation losses with these weights."""
         better = (loss < self.lowest) & (self.waited < self.patience)
         self.lowest = torch.where(better, loss.to(self.lowest), self.lowest)
         done = self.waited >= self.patience
@@ -90,5 +91,5 @@ class EarlyStopping:
             best.copy_(torch.where(better.view(-1, *[1] * (w.dim() - 1)), w, best))
 
     def done(self) -> bool:
-        """Ask whether all members are; the host waits for the answer."""
+        """Ask whether all members are done; the host waits for the device to answer."""
         return bool((self.waited >= self.patience).all())

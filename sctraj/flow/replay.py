@@ -1,4 +1,7 @@
-"""Steps recorded once and replayed: of a small network's step on a GPU most is the launching of its kernels."""
+"""Training steps recorded once as a CUDA graph and replayed.
+
+On a GPU most of the time of a small network's step goes into launching its kernels; a replay launches them all at once.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,25 @@ from functools import cache
 import torch
 from torch import Tensor
 
-WARM_UP = 3  # calls before the recording, in which libraries load what they need
+WARM_UP = 3  # calls before the recording, during which libraries load what they need
 
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the device's stream for recordings: libraries keep room of their own for every stream they have met."""
+    """Return the device's one stream for recordings: libraries reserve memory for every stream that they have used."""
     return torch.cuda.Stream(device)
 
 
 class Replayed:
     """A function of tensors whose shapes stay the same, recorded as a CUDA graph and replayed.
 
-    What the function changes in place, every call changes. It must not have the host wait for the device, and must do
-    the same whatever the tensors' values. Its first calls run as they are.
+    What the function changes in place is changed by every call. It must not make the host wait for the device, and must
+    run the same operations whatever the tensors' values. The first calls are not recorded.
 
     Parameters
     ----------
     act
-        Maps tensors on one CUDA device to one.
+        Function that maps tensors on one CUDA device to one tensor.
     device
         That device.
     """
@@ -46,14 +49,14 @@ class Replayed:
                 return self._as_it_is()
             if self.calls == WARM_UP + 1:
                 self.graph = torch.cuda.CUDAGraph()
-                # other threads may do what a recording must not
+                # other threads may do what is forbidden during a recording
                 with torch.cuda.graph(self.graph, stream=_stream(self.device), capture_error_mode="thread_local"):
                     self.found = self.act(*self.inputs)
             self.graph.replay()
             return self.found
 
     def _as_it_is(self) -> Tensor:
-        """Call the function on the stream that it will be recorded on."""
+        """Call the function without a recording, on the stream on which it will be recorded."""
         current, stream = torch.cuda.current_stream(), _stream(self.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):

@@ -1,4 +1,8 @@
-"""Vector fields: velocity, score and growth at (t, x), for M members at once; and the neural one."""
+"""Vector fields: velocity, score and growth at (t, x), for M members at once; and the neural field.
+
+`VectorField` is what the rest of the package uses, in the user's units. `NeuralField` wraps a network that sees
+standardised times and cells; the other kind is in `closed_form`.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +26,18 @@ Quantity = Literal["velocity", "score", "growth"]
 
 @dataclass(frozen=True)
 class Scaling:
-    """What takes the user's units to the network's and back, for one member.
+    """The conversion between the user's units and the network's, for one member.
 
     Attributes
     ----------
     shift, scale
-        Mean ``(d,)`` and one root mean square deviation for all coordinates, so that distances keep their meaning.
+        Mean ``(d,)``, and the root mean square deviation: one for all coordinates, so that ratios of distances are
+        kept.
     origin, gap
         First time and mean gap, in units of time.
     std
-        Largest standard deviation of the path over the mean gap, in units of x; the score head gives ``std * score``,
-        which stays of the order of one however small sigma is. Zero without a score.
+        Largest standard deviation that the path has over the mean gap, in units of x. The score head returns
+        ``std * score``, which stays of the order of one however small sigma is. Zero without a score.
     """
 
     shift: Tensor
@@ -43,7 +48,7 @@ class Scaling:
 
 
 def scaling(snapshots: Snapshots, *, std: float) -> Scaling:
-    """Measure a member's scaling on its own (kept) snapshots, each weighing the same."""
+    """Measure a member's scaling on its own (kept) snapshots, all of the same weight."""
     means = torch.stack([m.to(x.dtype) @ x for x, m in zip(snapshots.points, snapshots.mass)])
     shift = means.mean(0)
     squares = [m @ (x - shift).double().square().sum(1) for x, m in zip(snapshots.points, snapshots.mass)]
@@ -57,14 +62,14 @@ SELU_ALPHA, SELU_SCALE = 1.6732632423543772848, 1.0507009873554804934  # Klambau
 
 
 class _Layers(torch.autograd.Function):
-    """All layers of M perceptrons as one node of the graph: activations in place, their slopes from their own values.
+    """All layers of M perceptrons as one node of the graph: activations in place, their slopes taken from their values.
 
-    The last layer is a matmul of transposes: with so few columns it takes a fifth of the time on a CPU.
+    The last layer is computed as a product of transposes: with so few columns this takes a fifth of the time on a CPU.
     """
 
     @staticmethod
     def forward(ctx: FunctionCtx, h: Tensor, *parameters: Tensor) -> Tensor:
-        """Map ``(M, B, n)`` to ``(M, B, m)``; parameters are all layers' weights, then their biases."""
+        """Map ``(M, B, n)`` to ``(M, B, m)``; the parameters are the weights of all layers, then their biases."""
         weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
         inputs = [h]
         for weight, bias in zip(weights[:-1], biases):
@@ -75,7 +80,7 @@ class _Layers(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        """Return the gradients of what went into ``forward``."""
+        """Return the gradients with respect to the arguments of ``forward``."""
         inputs, weights = ctx.saved_tensors[: (n := len(ctx.saved_tensors) // 2)], ctx.saved_tensors[n:]
         of_weights, of_biases = [torch.bmm(gradient.mT, inputs[-1]).mT.contiguous()], [gradient.sum(1, keepdim=True)]
         for layer in range(n - 1, 0, -1):
@@ -90,7 +95,7 @@ class _Layers(torch.autograd.Function):
 
 
 def _selu_(x: Tensor) -> Tensor:
-    """Apply SELU in place; on a CPU by way of exp2, which PyTorch has in a quarter of the time of expm1."""
+    """Apply SELU in place; on a CPU by exp2, for which PyTorch takes a quarter of the time of expm1."""
     if x.device.type != "cpu":
         return torch.selu_(x)
     power = x.clamp_max(0).mul_(1 / math.log(2)).exp2_()
@@ -98,7 +103,7 @@ def _selu_(x: Tensor) -> Tensor:
 
 
 class Leg(NamedTuple):
-    """A part of each member's way, from ``t0`` to ``t1`` ``(M,)``, and the field on it, which jumps nowhere between."""
+    """A part of each member's way, from ``t0`` to ``t1`` ``(M,)``, and the field on it, which has no jumps there."""
 
     field: Any
     t0: Tensor
@@ -113,10 +118,9 @@ class MLP(nn.Module):
     sizes
         Widths of the layers, input first.
     rngs
-        One CPU generator per member, from which its first weights are drawn.
+        One CPU generator per member, from which its initial weights are drawn.
     tempos
-        What times are multiplied by before they go in, one per member: at a slow tempo a network learns first what
-        changes slowly.
+        Factors on the times that go in, one per member: at a slow tempo a network first learns what changes slowly.
     """
 
     tempo: Tensor
@@ -133,7 +137,7 @@ class MLP(nn.Module):
         pairs = list(pairwise(sizes))
         self.weights = nn.ParameterList([uniform(n, n, m) for n, m in pairs])
         self.biases = nn.ParameterList([uniform(n, 1, m) for n, m in pairs])
-        # in double where the times are: rounding of a tempo would make single and double fields differ
+        # in double precision if the times are: a rounded tempo would make single and double fields differ
         self.register_buffer("tempo", torch.tensor(tempos or [1.0] * len(rngs), dtype=torch.float64).reshape(-1, 1, 1))
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
@@ -147,9 +151,9 @@ class Modules(nn.Module):
     Parameters
     ----------
     module
-        Maps standardised times ``(B, 1)`` and points ``(B, d)`` to ``(B, d)``: the velocity, or to ``(B, 2 d)``: the
-        velocity, then the score, where a score is asked for; with one column more for growth, where the population
-        grows. Every member starts from the module's weights.
+        Maps standardised times ``(B, 1)`` and points ``(B, d)`` to the velocity, ``(B, d)``, or to velocity and score,
+        ``(B, 2 d)``, if there is to be a score; with one column more for growth if the population grows. Every member
+        starts from the module's weights.
     members
         How many.
     """
@@ -161,7 +165,7 @@ class Modules(nn.Module):
         self.stacked = nn.ParameterList(stacked)
         for k, buffer in enumerate(module.buffers()):
             self.register_buffer(f"buffer_{k}", buffer.detach().expand(members, *buffer.shape).clone())
-        # kept out of the registry: its own weights are only a template
+        # not registered as a submodule: its own weights are only a template
         self.__dict__["template"] = copy.deepcopy(module)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
@@ -179,7 +183,7 @@ class Modules(nn.Module):
 class FieldSample:
     """Velocity ``(M, B, d)`` per unit of time, score ``(M, B, d)`` per unit of x and growth ``(M, B, 1)`` per time.
 
-    Score and growth are None where there are none.
+    Score and growth are None if the field has none.
     """
 
     velocity: Tensor
@@ -188,7 +192,7 @@ class FieldSample:
 
 
 class VectorField(nn.Module, ABC):
-    """Velocities (scores, growth rates) of M members, in the user's units, per unit of real time.
+    """Velocities, and any scores and growth rates, of M members, in the user's units, per unit of real time.
 
     Attributes
     ----------
@@ -232,10 +236,10 @@ class VectorField(nn.Module, ABC):
 
     @abstractmethod
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Return all that the field consists of as arrays."""
+        """Return everything that the field consists of, as arrays."""
 
     def bandwidth(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """Return the standard deviation ``(M, B, 1)`` of the kernel that the field averages by; zero without one."""
+        """Return the standard deviation ``(M, B, 1)`` of the kernel with which the field averages; zero without one."""
         return x.new_zeros(*x.shape[:-1], 1)
 
     def legs(self, t0: Tensor, t1: Tensor) -> Sequence[Leg]:
@@ -254,7 +258,7 @@ class VectorField(nn.Module, ABC):
         return score
 
     def growth(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """Return the growth rate ``(M, B, 1)`` at real time ``t`` and points ``(M, B, d)``; zero where none grows."""
+        """Return the growth rate ``(M, B, 1)`` at real time ``t`` and points ``(M, B, d)``; zero without growth."""
         growth = self.evaluate(t, x).growth
         return x.new_zeros(*x.shape[:-1], 1) if growth is None else growth
 
@@ -262,12 +266,12 @@ class VectorField(nn.Module, ABC):
     def __call__(self, t: float, x: np.ndarray, of: Quantity = "velocity") -> np.ndarray:
         """Return the velocity at points ``(n, d)``, averaged over the members, as an array ``(n, d)``.
 
-        Or, as ``of`` says, the score ``(n, d)`` or the growth rate ``(n,)``.
+        According to ``of``, it may be the score ``(n, d)`` or the growth rate ``(n,)`` instead.
 
         Raises
         ------
         ValueError
-            A time that is not finite, points of another shape, a quantity that there is not.
+            If the time is not a single finite number, the points have another shape, or there is no such quantity.
         """
         if of not in get_args(Quantity):
             raise ValueError(f"expected one of {', '.join(get_args(Quantity))}, found {of!r}")
@@ -311,7 +315,7 @@ class Ensemble:
         return self.field.bandwidth(t, x.expand(self.field.members, *x.shape[1:])).mean(0, keepdim=True)
 
     def legs(self, t0: Tensor, t1: Tensor) -> Sequence[Leg]:
-        """Return the way from ``t0`` to ``t1`` in legs, each with the members' mean on it."""
+        """Return the way from ``t0`` to ``t1`` in legs, each with the members' mean as its field."""
         of_all = self.field.legs(t0.expand(self.field.members), t1.expand(self.field.members))
         return [Leg(Ensemble(leg.field), leg.t0[:1], leg.t1[:1]) for leg in of_all]
 
@@ -321,13 +325,13 @@ class Ensemble:
 
 
 class NeuralField(VectorField):
-    """A learned field.
+    """A field learned by a network.
 
     Parameters
     ----------
     network
-        Maps standardised times ``(M, B, 1)`` and points ``(M, B, d)`` to ``(M, B, d)``, or ``(M, B, 2 d)`` with a
-        score, and one column more with growth.
+        Maps standardised times ``(M, B, 1)`` and points ``(M, B, d)`` to ``(M, B, d)``, or to ``(M, B, 2 d)`` with a
+        score, and to one column more with growth.
     scalings
         One per member.
     """
@@ -367,12 +371,12 @@ class NeuralField(VectorField):
 
     def evaluate(self, t: Tensor | float, x: Tensor) -> FieldSample:
         """Return velocity, score and growth."""
-        t = torch.as_tensor(t, dtype=x.dtype).to(x.device, non_blocking=True)  # the host need not wait
+        t = torch.as_tensor(t, dtype=x.dtype).to(x.device, non_blocking=True)  # without making the host wait
         output = self.network(
             ((t - self.origin) / self.gap).expand(*x.shape[:-1], 1).to(x.dtype), (x - self.shift) / self.scale
         )
         d = x.shape[-1]
-        rest = 2 * d if self.has_score else d  # where growth begins
+        rest = 2 * d if self.has_score else d  # the column of growth
         return FieldSample(
             velocity=output[..., :d] * (self.scale / self.gap),
             score=output[..., d:rest] / self.std if self.has_score else None,
@@ -385,12 +389,12 @@ class NeuralField(VectorField):
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], module: nn.Module | None = None) -> NeuralField:
-        """Rebuild a field from ``to_arrays``; a field with a user's module needs that module again.
+        """Rebuild a field from the arrays of ``to_arrays``; a field with a user's module needs that module again.
 
         Raises
         ------
         ValueError
-            If the arrays are those of a user's module and none is given, or of another one.
+            If the arrays are those of a user's module, and none or another one is given.
         """
         state = {name: torch.as_tensor(np.asarray(value)) for name, value in arrays.items()}
         members = len(state["scale"])
