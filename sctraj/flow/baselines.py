@@ -1,4 +1,4 @@
-"""Restorations without a model: a neighbouring snapshot copied, or optimal transport interpolation between both."""
+"""Restorations without a model: a copy of a neighbouring snapshot, or optimal transport interpolation between both."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PREVIOUS, NEXT, INTERPOLATION = BASELINES = ("previous", "next", "ot-interpolati
 
 
 def neighbours(snapshots: Snapshots, time: float) -> tuple[int | None, int | None]:
-    """Return the snapshots next to a time, before and after it, and never one at the time itself."""
+    """Return the nearest snapshots before and after a time, never one at the time itself; None if there is none."""
     before = [k for k, t in enumerate(snapshots.times) if t < time]
     after = [k for k, t in enumerate(snapshots.times) if t > time]
     return (before[-1] if before else None), (after[0] if after else None)
@@ -22,18 +22,18 @@ def baseline(kept: Snapshots, time: float, name: str, plans: Plans) -> Restorati
     Parameters
     ----------
     kept
-        Without what is restored.
+        The snapshots without the one that is restored.
     time
         Real time.
     name
         ``"previous"`` and ``"next"`` copy a neighbour, ``"ot-interpolation"`` is `interpolated` between the two.
     plans
-        Couplings solved so far, among which that between the two neighbours may be.
+        Couplings solved so far, which may include that between the two neighbours.
 
     Raises
     ------
     ValueError
-        If the name is unknown, or the neighbour to copy, or one before the time, is not there.
+        If the name is unknown, or if the neighbour to copy or the snapshots needed for the interpolation do not exist.
     """
     if name not in BASELINES:
         raise ValueError(f"expected a baseline of {', '.join(BASELINES)}, found {name!r}")
@@ -47,12 +47,12 @@ def baseline(kept: Snapshots, time: float, name: str, plans: Plans) -> Restorati
 
 
 def bridge(kept: Snapshots, time: float) -> Interval:
-    """Return the interval between the snapshots next to a time; for a time after all of them the last interval."""
+    """Return the interval between the snapshots next to a time; the last interval for a time after all of them."""
     before, after = neighbours(kept, time)
     if before is None or (after is None and before == 0):
         fewest = "one kept snapshot" if after is not None else "two kept snapshots"
         raise ValueError(f"expected at least {fewest} before time {time:g}, found too few; leave this baseline out")
     if after is None:
         return kept.intervals()[before - 1]
-    apart = kept.without(before + 1) if after - before == 2 else kept  # of a snapshot at the time itself
+    apart = kept.without(before + 1) if after - before == 2 else kept  # without a snapshot at the time itself
     return apart.intervals()[before]

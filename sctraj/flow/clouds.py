@@ -1,4 +1,4 @@
-"""Weighted clouds of cells, and means of kernels over all pairs of them."""
+"""Weighted clouds of cells, means of kernels over all pairs of cells, and how far apart cells are."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from .euclidean import distances
 from .exponential import exp_
 
 TILE = 2**20  # entries of a distance matrix held at once: what a CPU's caches hold
-ASKED = 1000  # cells, at most, that are asked for their distance to others
-NEAREST = 5  # which nearest cell's distance tells how far a point is from a cloud: a pair of cells is no cloud
+ASKED = 1000  # at most so many cells have their distance to others measured
+NEAREST = 5  # a point's distance from a cloud is that to its 5th nearest cell, as a pair of cells is no cloud
 
-Kernel = Callable[[Tensor], Tensor]  # of distances, which it leaves alone
+Kernel = Callable[[Tensor], Tensor]  # of distances, which it does not change in place
 
 
 class Cloud(NamedTuple):
-    """Points ``(n, d)`` and their masses ``(n,)``, summing to one; float64 on the CPU."""
+    """Points ``(n, d)`` and their masses ``(n,)``, which sum to one; float64 on the CPU."""
 
     points: Tensor
     mass: Tensor
 
 
 class Estimate(NamedTuple):
-    """A distance between two clouds, as measured or as estimated.
+    """A distance between two clouds, exact or estimated.
 
     Attributes
     ----------
     value
-        What all points of both clouds give.
+        The distance between all points of both clouds.
     error
-        Its standard error: 0 where all points were used.
+        Its standard error: 0 if all points were used.
     n_points
-        Points a side (the geometric mean of both) that were met at once: of all of both clouds where the value is
-        exact, else of a block.
+        Points a side (the geometric mean of both) that were compared at once: all points if the value is exact, else
+        those of a block.
     """
 
     value: float
@@ -49,7 +49,7 @@ class Estimate(NamedTuple):
 
 
 def as_cloud(x: ArrayLike, weights: ArrayLike | None, *, like: ArrayLike | None = None) -> Cloud:
-    """Return checked points and normalised weights, in the dimension of ``like``."""
+    """Check points and weights, and normalise the weights; the dimension must be that of ``like``."""
     points = as_double(x)
     if points.dim() != 2 or len(points) == 0:
         raise ValueError(f"expected points (n, d), at least one, found shape {tuple(points.shape)}")
@@ -72,15 +72,15 @@ def as_double(values: ArrayLike) -> Tensor:
     array: Any = values
     if sparse.issparse(array):
         array = array.toarray()
-    # a copy: torch takes neither negative strides nor, without a warning, what is read-only; lists it takes as float32
+    # a copy: torch does not accept negative strides, warns of read-only arrays, and reads lists as float32
     return torch.from_numpy(np.array(array, dtype=np.float64))
 
 
 def centred(cloud: Cloud) -> Cloud:
-    """Return a cloud about its mean, every point's deviation stretched to the variance that it has about its law's.
+    """Centre a cloud on its mean and stretch each deviation to the variance that it has about the law's own mean.
 
-    About the mean of all, which has its own mass ``w`` in it, a point of a law of variance 1 has one of
-    ``1 - 2 w + sum w^2``: of equal masses ``1 - 1/n``, as in an unbiased variance.
+    The mean of all points contains a point itself, with its mass ``w``. About that mean, a point from a law of variance
+    1 has the variance ``1 - 2 w + sum w^2``: for equal masses ``1 - 1/n``, as in an unbiased variance.
     """
     deviation = cloud.points - cloud.mass @ cloud.points
     variance = 1 - 2 * cloud.mass + cloud.mass.square().sum()
@@ -88,7 +88,7 @@ def centred(cloud: Cloud) -> Cloud:
 
 
 def distinct(cloud: Cloud) -> float:
-    """Probability that two draws are distinct points: ``1 - 1/n`` for equal masses."""
+    """Return the probability that two draws are distinct points: ``1 - 1/n`` for equal masses."""
     share = 1 - float(cloud.mass.square().sum())
     if not share > 1e-12:
         raise ValueError("expected at least two points with mass, found one; an unbiased distance needs pairs")
@@ -96,28 +96,28 @@ def distinct(cloud: Cloud) -> float:
 
 
 def median_distance(y: ArrayLike, *, n_cells: int = 3000) -> float:
-    """Median distance between distinct cells of ``y`` ``(m, d)``; of more than ``n_cells``, an even selection.
+    """Return the median distance between distinct cells of ``y`` ``(m, d)``, or of an even selection of ``n_cells``.
 
-    Where half of all pairs or more are of cells at one place, the median over the other pairs: zero only where all
-    cells are at one place.
+    If at least half of all pairs are of cells at the same place, it is the median over the other pairs; so it is zero
+    only if all cells are at one place.
     """
     points = as_cloud(y, None).points
     distance = torch.pdist(points[evenly(len(points), n_cells)])
     if len(distance) and (median := float(distance.median())) > 0:
         return median
-    if not bool(distance.any()):  # all that were selected are at one place
+    if not bool(distance.any()):  # all selected cells are at one place
         distance = (points - points[0]).norm(dim=1)
     apart = distance[distance > 0]
     return float(apart.median()) if len(apart) else 0.0
 
 
 def evenly(n: int, most: int) -> Tensor:
-    """Return all of ``n`` indices, or of more than ``most`` so many at even distances."""
+    """Return all of ``n`` indices or, if there are more than ``most``, that many at even distances."""
     return torch.linspace(0, n - 1, min(n, most), dtype=torch.float64).round().long()
 
 
 def points_a_side(a: Cloud, b: Cloud) -> float:
-    """Points a side: the geometric mean of the numbers of points with mass."""
+    """Return the number of points a side: the geometric mean of the numbers of points with mass."""
     return math.sqrt(int((a.mass > 0).sum()) * int((b.mass > 0).sum()))
 
 
@@ -134,15 +134,15 @@ def gaussian(bandwidth: float) -> Kernel:
 
 
 def mean_kernels(us: Sequence[Cloud], vs: Sequence[Cloud], kernels: Sequence[Kernel]) -> NDArray[np.float64]:
-    """Return weighted means of kernels over all pairs of two clouds, met once for all kernels and weightings.
+    """Return weighted means of kernels over all pairs of two clouds, in one pass for all kernels and weightings.
 
     Parameters
     ----------
     us, vs
-        Weightings of each cloud, as many of one as of the other, all of the same points. Where ``vs`` is ``us`` the
-        pairs are those of one cloud with itself, and each is met once for both of its orders.
+        Weightings of each cloud, the same number for both, all of the same points. If ``vs`` is ``us``, the pairs are
+        those of one cloud with itself, and each is visited once for both of its orders.
     kernels
-        Of the distances.
+        Functions of the distances.
 
     Returns
     -------
@@ -152,7 +152,7 @@ def mean_kernels(us: Sequence[Cloud], vs: Sequence[Cloud], kernels: Sequence[Ker
     x, y = us[0].points, vs[0].points
     total, start = np.zeros((len(kernels), len(us))), 0
     while start < len(x):
-        first = start if itself else 0  # what lies before was met from the other side
+        first = start if itself else 0  # earlier ones were visited from the other side
         stop = min(len(x), start + max(1, TILE // (len(y) - first)))
         distance = distances(x[start:stop], y[first:])
         for k, kernel in enumerate(kernels):
@@ -167,7 +167,7 @@ def mean_kernels(us: Sequence[Cloud], vs: Sequence[Cloud], kernels: Sequence[Ker
 
 
 def distinct_means(us: Sequence[Cloud], kernels: Sequence[Kernel]) -> NDArray[np.float64]:
-    """Return the same over pairs of distinct points of one cloud: all pairs less each point with itself."""
+    """Return such means over pairs of distinct points of one cloud: all pairs except each point with itself."""
     whole = mean_kernels(us, us, kernels)
     zero = torch.zeros(1, dtype=torch.float64)
     itself = np.outer([float(kernel(zero)) for kernel in kernels], [float(u.mass.square().sum()) for u in us])
@@ -175,17 +175,17 @@ def distinct_means(us: Sequence[Cloud], kernels: Sequence[Kernel]) -> NDArray[np
 
 
 def spacing(cells: Tensor) -> float:
-    """Return how far apart cells ``(n, d)`` are: the median distance to the 5th nearest other one.
+    """Return how far apart cells ``(n, d)`` are: the median distance to the 5th nearest other cell.
 
-    Of fewer than ten cells it is the one half-way to the farthest; of more than a thousand as many, evenly chosen,
-    are asked for it. Where half of the cells or more have as many others at their own place, each place counts once.
-    Zero only where all are at one.
+    With fewer than ten cells, it is the other cell half-way in the order of nearness. With more than a thousand, an
+    evenly chosen thousand have their distances measured. If at least half of the cells share their place with as many
+    others, each place counts once; so it is zero only if all cells are at one place.
     """
     cells = cells.cpu().double()
     if len(cells) < 2:
         return 0.0
     k = min(NEAREST, len(cells) // 2)
-    found = float(_to_nearest(cells[evenly(len(cells), ASKED)], cells, k + 1).median())  # itself is the first
+    found = float(_to_nearest(cells[evenly(len(cells), ASKED)], cells, k + 1).median())  # the nearest is itself
     places = cells if found > 0 else cells.unique(dim=0)
     return found if len(places) == len(cells) else spacing(places)
 
@@ -196,16 +196,16 @@ def share_astray(moved: Tensor, cells: Tensor) -> float:
     Parameters
     ----------
     moved, cells
-        Points ``(n, d)`` and the cloud ``(m, d)``, of two cells at least. It is the distance to the 5th nearest other
-        cell that counts. Points with NaN are astray.
+        Points ``(n, d)`` and the cloud ``(m, d)``, of at least two cells. What counts is the distance to the 5th
+        nearest other cell. Points with NaN are astray.
     """
     cells = cells.cpu().double()
     k = min(NEAREST, len(cells) - 1)
-    own = _to_nearest(cells, cells, k + 1)  # itself is the first
+    own = _to_nearest(cells, cells, k + 1)  # the nearest is itself
     near = _to_nearest(moved.cpu().double(), cells, k) <= own.max()
     return 1 - float(near.double().mean())
 
 
 def _to_nearest(x: Tensor, cells: Tensor, k: int) -> Tensor:
-    """Distance of points ``(n, d)`` to their ``k``-th nearest cell, ``(n,)``."""
+    """Return the distance of points ``(n, d)`` to their ``k``-th nearest cell, ``(n,)``."""
     return distances(x, cells).kthvalue(k, 1).values

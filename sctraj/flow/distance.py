@@ -1,9 +1,10 @@
 """Distances between two weighted clouds of cells.
 
-All take points ``(n, d)`` and ``(m, d)`` (arrays or tensors; sparse ones are made dense) and compute in float64.
-Weights need not be normalised; uniform where not given. Most return a float and use every pair; the ``estimated_``
-ones (`distance_estimates`, `pairwise_estimates`) are for clouds so large that this takes too long, and return an
-`Estimate`: the value that all pairs would give, and its standard error.
+They say how near a restoration comes to the cells that were observed. All take points ``(n, d)`` and ``(m, d)`` (arrays
+or tensors; sparse ones are made dense) and compute in float64. Weights need not be normalised, and are uniform by
+default. Most return a float and use every pair. The ``estimated_`` ones (`distance_estimates`, `pairwise_estimates`)
+are for clouds so large that this takes too long; they return an `Estimate` of the value that all pairs would give, with
+its standard error.
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ __all__ = [
     "wasserstein",
 ]
 
-LARGEST_PLAN = 20_000  # points a side (the geometric mean of both) above which no exact plan is tried
+LARGEST_PLAN = 20_000  # points a side (the geometric mean of both) above which no exact plan is computed
 
 
 def wasserstein(
     x: ArrayLike, y: ArrayLike, *, p: int = 1, weights_x: ArrayLike | None = None, weights_y: ArrayLike | None = None
 ) -> float:
-    """Exact Wasserstein distance ``(min_P sum P_ij |x_i - y_j|^p)^(1/p)``: the root for ``p=2``, in units of x.
+    """Compute the exact Wasserstein distance ``(min_P sum P_ij |x_i - y_j|^p)^(1/p)``, with the root, in units of x.
 
     Parameters
     ----------
@@ -71,7 +72,7 @@ def wasserstein(
     Raises
     ------
     ValueError
-        If p is neither 1 nor 2, shapes do not fit, or there are more than ``LARGEST_PLAN`` points a side.
+        If p is neither 1 nor 2, if shapes do not fit, or if there are more than ``LARGEST_PLAN`` points a side.
     """
     if p not in (1, 2):
         raise ValueError(f"expected p of 1 or 2, found {p}")
@@ -94,7 +95,9 @@ def sliced_wasserstein(
     weights_x: ArrayLike | None = None,
     weights_y: ArrayLike | None = None,
 ) -> float:
-    """Sliced Wasserstein distance: the p-th root of the mean of 1-D ``W_p^p`` over directions (Bonneel et al. 2015).
+    """Estimate the sliced Wasserstein distance, the root of the mean ``W_p^p`` over directions (Bonneel et al. 2015).
+
+    The points are projected on each direction; ``W_p^p`` is that of the projections, and the root is the p-th.
 
     Parameters
     ----------
@@ -103,9 +106,9 @@ def sliced_wasserstein(
     p
         Power of the distance, at least 1.
     n_projections
-        Random directions, uniform on the sphere: a Monte Carlo estimate.
+        Number of random directions, uniform on the sphere: a Monte Carlo estimate.
     rng
-        Of the directions.
+        Seed or Generator of the directions.
     weights_x, weights_y
         ``(n,)`` and ``(m,)``.
 
@@ -133,10 +136,10 @@ def energy_distance(
     weights_y: ArrayLike | None = None,
     about_mean: bool = False,
 ) -> float:
-    """Energy distance ``2 E|X-Y| - E|X-X'| - E|Y-Y'|`` (Szekely & Rizzo 2013), in units of x.
+    """Compute the energy distance ``2 E|X-Y| - E|X-X'| - E|Y-Y'|`` (Szekely & Rizzo 2013), in units of x.
 
-    The U-statistic: X, X' are distinct cells, so two samples of one law give zero on average, and a single value may
-    be below zero. Not the square root.
+    This is the U-statistic: X, X' are distinct cells, so two samples of one law give zero on average, and a single
+    value may be negative. The square root is not taken.
 
     Parameters
     ----------
@@ -145,12 +148,13 @@ def energy_distance(
     weights_x, weights_y
         ``(n,)`` and ``(m,)``.
     about_mean
-        Whether each cloud is taken about its own mean, so that they differ in shape alone. A sample is narrower about
-        its own mean than about its law's; deviations are stretched by as much, as for an unbiased variance, where X
-        meets Y. So two samples of one normal law give zero on average. Those of clusters far apart do not: by the
-        means, which are off as each sample has more of one cluster or another, the clusters themselves come to lie
-        beside each other. Two samples of 100 points in two clusters, 10 apart and of sd .3, give .25 on average, of 400
-        points .07. What two halves of one sample give (the noise reference) tells.
+        Whether each cloud is centred on its own mean, so that only differences in shape count. A sample is narrower
+        about its own mean than about that of its law; where X is compared with Y, deviations are stretched accordingly,
+        as for an unbiased variance, so that two samples of one normal law give zero on average. Two samples of distant
+        clusters do not: each has somewhat more of one cluster or another, which shifts its mean, and so the clusters
+        themselves come to lie beside each other. Two samples of 100 points in two clusters, 10 apart and of sd .3, give
+        .25 on average, and of 400 points .07. What to expect can be seen from two halves of one sample (the noise
+        reference).
     """
     a, b = as_cloud(x, weights_x), as_cloud(y, weights_y, like=x)
     return _difference(a, b, identity, about_mean=about_mean)
@@ -164,17 +168,18 @@ def mmd(
     weights_x: ArrayLike | None = None,
     weights_y: ArrayLike | None = None,
 ) -> float:
-    """Squared maximum mean discrepancy, kernel ``exp(-|x-y|^2 / (2 bandwidth^2))`` (Gretton et al. 2012, eq. 3).
+    """Compute the squared MMD for the kernel ``exp(-|x-y|^2 / (2 bandwidth^2))`` (Gretton et al. 2012, eq. 3).
 
-    The U-statistic: two samples of one law give zero on average, and a single value may be below zero. Squared.
+    The maximum mean discrepancy, squared, as a U-statistic: two samples of one law give zero on average, and a single
+    value may be negative.
 
     Parameters
     ----------
     x, y
         Points ``(n, d)`` and ``(m, d)``, at least two each; ``y`` the observed ones.
     bandwidth
-        By default the median distance among ``y``, the observed cells alone, so that it is the same for every
-        restoration of them (where most pairs of these are at one place, among the other pairs).
+        Bandwidth of the kernel; by default the median distance among ``y``, the observed cells alone, so that it is the
+        same for every restoration of them (if most pairs of these are at one place, the median among the other pairs).
     weights_x, weights_y
         ``(n,)`` and ``(m,)``.
     """
@@ -191,9 +196,10 @@ def sinkhorn_divergence(
     weights_x: ArrayLike | None = None,
     weights_y: ArrayLike | None = None,
 ) -> float:
-    """Sinkhorn divergence ``OT(x,y) - OT(x,x)/2 - OT(y,y)/2`` for the cost ``|x-y|^2`` (Feydy et al. 2019, eq. 3).
+    """Compute the Sinkhorn divergence ``OT(x,y) - OT(x,x)/2 - OT(y,y)/2`` (Feydy et al. 2019, eq. 3).
 
-    Squared units of x. A plug-in (V-)statistic: zero for equal clouds, positive on average for two samples of one law.
+    The cost is ``|x-y|^2``, so values are in squared units of x. A plug-in (V-)statistic: zero for equal clouds, and
+    positive on average for two samples of one law.
 
     Parameters
     ----------
@@ -211,7 +217,7 @@ def sinkhorn_divergence(
         interval = Interval(0.0, 1.0, u.points, v.points, u.mass, v.mass)
         try:
             plan = entropic(interval, epsilon=eps, tolerance=1e-4)
-        except (ValueError, RuntimeError) as error:  # which speaks of a bridge
+        except (ValueError, RuntimeError) as error:  # whose message is about a bridge
             raise type(error)(
                 f"expected an epsilon at which Sinkhorn converges, found {eps:.3g}, too small for points that lie so "
                 f"far apart; pass a larger one, or leave points far from all others out"
@@ -224,9 +230,9 @@ def sinkhorn_divergence(
 def variance_ratio(
     x: ArrayLike, y: ArrayLike, *, weights_x: ArrayLike | None = None, weights_y: ArrayLike | None = None
 ) -> float:
-    """Trace of the covariance of the restored ``x`` over that of the observed ``y``, both unbiased: 1 is right.
+    """Divide the trace of the covariance of the restored ``x`` by that of the observed ``y``, both unbiased.
 
-    Below one: shrunk, which W1 rewards in many dimensions.
+    A ratio of 1 is right. Below one the restoration is shrunk, which W1 rewards in many dimensions.
 
     Parameters
     ----------
@@ -238,7 +244,7 @@ def variance_ratio(
     Raises
     ------
     ValueError
-        If there are fewer than two points, or those of ``y`` are all at one place.
+        If there are fewer than two points, or the points of ``y`` are all at one place.
     """
 
     def trace(cloud: Cloud) -> float:
@@ -248,7 +254,7 @@ def variance_ratio(
     a, b = as_cloud(x, weights_x), as_cloud(y, weights_y, like=x)
     of_a, of_b = trace(a), trace(b)
     seen = b.points[b.mass > 0]
-    if of_b == 0 or bool((seen == seen[0]).all()):  # rounding of the mean alone is no variance
+    if of_b == 0 or bool((seen == seen[0]).all()):  # then any variance is rounding of the mean
         raise ValueError(
             f"expected observed points that vary, found {len(seen)} at one place: there is no ratio to a variance of "
             f"zero; compare such cells by energy_distance or wasserstein"

@@ -1,6 +1,6 @@
-"""Wasserstein distances between clouds too large to meet whole, estimated from blocks of them, with their errors.
+"""Wasserstein distances between clouds too large for an exact plan, estimated from blocks, with standard errors.
 
-What is small enough is met whole: the estimate is then exact and its error 0.
+If clouds are small enough, all points are used: the estimate is then exact and its error 0.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from .coupling import optimal_plan
 
 # Points a side (the geometric mean of the two numbers). An exact plan of 5,000 x 5,000 takes 3 to 5 s on one core, of
 # 10,000 x 10,000 8 to 20 s and 2 GiB.
-LARGEST_EXACT = 5_000  # above, an estimate takes seconds
-SIZES = (125, 250, 500, 1000)  # points a side of the blocks from which a larger W is extrapolated, doubling
-GROUPS = 8  # blocks of the largest size, each with all smaller ones within it: more make its error hardly smaller
-SMALLEST_BLOCKS = 1000  # at most: enough for a standard error below a thousandth
-PLAN_BLOCK = 500  # points a side of a block of a large restoration's plan
+LARGEST_EXACT = 5_000  # above this, estimates are made, which take seconds
+SIZES = (125, 250, 500, 1000)  # points a side of the blocks from which W is extrapolated, doubling
+GROUPS = 8  # blocks of the largest size, each cut into all smaller ones; with more, the error is hardly smaller
+SMALLEST_BLOCKS = 1000  # at most; enough for a standard error below a thousandth
+PLAN_BLOCK = 500  # points a side of the blocks in a large restoration's plan
 
 
 @dataclass(frozen=True)
 class Restored:
-    """How a restoration meets the observed cells in the optimal plan for W1.
+    """How a restoration is matched to the observed cells by the optimal plan for W1.
 
     Attributes
     ----------
@@ -41,7 +41,7 @@ class Restored:
     barycentre
         Where the plan puts the prediction for each observed cell, ``(m, d)``.
     error
-        Standard error of the distance; 0 where the plan is the optimal one.
+        Standard error of the distance; 0 if the plan is the optimal one.
     """
 
     distance: float
@@ -59,14 +59,15 @@ def estimated_wasserstein(
     weights_x: ArrayLike | None = None,
     weights_y: ArrayLike | None = None,
 ) -> Estimate:
-    """Wasserstein distance of clouds of any size: exact up to ``LARGEST_EXACT`` points a side, else extrapolated.
+    """Return the Wasserstein distance, exact up to ``LARGEST_EXACT`` points a side, else extrapolated.
 
-    What is estimated is the exact distance between the two clouds as they are, bias of finite samples included: it
-    depends on the number of points, in many dimensions strongly (as ``n^(-1/d)``; Fournier & Guillin 2015). Both
-    clouds are cut at random into blocks; the mean distance over blocks of m points falls with m towards the distance
-    of all, because the plans within blocks together are one plan of the whole. It is measured at 125 points, on blocks
-    that together hold up to 125,000; what doubling m takes off is measured on the same points at both sizes, up to
-    1,000; and the law ``c m^(-b)``, fitted to these differences, gives what is left to take off up to all points.
+    What is estimated is the exact distance between the two clouds as they are, including the bias of finite samples: it
+    depends on the number of points, strongly so in many dimensions (as ``n^(-1/d)``; Fournier & Guillin 2015). Both
+    clouds are cut at random into blocks. The mean distance over blocks of m points falls with m towards the distance of
+    the whole clouds, because the plans within blocks together are one plan of the whole. It is measured for 125 points,
+    on blocks that together hold up to 125,000. How much it falls when m doubles is measured on the same points at both
+    sizes, up to 1,000. The law ``c m^(-b)``, fitted to these differences, then gives how much it still falls up to the
+    number of all points.
 
     Parameters
     ----------
@@ -82,9 +83,9 @@ def estimated_wasserstein(
     Returns
     -------
     Value, in units of x (for ``p=2`` the root), its standard error, and the points a side of the largest block. The
-    error has three parts: between the smallest blocks, between the measured differences, and, of the extrapolation,
-    how far the same law misses the largest blocks' own distance when it is fitted to the smaller ones. It is on the
-    safe side: in simulations values were off by an eighth to three quarters of it (standard deviation).
+    error has three parts: that between the smallest blocks, that between the measured differences, and that of the
+    extrapolation, which is how far the same law, fitted to the smaller blocks, misses the distance of the largest ones.
+    It is conservative: in simulations values were off by an eighth to three quarters of it (standard deviation).
 
     Raises
     ------
@@ -100,7 +101,7 @@ def estimated_wasserstein(
     smallest = [_cost(*block, p) for block in _some_blocks(a, b, SIZES[0], SMALLEST_BLOCKS, stream)]
     cost = _extrapolated(a, b, SIZES[0], smallest, p, stream)
     value = cost.value ** (1 / p)
-    error = cost.error if p == 1 else math.sqrt(cost.value + cost.error) - value  # of the root near zero, too
+    error = cost.error if p == 1 else math.sqrt(cost.value + cost.error) - value  # also valid for a root near zero
     return Estimate(value, error, cost.n_points)
 
 
@@ -112,12 +113,13 @@ def restoration_plan(
     weights_y: Tensor | None,
     rng: int | np.random.Generator = 0,
 ) -> Restored:
-    """Return W1 between restored ``x`` ``(n, d)`` and observed ``y`` ``(m, d)``, cell by observed cell.
+    """Return W1 between restored ``x`` ``(n, d)`` and observed ``y`` ``(m, d)``, with each observed cell's share.
 
-    Up to ``LARGEST_EXACT`` points a side from the optimal plan. Above, W1 is estimated as in `estimated_wasserstein`;
-    the plan is the one that is optimal within random blocks of ``PLAN_BLOCK`` points a side, whose cost is higher, so
-    that shares are rescaled, all by one factor, to average to the estimate; barycentres are those of the blocks' plans
-    (they keep the restored mean, and scatter more about the observed cell than those of the optimal plan).
+    Up to ``LARGEST_EXACT`` points a side, the plan is the optimal one. Above, W1 is estimated as in
+    `estimated_wasserstein`, and the plan is optimal within random blocks of ``PLAN_BLOCK`` points a side. Its cost is
+    higher, so the shares are rescaled, all by one factor, to average to the estimate. Barycentres are those of the
+    blocks' plans (they keep the restored mean, and scatter more about the observed cell than those of the optimal
+    plan).
 
     Parameters
     ----------
@@ -135,7 +137,7 @@ def restoration_plan(
     costs = []
     for part0, part1 in _blocks(a, b, round(side / PLAN_BLOCK) if large else 1, stream):
         plan = optimal_plan(part0.points, part1.points, part0.mass, part1.mass, p=1)
-        part = part0.whole * plan.mass  # the block's part in the whole plan
+        part = part0.whole * plan.mass  # the block's part of the whole plan
         length = (part0.points[plan.i] - part1.points[plan.j]).norm(dim=1)
         share.index_add_(0, part1.rows[plan.j], part * length)
         barycentre.index_add_(0, part1.rows[plan.j], part[:, None] * part0.points[plan.i])
@@ -150,7 +152,7 @@ def restoration_plan(
 
 
 class _Block(NamedTuple):
-    """A part of a cloud: which rows ``(k,)``, their points, their masses in it, and its part of the whole's mass."""
+    """A block of a cloud: its rows ``(k,)``, their points, their masses in it, and the block's share of all mass."""
 
     rows: Tensor
     points: Tensor
@@ -165,8 +167,8 @@ class _Block(NamedTuple):
 def _blocks(a: Cloud, b: Cloud, n_blocks: int, rng: np.random.Generator) -> Iterator[tuple[_Block, _Block]]:
     """Put both clouds in random order and cut them at the same fractions of their mass, ``n_blocks`` in all.
 
-    A point at a cut belongs to both blocks with a part of its mass each, so that the plans of all blocks together have
-    the clouds' own marginals, whatever the weights.
+    A point at a cut belongs to both blocks, with a part of its mass in each, so that the plans of all blocks together
+    have the clouds' own marginals, whatever the weights.
     """
     if n_blocks <= 1:
         yield tuple(_Block(torch.arange(len(c.mass)), c.points, c.mass, 1.0) for c in (a, b))  # type: ignore[misc]
@@ -193,7 +195,7 @@ def _cut(cloud: Cloud, n_blocks: int, rng: np.random.Generator) -> Iterator[_Blo
 
 
 def _some_blocks(a: Cloud, b: Cloud, size: int, most: int, rng: np.random.Generator) -> Iterator[tuple[Cloud, Cloud]]:
-    """Yield at most so many of the blocks of about ``size`` points a side."""
+    """Yield at most ``most`` of the blocks of about ``size`` points a side."""
     for part0, part1 in islice(_blocks(a, b, round(points_a_side(a, b) / size), rng), most):
         yield part0.cloud, part1.cloud
 
@@ -203,7 +205,7 @@ def _cost(a: Cloud, b: Cloud, p: int) -> float:
 
 
 def _extrapolated(a: Cloud, b: Cloud, size: int, found: Sequence[float], p: int, rng: np.random.Generator) -> Estimate:
-    """Carry the costs found in blocks of ``size`` points on to that of both clouds whole."""
+    """Extrapolate from the costs found in blocks of ``size`` points to the cost between both whole clouds."""
     costs = np.array(  # (groups, sizes): the mean over the blocks of each size within the group
         [
             [np.mean([_cost(*block, p) for block in _some_blocks(*group, m, SIZES[-1] // m, rng)]) for m in SIZES]
@@ -213,7 +215,7 @@ def _extrapolated(a: Cloud, b: Cloud, size: int, found: Sequence[float], p: int,
     drops = costs[:, :-1] - costs[:, 1:]
     rest = drops[:, SIZES.index(size) :].sum(1)
     tail = _tail(drops, SIZES, points_a_side(a, b))
-    # the same law, fitted without the largest blocks, against these: how far it misses, per unit carried on
+    # how far the same law, fitted without the largest blocks, misses these, relative to what it adds
     foreseen = _tail(drops[:, :-1], SIZES[:-1], SIZES[-1])
     missed = np.sqrt(np.mean((drops[:, -1] - foreseen) ** 2)) / max(abs(foreseen), abs(drops[:, -1].mean()), 1e-300)
     of_tail = tail * min(missed, 1.0)
@@ -226,11 +228,11 @@ def _extrapolated(a: Cloud, b: Cloud, size: int, found: Sequence[float], p: int,
 
 
 def _tail(drops: NDArray, sizes: Sequence[int], side: float) -> float:
-    """Fit ``c m^(-b)`` to what each doubling takes off ``(groups, sizes - 1)``; return what is left up to ``side``."""
+    """Fit ``c m^(-b)`` to the fall at each doubling ``(groups, sizes - 1)``; return the further fall up to ``side``."""
     mean, size = drops.mean(0), np.array(sizes, dtype=float)
-    if not drops.any():  # as where both clouds are at one place
+    if not drops.any():  # for example if both clouds are at one place
         return 0.0
-    spread = drops.std(0, ddof=1) / math.sqrt(len(drops)) + 0.03 * np.abs(mean).max()  # no difference counts for all
+    spread = drops.std(0, ddof=1) / math.sqrt(len(drops)) + 0.03 * np.abs(mean).max()  # so that no difference dominates
     best, tail = math.inf, 0.0
     for power in np.geomspace(0.01, 1.5, 200):
         unit = size[:-1] ** -power - size[1:] ** -power

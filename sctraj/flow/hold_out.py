@@ -1,4 +1,8 @@
-"""Leave-one-timepoint-out: the problems, the restorations, the baselines and the noise reference."""
+"""Leave-one-timepoint-out: the problems without a snapshot, its restorations, the baselines and the noise reference.
+
+Each interior snapshot is held out in turn, a field is fitted to the others, and cells of the kept snapshots are moved
+to the held-out time. Holding out means building the data without that snapshot; the trainer knows nothing of folds.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from .snapshots import Interval, Snapshots
 from .starts import Start, origins
 
 NOISE_REFERENCE = "noise-reference"
-SMALLEST_HELD_OUT = 4  # cells: two halves of two, so that the noise reference's distances can be taken
+SMALLEST_HELD_OUT = 4  # cells: two halves of two, the fewest for the noise reference's distances
 
 
 def interior(snapshots: Snapshots) -> range:
@@ -66,7 +70,7 @@ def hold_out_problems(
     """
     held_out, problems, validation = [], [], []
     plans = plans or Plans()
-    few = taking_part(snapshots, method, path, plans)  # of all folds, which share couplings of the same cells
+    few = taking_part(snapshots, method, path, plans)  # the same cells in all folds, which share couplings
     folds = {k: few.without(k) for k in interior(few)}
     intervals = [interval for kept in folds.values() for interval in kept.intervals()]
     if sigma is None:
@@ -94,7 +98,7 @@ def restore(
     farther: Sequence[float] = (),
     jitter: float = 0.0,
 ) -> list[Restoration]:
-    """Move kept cells to each member's held-out time, all members at once, with the mass that they gain or lose.
+    """Move kept cells, with the mass that they gain or lose, to each member's held-out time, all members at once.
 
     Parameters
     ----------
@@ -105,10 +109,10 @@ def restore(
     how
         Solver, steps in each gap that is crossed, tolerance.
     start
-        ``"before"``: all cells of the snapshot before (the published protocol). ``"both"``: those of the snapshot
-        after as well, backwards in time, and of more of them on each side, see `origins`.
+        ``"before"``: all cells of the snapshot before (the published protocol). ``"both"``: also those of the snapshot
+        after, backwards in time, and possibly of farther snapshots on each side, see `origins`.
     farther
-        Each member's share of snapshots beyond the nearest, see `farther_share`; without, none have any.
+        Weight of snapshots beyond the nearest, one number per member, see `farther_share`; by default 0.
     jitter
         See `moved`.
 
@@ -128,16 +132,16 @@ def restore(
 def baseline(snapshots: Snapshots, k: int, name: str, plans: Plans | None = None) -> Restoration:
     """Restore snapshot ``k`` from its kept neighbours without a model, see `baselines.baseline`."""
     plans = plans or Plans()
-    few = plans.taking_part(snapshots) if name == INTERPOLATION else snapshots  # the same tensors, whose plan is known
+    few = plans.taking_part(snapshots) if name == INTERPOLATION else snapshots  # known tensors: no new plan
     return baselines.baseline(few.without(k), snapshots.times[k], name, plans)
 
 
 def across(snapshots: Snapshots, k: int, plans: Plans) -> Interval:
-    """Return the interval that bridges snapshot ``k``, between the cells that take part in couplings."""
+    """Return the interval across snapshot ``k``, between the cells of its neighbours that take part in couplings."""
     return plans.taking_part(snapshots).without(k).intervals()[k - 1]
 
 
 def halves(cells: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Split cells ``(n, d)`` into two random halves, ``(n // 2, d)`` and the rest: what noise alone amounts to."""
+    """Split cells ``(n, d)`` into two random halves, ``(n // 2, d)`` and the rest; their distance is noise alone."""
     order = torch.randperm(len(cells), generator=rng)
     return cells[order[: len(cells) // 2]], cells[order[len(cells) // 2 :]]

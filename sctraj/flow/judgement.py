@@ -1,4 +1,4 @@
-"""A restoration beside the cells that were observed: their distances, and each observed cell's share of W1."""
+"""Compare a restoration with the observed cells: their distances, and each observed cell's share of W1."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from .restoration import Restoration
 from .threads import at_once
 
 METRICS = ("w1", "w2", "mmd", "energy", "energy_about_mean", "variance_ratio")
-UNWEIGHTED = ("w1", "energy")  # of these also without the restoration's own masses, all its points weighing the same
-JUDGED_ENTRIES = 2**27  # of the cost matrices of restorations judged at once, a GiB; a plan takes a few times that
+UNWEIGHTED = ("w1", "energy")  # also computed without the restoration's own masses, all of its points weighing the same
+JUDGED_ENTRIES = 2**27  # of all cost matrices of restorations judged in parallel, a GiB; a plan takes a few times that
 
 
 @dataclass(frozen=True)
 class Judgement:
     """A restoration's distances by the names of ``METRICS``, and each observed cell's share and barycentre.
 
-    ``unweighted`` has those of ``UNWEIGHTED`` with all points of the restoration weighing the same, ``errors`` the
-    standard errors of distances of either that were estimated, because there are too many points to meet at once.
+    ``unweighted`` has those of ``UNWEIGHTED`` with all points of the restoration weighing the same; ``errors`` has the
+    standard errors of the distances, of either kind, that were estimated because there are too many points for all
+    pairs.
     """
 
     values: dict[str, float]
@@ -38,26 +39,26 @@ class Judgement:
 
 
 class Observed:
-    """The cells of a held-out snapshot, ``points`` ``(m, d)`` and their ``mass``, and what all restorations share."""
+    """The cells of a held-out snapshot, ``points`` ``(m, d)`` and their ``mass``, and what all comparisons share."""
 
     def __init__(self, points: Tensor, mass: Tensor | None = None) -> None:
         self.points, self.mass = points, mass
 
     @cached_property
     def bandwidth(self) -> float:
-        """Median distance: of the kernel of the MMD."""
+        """The cells' median distance, which is the bandwidth of the MMD's kernel."""
         return median_distance(self.points)
 
     @cached_property
     def within(self) -> NDArray[np.float64] | None:
-        """Means over the pairs of these cells alone."""
+        """Kernel means over the pairs of these cells, see `pairwise_estimates.within`."""
         return within(self.points, bandwidth=self.bandwidth, weights=self.mass)
 
 
 def judge(restoration: Restoration, observed: Observed, *, rng: int = 0) -> Judgement:
     """Measure the distances between a restoration and the observed cells of the held-out snapshot.
 
-    Where there are many points some are estimates (see `distance.Estimate`), from blocks that ``rng`` draws.
+    If there are many points, some are estimates (see `distance.Estimate`) from blocks that ``rng`` draws.
     """
     x, y, weights = restoration.points, observed.points, [restoration.mass]
     if restoration.mass is not None and not bool((restoration.mass == restoration.mass[0]).all()):
@@ -96,9 +97,9 @@ def judge(restoration: Restoration, observed: Observed, *, rng: int = 0) -> Judg
 
 
 def judge_all(tasks: Sequence[tuple[Restoration, Tensor]]) -> list[Judgement]:
-    """Judge restorations, each beside its observed cells, on torch's number of threads; the number changes no bit.
+    """Judge restorations, each against its observed cells, on as many threads as torch has; the number changes no bit.
 
-    Restorations beside the same tensor share what is its own.
+    What depends on the observed cells alone is computed once for restorations that are compared with the same tensor.
     """
     observed = {id(cells): Observed(cells) for _, cells in tasks}
     largest = max((len(restoration.points) * len(cells) for restoration, cells in tasks), default=1)

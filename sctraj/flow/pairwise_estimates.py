@@ -25,7 +25,7 @@ from .clouds import (
     points_a_side,
 )
 
-LARGEST_PAIRWISE = 10_000  # points a side; all pairs take 2 s, and four times as long for twice the points
+LARGEST_PAIRWISE = 10_000  # points a side; for these, all pairs take 2 s, and for twice as many four times as long
 PARTITIONS = 8  # of all points into blocks, for distances that average over pairs
 PAIR_BLOCK = 200  # points a side of such a block
 
@@ -39,11 +39,11 @@ def estimated_energy_distance(
     weights_y: ArrayLike | None = None,
     about_mean: bool = False,
 ) -> Estimate:
-    """Energy distance of clouds of any size: all pairs up to ``LARGEST_PAIRWISE`` points a side, else pairs in blocks.
+    """Estimate the energy distance: from all pairs up to ``LARGEST_PAIRWISE`` points a side, else from those in blocks.
 
-    Both clouds are cut at random into blocks of ``PAIR_BLOCK`` points, ``PARTITIONS`` times anew: every point enters
-    each time, but only the pairs within blocks do. An incomplete U-statistic (Blom 1976), unbiased for the whole one.
-    A cloud that is too small to be cut into as many is met whole by every block of the other.
+    Both clouds are cut at random into blocks of ``PAIR_BLOCK`` points, ``PARTITIONS`` times anew: each time every point
+    is used, but only the pairs within blocks. This is an incomplete U-statistic (Blom 1976), unbiased for the complete
+    one. A cloud that is too small to be cut into as many blocks is compared as a whole with every block of the other.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def estimated_mmd(
     weights_x: ArrayLike | None = None,
     weights_y: ArrayLike | None = None,
 ) -> Estimate:
-    """Squared maximum mean discrepancy of clouds of any size, estimated as in `estimated_energy_distance`.
+    """Estimate the squared maximum mean discrepancy of clouds of any size, as in `estimated_energy_distance`.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ def estimated_mmd(
     rng
         Seed or Generator of the blocks.
     bandwidth
-        Of the kernel; by default as in `mmd`.
+        Bandwidth of the kernel; by default as in `mmd`.
     weights_x, weights_y
         ``(n,)`` and ``(m,)``.
 
@@ -112,14 +112,14 @@ def estimated_pairwise(
     rng: int | np.random.Generator,
     within_y: NDArray[np.float64] | None,
 ) -> tuple[list[Pairwise], Estimate]:
-    """Energy distance and MMD under several weightings of ``x``, as each alone would be, every pair being met once.
+    """Estimate energy distance and MMD under several weightings of ``x``, each as if alone, in one pass over the pairs.
 
     Parameters
     ----------
     x, y
         Points ``(n, d)`` and ``(m, d)``, at least two each.
     bandwidth
-        Of the kernel of `mmd`.
+        Bandwidth of the kernel of `mmd`.
     weights_x
         Weightings, each ``(n,)`` or None.
     weights_y
@@ -127,12 +127,12 @@ def estimated_pairwise(
     rng
         Seed or Generator of the blocks.
     within_y
-        What `within` gives for ``y``, where it is known already.
+        The result of `within` for ``y``, if it is already known.
 
     Returns
     -------
-    One for each weighting; and the energy distance about the mean under the first, for which pairs between the clouds
-    are met once more.
+    The distances for each weighting; and the energy distance about the mean under the first one, for which the pairs
+    between the clouds are visited once more.
     """
     us, b = [as_cloud(x, weights) for weights in weights_x], as_cloud(y, weights_y, like=x)
     kernels = [identity, gaussian(bandwidth)]
@@ -141,9 +141,9 @@ def estimated_pairwise(
 
 
 def within(y: ArrayLike, *, bandwidth: float, weights: ArrayLike | None) -> NDArray[np.float64] | None:
-    """Return ``y``'s own part of energy distance and MMD, which all that is compared with it shares: ``(2, 1)``.
+    """Return ``y``'s own part of energy distance and MMD, the same whatever it is compared with: ``(2, 1)``.
 
-    None for more than ``LARGEST_PAIRWISE`` points, whose pairs are never all met.
+    None for more than ``LARGEST_PAIRWISE`` points, whose pairs are never all used.
     """
     cloud = as_cloud(y, weights)
     if points_a_side(cloud, cloud) > LARGEST_PAIRWISE:
@@ -160,10 +160,10 @@ def _pairwise(
     *,
     about_mean: bool = False,
 ) -> list[list[Estimate]]:
-    """``2 E k(X, Y) - E k(X, X') - E k(Y, Y')`` over distinct points: of each kernel a list of one per weighting.
+    """Estimate ``2 E k(X, Y) - E k(X, X') - E k(Y, Y')`` over distinct points: a list per kernel, of one per weighting.
 
-    With ``about_mean`` a last list has one estimate: of the first kernel and weighting, both clouds being `centred`
-    where they meet each other.
+    With ``about_mean`` a last list has one estimate, for the first kernel and weighting, with both clouds `centred`
+    where they are compared with each other.
     """
     sides = [points_a_side(u, v) for u, v in zip(us, vs, strict=True)]
     most = max(map(_pairs_a_side, us, vs))
@@ -179,7 +179,7 @@ def _pairwise(
 
 
 def _pairs_a_side(u: Cloud, v: Cloud) -> float:
-    """Points that two clouds of equal size would have with as many pairs, among each cloud's own and between them."""
+    """Return the size of two equal clouds that have as many pairs, within each cloud and between both together."""
     n, m = (int((cloud.mass > 0).sum()) for cloud in (u, v))
     return math.sqrt((n * n + n * m + m * m) / 3)
 
@@ -187,13 +187,13 @@ def _pairs_a_side(u: Cloud, v: Cloud) -> float:
 def _cross(
     us: Sequence[Cloud], vs: Sequence[Cloud], kernels: Sequence[Kernel], both: Sequence[Cloud]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Means over pairs between the clouds ``(kernels, weightings)``, and of the two centred ones, ``(1,)``, or none."""
+    """Return means over pairs between the clouds ``(kernels, weightings)``, and between any centred ones, ``(1,)``."""
     means = mean_kernels(us, vs, kernels)
     return means, mean_kernels(both[:1], both[1:], kernels[:1])[0] if both else np.zeros(0)
 
 
 def _differences(cross: NDArray, shape: NDArray, of_u: NDArray, of_v: NDArray) -> list[NDArray[np.float64]]:
-    """``2 E k(X, Y) - E k(X, X') - E k(Y, Y')``: a row per kernel, and one more about the mean."""
+    """Return ``2 E k(X, Y) - E k(X, X') - E k(Y, Y')``: a row per kernel, and any further one about the mean."""
     rows = list(2 * cross - of_u - of_v)
     return [*rows, 2 * shape - of_u[0, 0] - of_v[0, 0]] if len(shape) else rows
 
@@ -208,13 +208,13 @@ def _partitioned(
 ) -> Iterator[list[NDArray[np.float64]]]:
     """Yield `_differences` for each of the partitions, from the pairs within its blocks alone."""
     stream = np.random.default_rng(rng)
-    # too few points for two in every block: met whole
+    # clouds with too few points for two in every block are used whole
     few = [len(cloud.mass) < 2 * n_blocks for cloud in (us[0], v)]
     known = [distinct_means(cloud, kernels) if one else None for one, cloud in zip(few, (us, [v]))]
     crossed = _cross(us, [v] * len(us), kernels, both) if any(few) else None  # the same every time
     itself = np.array([float(kernel(torch.zeros(1, dtype=torch.float64))) for kernel in kernels])[:, None]
     for _ in range(PARTITIONS):
-        # of the pairs x-y within blocks, those about the means, x-x, y-y
+        # of the pairs x-y within blocks, x-y about the means, x-x, y-y
         totals, pairs = [np.zeros(1)] * 4, [np.zeros(1)] * 4
         cut = [_in_blocks(len(c.mass), n_blocks, stream, whole=one) for c, one in zip((us[0], v), few)]
         for rows in zip(*cut):
@@ -241,14 +241,14 @@ def _partitioned(
 
 
 def _in_blocks(n: int, n_blocks: int, rng: np.random.Generator, *, whole: bool) -> Sequence[Tensor]:
-    """Cut ``n`` points in random order into equal numbers: all pairs are met equally likely; or give all each time."""
+    """Cut ``n`` points at random into equal blocks, so that all pairs are equally likely; or take all each time."""
     if whole:
         return [torch.arange(n)] * n_blocks
     return torch.from_numpy(rng.permutation(n)).tensor_split(n_blocks)
 
 
 def _rows(clouds: Sequence[Cloud], rows: Tensor) -> list[Cloud]:
-    """Return some rows of the weightings of one cloud."""
+    """Return some rows of one cloud, under all of its weightings."""
     points = clouds[0].points[rows]
     return [Cloud(points, cloud.mass[rows]) for cloud in clouds]
 

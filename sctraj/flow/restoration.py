@@ -1,4 +1,7 @@
-"""A population moved to another time: by a field from one or several snapshots, or along the pairs of a plan."""
+"""Restorations: a population moved to another time, by a field from one or several snapshots or along a plan's pairs.
+
+Also the controls: restorations with some of their variance removed, to see which distances reward shrinkage.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from .starts import Origin
 
 @dataclass(frozen=True)
 class Restoration:
-    """A predicted snapshot: points ``(n, d)`` and their masses ``(n,)``, None where all weigh the same."""
+    """A predicted snapshot: points ``(n, d)`` and their masses ``(n,)``, None if all weigh the same."""
 
     points: Tensor
     mass: Tensor | None = None
@@ -41,27 +44,27 @@ def gathered(
     *,
     jitter: float = 0.0,
 ) -> list[Restoration]:
-    """Move each member's snapshots to its time and put them together by their shares, all members at once.
+    """Move each member's snapshots to its time and combine them by their shares, all members at once.
 
     Parameters
     ----------
     field
         M members.
     snapshots, asked, times
-        M each: a member's snapshots, which of them are moved and how much each counts, and the time they are moved to.
+        For each of the M members: its snapshots, which of them are moved with what shares, and the time to move to.
     how
         Solver, steps in each gap that is crossed, tolerance.
     jitter
-        See `moved`. Each snapshot has noise of its own, the same for all members.
+        See `moved`. Each snapshot has its own noise, the same for all members.
     """
     parts: list[list[Restoration]] = [[] for _ in asked]
-    # by way and side, which is the order of `origins`, so that no member's steps depend on another's
+    # by gaps crossed and side, in the order of `origins`, so that no member's steps depend on another's
     ways = [
         {(origin.gaps, own.times[origin.snapshot] > time): origin for origin in some}
         for own, some, time in zip(snapshots, asked, times, strict=True)
     ]
     for way in sorted(set().union(*ways)):
-        now = [own.get(way, some[0]) for own, some in zip(ways, asked)]  # who has no such snapshot goes along once more
+        now = [own.get(way, some[0]) for own, some in zip(ways, asked)]  # if none, its first moves again
         cells = [(own.points[origin.snapshot], own.mass[origin.snapshot]) for own, origin in zip(snapshots, now)]
         t0 = [own.times[origin.snapshot] for own, origin in zip(snapshots, now)]
         all_the_way = replace(how, n_steps=how.n_steps * way[0])
@@ -73,7 +76,7 @@ def gathered(
 
 
 def mixed(parts: Sequence[Restoration], shares: Sequence[float]) -> Restoration:
-    """Put restorations together, each weighing its share in all."""
+    """Combine restorations into one, in which each has its share of the mass."""
     if len(parts) == 1:
         return parts[0]
     mass = torch.cat([share * part.weights for part, share in zip(parts, shares, strict=True)])
@@ -97,25 +100,26 @@ def moved(
     field
         M members.
     cells
-        Points ``(n, d)`` and masses ``(n,)`` of every member; numbers of cells may differ.
+        Points ``(n, d)`` and masses ``(n,)`` of every member; the numbers of cells may differ.
     t0, t1
         Real times, M each.
     how
         Solver, steps on the whole way, tolerance.
     jitter
-        Standard deviation of normal noise on the cells, in bandwidths of a closed-form field. Where the kernel is the
-        path's its flow keeps the law of its pairs from starts as wide as the kernel, 1; of a local one it is too much.
+        Standard deviation of normal noise added to the cells, in bandwidths of a closed-form field. If the kernel is
+        the path's own, the flow keeps the law of its pairs from starts as wide as the kernel, that is at 1; for a local
+        kernel, 1 is too much.
     seeds
-        Of the members' jitter, M if there is any: a snapshot's number, as it belongs to the data.
+        Seeds of the members' jitter, M if there is any: the snapshot's number, as the noise belongs to the data.
 
     Returns
     -------
-    One per member; masses are None where all cells weigh the same.
+    One per member; masses are None if all cells weigh the same.
     """
     dtype, device = field.scale.dtype, field.scale.device
     points = [x.to(device, dtype) for x, _ in cells]
     largest = max(len(x) for x in points)
-    # shorter snapshots are filled up with their first cell: no cell's path depends on another's
+    # smaller snapshots are padded with their first cell, as no cell's path depends on another's
     padded = torch.stack([torch.cat([x, x[:1].expand(largest - len(x), -1)]) for x in points])
     start, end = (torch.tensor(times).double() for times in (t0, t1))
     if jitter:
@@ -134,9 +138,9 @@ def moved(
 
 
 def interpolated(interval: Interval, time: float, plans: Plans) -> Restoration:
-    """Move every pair of the exact plan along its chord to the real fraction of the gap (McCann 1997).
+    """Move every pair of the exact plan along its chord to the time's fraction of the gap (McCann 1997).
 
-    The plan's masses are the weights. At a time outside the interval chords are drawn out.
+    The plan's masses are the weights. At a time outside the interval the chords are extended.
     """
     plan = plans.couple(interval, None, "ot-cfm")
     assert isinstance(plan, SparsePlan)
@@ -144,11 +148,11 @@ def interpolated(interval: Interval, time: float, plans: Plans) -> Restoration:
     return Restoration((1 - s) * interval.x0[plan.i] + s * interval.x1[plan.j], plan.mass)
 
 
-# Controls: an interpolation with variance taken away, each in its own way. None restores anything better, so a distance
-# by which one gains rewards shrinkage.
+# Controls: an interpolation with variance removed, each in its own way. None restores anything better, so a distance by
+# which one of them looks better rewards shrinkage.
 SHRUNK = 0.8  # deviations from the mean are multiplied by this
-FLATTENED = 4  # of the d principal components the first d / 4, rounded up, are kept
-SMOOTHED = 10  # nearest other points, half-way to whose mean each point goes
+FLATTENED = 4  # the first d / 4 of the d principal components, rounded up, are kept
+SMOOTHED = 10  # number of nearest other points towards whose mean each point is moved half-way
 
 
 def shrunk(restoration: Restoration) -> Restoration:
