@@ -334,34 +334,71 @@ def make_problems(
     plans = plans or Plans()
     snapshots = taking_part(snapshots, method, path, plans)
     law = make_path(snapshots, method, path, default_sigma(snapshots, method, plans) if sigma is None else sigma)
-    parts: tuple[Snapshots, ...] = (snapshots,)
+    train, held_back = snapshots, None
     if validate:
-        parts = hold_back(snapshots, fraction=HELD_BACK, rng=torch.Generator().manual_seed(DATA_SEED))
-    problems: list[list[Problem]] = [[], []]
-    share: float | None = None
-    spreads: tuple[float, ...] | None = None if sigma is None and method == "uot-cfm" else ()
-    for part, cells in zip(problems, parts):
-        plans.prepare(cells.intervals(), method)
-        couplings = tuple(plans.couple(interval, law, method) for interval in cells.intervals())
-        if isinstance(law, Straight) and path in ("land", "rbf"):  # learned once, on the training cells
-            law = _learned(cells, couplings, "land" if path == "land" else "rbf", law.sigma)
-        bends = None
-        if isinstance(law, Hermite):
-            plans.prepare(cells.intervals(), "uot-cfm")
-            kin: Sequence[GrowingPlan] = [plans.growing(i) for i in cells.intervals()]  # whatever the couplings
-            # of the training cells, paired by place alone: cells that are paired by velocity seem to turn reliably
-            share = reliability(cells, kin) if share is None else share
-            if method == "uot-cfm":
-                couplings = kin = _by_velocity(cells, kin, plans)
-            bends = tangents(cells, kin, couplings, share)
-        if spreads is None:  # those of the training cells also serve the cells held back
-            spreads = default_spreads(cells, couplings, plans)
-        couplings = tuple(c.pairs_alone if isinstance(c, GrowingPlan) else c for c in couplings)
-        part.extend(Problem(cells, couplings, law, seed, bends, spreads) for seed in seeds)
-    return problems[0], problems[1]
+        train, held_back = hold_back(snapshots, fraction=HELD_BACK, rng=torch.Generator().manual_seed(DATA_SEED))
+    metric: Metric | None = "land" if path == "land" else "rbf" if path == "rbf" else None
+    put_together = partial(_put_together, method=method, law=law, metric=metric, wider=sigma is None, plans=plans)
+    trained = put_together(train)
+    problems = [replace(trained, seed=seed) for seed in seeds]
+    if held_back is None:
+        return problems, []
+    validated = put_together(held_back, like=trained)
+    return problems, [replace(validated, seed=seed) for seed in seeds]
 
 
-def _learned(snapshots: Snapshots, couplings: Sequence[Coupling], metric: Metric, sigma: float) -> ProbabilityPath:
+def _put_together(
+    cells: Snapshots,
+    *,
+    method: str,
+    law: ProbabilityPath,
+    metric: Metric | None,
+    wider: bool,
+    plans: Plans,
+    like: Problem | None = None,
+) -> Problem:
+    """Return the problem of some cells, of a seed still to be given.
+
+    Parameters
+    ----------
+    cells
+        The cells to train on, or those that are held back.
+    method
+        As in `make_problems`.
+    law
+        The path, if no metric is given by which one is to be learned.
+    metric
+        Of a learned path.
+    wider
+        Whether the paths of ``"uot-cfm"`` have the default spreads beside sigma.
+    plans
+        See `make_problems`.
+    like
+        For cells that are held back: the problem of those to train on, whose learned path, reliability and spreads are
+        theirs too.
+    """
+    measured = None if like is None else like.tangents
+    plans.prepare(cells.intervals(), method)
+    couplings = tuple(plans.couple(interval, law, method) for interval in cells.intervals())
+    if metric is not None:
+        law = _metric_path(cells, couplings, metric, law.sigma) if like is None else like.path
+    bends = None
+    if isinstance(law, Hermite):
+        plans.prepare(cells.intervals(), "uot-cfm")
+        kin: Sequence[GrowingPlan] = [plans.growing(i) for i in cells.intervals()]  # whatever the couplings are
+        # paired by place alone: cells that are paired by velocity seem to turn reliably
+        share = reliability(cells, kin) if measured is None else measured.reliability
+        if method == "uot-cfm":
+            couplings = kin = _by_velocity(cells, kin, plans)
+        bends = tangents(cells, kin, couplings, share)
+    spreads: tuple[float, ...] = ()
+    if wider and method == "uot-cfm":
+        spreads = default_spreads(cells, couplings, plans) if like is None else like.spreads
+    couplings = tuple(c.pairs_alone if isinstance(c, GrowingPlan) else c for c in couplings)
+    return Problem(cells, couplings, law, seed=0, tangents=bends, spreads=spreads)
+
+
+def _metric_path(snapshots: Snapshots, couplings: Sequence[Coupling], metric: Metric, sigma: float) -> ProbabilityPath:
     """Return paths learned to stay near the cells, the same for all members."""
     return metric_path(
         snapshots,
