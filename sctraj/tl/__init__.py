@@ -1,4 +1,4 @@
-"""Fit a flow, follow cells along it, restore what was held out."""
+"""Fit a flow, follow cells along it, and restore held-out snapshots."""
 
 import lazy_loader as _lazy
 

@@ -1,4 +1,4 @@
-"""What is said of the data before a fit; nothing is changed."""
+"""Warnings about doubtful data, logged before a fit; nothing is changed."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from .._adata import Cells
     from ..flow.snapshots import Snapshots
 
-# embeddings that keep no distances
+# embeddings that do not preserve distances
 TO_LOOK_AT = re.compile("(x_)?(umap|tsne|phate|draw_graph|fle|mde|pacmap|trimap)(?![a-z])", re.IGNORECASE)
-ALONE = 0.99  # of all squared widths, one dimension's
-FOLD = 20.0  # logarithm of how many times one cell may outgrow another over a gap: more is another unit of time
-FAR = 100.0  # times the median distance from the snapshot's median: no tail of real cells is that long
-LOOKED_AT = 300  # cells that tell what a representation is like
-SAMPLE = 1000  # cells that medians are taken of, which a few more or less do not move
+ALONE = 0.99  # share of one dimension in the sum of all squared widths
+FOLD = 20.0  # log of the factor by which one cell may outgrow another over a gap; more suggests another unit of time
+FAR = 100.0  # times the median distance from the snapshot's median; no tail of real cells reaches that far
+LOOKED_AT = 300  # cells by which a representation is judged
+SAMPLE = 1000  # cells from which medians are computed; a few more or fewer do not change them
 NAMED = 5
 
 
 def say_doubts(adata: AnnData, cells: Cells, use_rep: str, growth_key: str | None) -> None:
-    """Log what in cells, representation and prior makes a flow through them doubtful."""
+    """Log what makes a flow through these cells doubtful: outliers, the representation or the growth prior."""
     _doubt_representation(cells.snapshots, use_rep)
     if growth_key is not None:
         _doubt_prior(cells.snapshots, growth_key)
@@ -47,7 +47,7 @@ def _doubt_representation(snapshots: Snapshots, use_rep: str) -> None:
     if use_rep == "X" and bool(((some == some.round()) & (some >= 0)).all()):
         logger.warning("X holds whole numbers, as raw counts are; normalise them and take logarithms before a fit")
     ordered = some.sort(0).values
-    low, high = (ordered[round(share * (len(some) - 1))] for share in (0.1, 0.9))  # whatever a few cells do
+    low, high = (ordered[round(share * (len(some) - 1))] for share in (0.1, 0.9))  # unaffected by a few extreme cells
     squares = (high - low).double().square()
     if len(squares) > 2 and float(squares.min()) > 0 and float(squares.max()) > ALONE * float(squares.sum()):
         logger.warning(
@@ -57,7 +57,7 @@ def _doubt_representation(snapshots: Snapshots, use_rep: str) -> None:
 
 
 def _doubt_prior(snapshots: Snapshots, growth_key: str) -> None:
-    ranges = [float(rate.max() - rate.min()) for rate in snapshots.growth[:-1]]  # the last one's rates serve nothing
+    ranges = [float(rate.max() - rate.min()) for rate in snapshots.growth[:-1]]  # those of the last one are not used
     if not max(ranges) > 0:
         logger.warning(
             f'obs["{growth_key}"] is the same for all cells of a snapshot (but the last one, whose rates serve '
@@ -72,7 +72,7 @@ def _doubt_prior(snapshots: Snapshots, growth_key: str) -> None:
 
 
 def _name_outliers(adata: AnnData, cells: Cells) -> None:
-    """Log the names of cells that are absurdly far from their snapshot's others."""
+    """Log the names of cells that are absurdly far from the other cells of their snapshot."""
     found = []
     for t, x, rows in zip(cells.snapshots.times, cells.snapshots.points, cells.index):
         times_median = _times_median(x)
@@ -88,10 +88,10 @@ def _name_outliers(adata: AnnData, cells: Cells) -> None:
 
 
 def _times_median(x: torch.Tensor) -> NDArray[np.float64]:
-    """Return cells' distances ``(n,)`` from their coordinates' medians, in units of the median one; 0 where that is."""
+    """Return cells' distances ``(n,)`` from their coordinatewise median, over the median distance; 0 if that is 0."""
     some = x[evenly(len(x), SAMPLE)]
     middle = some.median(0).values
     scale = float(torch.linalg.vector_norm(some - middle, dim=1).median())
-    if not scale:  # most cells at one place: nothing to go by
+    if not scale:  # most cells are at one place, so there is no scale
         return np.zeros(len(x))
     return torch.linalg.vector_norm(x - middle, dim=1).double().numpy() / scale

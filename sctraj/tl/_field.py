@@ -1,4 +1,4 @@
-"""What is asked of a field, checked and recorded: what `fit_flow` and `leave_one_out` share."""
+"""Check and record the options of a field, for both `fit_flow` and `leave_one_out`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def check_field(field: FieldKind, module: nn.Module | None) -> None:
-    """Raise for a kind of field that is unknown, or cannot be had with a user's module, and for what is no module."""
+    """Raise if the kind of field is unknown or incompatible with a user's module, or if that is not a module."""
     check_module(module)
     if field not in get_args(FieldKind):
         raise ValueError(f"expected a field of {', '.join(get_args(FieldKind))}, found {field!r}")
@@ -29,7 +29,7 @@ def check_field(field: FieldKind, module: nn.Module | None) -> None:
 
 
 def check_module(module: nn.Module | None) -> None:
-    """Raise a TypeError for a user's module that is none, such as the class of one."""
+    """Raise a TypeError if a user's module is not an instance of a module, such as a class."""
     if isinstance(module, type):
         raise TypeError(f"expected a module, found the class {module.__name__}; pass one of it: {module.__name__}(...)")
     if module is not None and not isinstance(module, torch.nn.Module):
@@ -46,7 +46,7 @@ def warn_of_unused(
     block: int | None,
     growth_key: str | None,
 ) -> None:
-    """Log which of a verb's options differ from its defaults though nothing that is asked for uses them."""
+    """Log which options of a verb were changed from their defaults but have no effect on this call."""
     unused = [option.name for option in dataclasses.fields(training)]
     if field == "neural":
         unused = [] if training.module is None else ["width", "depth"]
@@ -63,7 +63,7 @@ def warn_of_unused(
 
 
 def check_jitter(jitter: float, field: FieldKind) -> None:
-    """Raise a ValueError for a jitter below zero, or of a field without a bandwidth."""
+    """Raise a ValueError if the jitter is negative or not finite, or if the field has no bandwidth to measure it in."""
     if not 0 <= jitter < math.inf:
         raise ValueError(f"expected a finite jitter of at least 0, found {jitter}; pass 1 for the kernel's own width")
     if jitter and field != "closed-form":
@@ -74,7 +74,7 @@ def check_jitter(jitter: float, field: FieldKind) -> None:
 
 
 def path_name(path: str | None, problem: Problem) -> str:
-    """Return the name of a problem's path: that asked for, or what stands for None."""
+    """Return the name of a problem's path: the one requested, or the default that None stands for."""
     return path or type(problem.path).__name__.lower()
 
 
@@ -88,9 +88,9 @@ def fit_record(
     block: int | None,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Return what fits are defined by beside method, path, sigma and seed, as ``uns`` can hold it.
+    """Return what defines a fit apart from method, path, sigma and seed, in a form that ``uns`` can hold.
 
-    What is None has no entry, and what a closed-form field has no use for neither.
+    Options that are None, or that a closed-form field does not use, have no entry.
     """
     record = {"field": kind, "time_key": time_key, "use_rep": use_rep, "growth_key": growth_key, "block": block}
     if kind == "neural":

@@ -60,122 +60,127 @@ def fit_flow(
 ) -> AnnData | None:
     """Fit the continuous flow between snapshots by conditional flow matching (Tong et al. 2023, arXiv 2302.00482).
 
-    The default pairs cells of consecutive snapshots by unbalanced optimal transport, lets a pair's mass change on its
-    way and its path bend towards the cells' kin (mean ancestors in the snapshot before, mean descendants in the one
-    after), and trains a network on the velocities and growth rates along these paths.
+    By default, cells of consecutive snapshots are paired by unbalanced optimal transport. Each pair is joined by a path
+    along which its mass may change, and which bends towards the cells' kin (mean ancestors in the snapshot before, mean
+    descendants in the one after). A network is then trained on the velocities and growth rates along these paths.
 
     Parameters
     ----------
     adata
         Annotated data, cells in rows; at least two snapshots of at least three cells.
     time_key
-        Column of ``obs`` with real times, numbers; text is read by `sctraj.pp.parse_time`.
+        Column of ``obs`` with real times, as numbers; `sctraj.pp.parse_time` converts text.
     use_rep
         Representation of the cells: a key of ``obsm``, or ``"X"``.
     method
-        ``"uot-cfm"``: cells of consecutive snapshots are paired by unbalanced optimal transport, and parts of the
-        population may grow or shrink relative to each other. ``"ot-cfm"``: by exact optimal transport, mass is
+        How cells of consecutive snapshots are paired. ``"uot-cfm"``: by unbalanced optimal transport; parts of the
+        population may grow or shrink relative to each other. ``"ot-cfm"``: by exact optimal transport; mass is
         conserved. ``"i-cfm"``: at random. ``"sb-cfm"``: by a Schroedinger bridge; also gives a score, and so a
         stochastic flow. ``"vp-cfm"``: at random, along variance-preserving paths. The default is the most accurate
-        where a snapshot is left out of four or more; of three ``"sb-cfm"`` is, and cells that are followed once round
-        a cycle keep to it best by ``"ot-cfm"``.
+        where one of four or more snapshots is left out. Where one of three is, ``"sb-cfm"`` is the most accurate, and
+        cells that are followed once round a cycle stay on it best with ``"ot-cfm"``.
     path
-        Of the first three methods: ``"hermite"``, cubic paths through a cell at a velocity measured from its kin
-        before and after; turns that the whole population takes are taken less where they come and go with single
-        snapshots, as samples that are off make them; ``"uot-cfm"`` then pairs cells by where they go as well as by
-        where they are. ``"straight"``. ``"land"`` or ``"rbf"``: learned to keep to the cells under that metric
-        (Kapusniak et al. 2024), for courses known to bend round a hole: they narrow populations elsewhere.
-        None: hermite for ``"uot-cfm"``, straight for the others.
+        Shape of the paths, for the first three methods. ``"hermite"``: cubic curves that pass through each cell at a
+        velocity measured from its kin before and after; turns of the whole population are damped where they come and
+        go with single snapshots, as happens when samples are off; ``"uot-cfm"`` then pairs cells by where they are
+        going as well as by where they are. ``"straight"``: straight lines. ``"land"`` or ``"rbf"``: curves learned to
+        stay near the cells under that metric (Kapusniak et al. 2024), for courses known to bend round a hole;
+        elsewhere they narrow populations. None: hermite for ``"uot-cfm"``, straight for the others.
     field
         ``"neural"``: a network trained by flow matching; its cost at a cell does not grow with the number of pairs.
-        ``"closed-form"``: a kernel average of the pairs' velocities, without training, and without a seed but for
-        methods whose pairs are drawn (all but the first two; four a cell are taken); less accurate (1.0 to
-        1.1 times the energy distance of held-out real snapshots, up to 1.9 times of simulated ones) but where cells
-        are few and dimensions many.
+        ``"closed-form"``: a kernel average of the pairs' velocities. Nothing is trained, and the result depends on the
+        seed only for methods whose pairs are drawn (all but the first two; four pairs per cell). It is less accurate
+        than a network (energy distance 1.0 to 1.1 times as large for held-out real snapshots, up to 1.9 times for
+        simulated ones), except where cells are few and dimensions many.
     growth_key
-        Column of ``obs`` with prior growth rates (log mass change per unit of time, such as from a proliferation
-        signature), for ``"uot-cfm"``. Only differences between cells count: numbers of sampled cells tell nothing
-        about the population's total. It is weighed against the snapshots, which move rates back where both contradict.
+        Column of ``obs`` with prior growth rates (log mass change per unit of time, for example from a proliferation
+        signature), for ``"uot-cfm"``. Only differences between cells count, because numbers of sampled cells say
+        nothing about the population's total. The prior is weighed against the snapshots: where the two contradict each
+        other, the snapshots pull the rates back.
     sigma
-        Spread of the probability path, in units of the representation (for ``"sb-cfm"`` per root of time). By default
-        a fixed fraction of the root mean square displacement between snapshots, which a single cell far from all others
-        can make large: cells more than 100 times the median distance from their snapshot's median are logged. A neural
-        field of ``"uot-cfm"`` then has its paths wider (the ``spreads``): by how far apart cells are, so that it is
-        told what to do between them; between two snapshots alone as Brownian bridges are. A sigma that is given is the
-        whole spread: one taken from an earlier fit's ``params`` gives narrower paths than that fit had.
+        Width of the probability path, in units of the representation (for ``"sb-cfm"``, per square root of time). By
+        default, a fixed fraction of the root mean square displacement between snapshots. A single cell far from all
+        others can make this large: cells more than 100 times the median distance from their snapshot's median are
+        logged. For a neural field of ``"uot-cfm"``, paths are then made wider (by the ``spreads``, see Returns)
+        according to how far apart cells are, so that the field also learns what to do between them; if there are only
+        two snapshots, they are as wide as Brownian bridges. A sigma that is given is the whole width: one taken from an
+        earlier fit's ``params`` gives narrower paths than that fit had.
     block
-        Cells a side of the blocks in which ``"uot-cfm"`` and ``"ot-cfm"`` couple snapshots with more cells than that
-        (the geometric mean of both) and curved paths find kin, of each at most 6,000 (or a block); what is done is
-        logged. By default snapshots of up to 1,500 cells (for ``"ot-cfm"`` 3,000) are coupled whole, larger ones in
-        blocks of at most 1,000 (3,000). Larger blocks come nearer to optimal transport, and take a time that grows as
-        their square or more.
+        Number of cells per snapshot in a block. Two snapshots with more cells than this (geometric mean of both) are
+        coupled block by block by ``"uot-cfm"`` and ``"ot-cfm"``, and so are the kin found for curved paths; at most
+        6,000 cells of each snapshot (or one block) take part. What is done is logged. By default, snapshots of up to
+        1,500 cells (3,000 for ``"ot-cfm"``) are coupled whole, and larger ones in blocks of at most 1,000 (3,000).
+        Larger blocks come closer to optimal transport; their time grows as their size squared or faster.
     module
-        Your own network instead of the built-in one: maps standardised times ``(B, 1)`` and points ``(B, d)`` to
-        ``(B, d)``, or ``(B, 2 d)`` (velocity, score) for ``"sb-cfm"``. For ``"uot-cfm"`` to ``(B, d + 1)`` (velocity,
-        growth): with ``(B, d)`` the flow does not grow, which is logged. Without randomness of its own (dropout).
+        Your own network instead of the built-in one. It maps standardised times ``(B, 1)`` and points ``(B, d)`` to
+        ``(B, d)``, or to ``(B, 2 d)`` (velocity, score) for ``"sb-cfm"``, or to ``(B, d + 1)`` (velocity, growth) for
+        ``"uot-cfm"``: with ``(B, d)`` the flow then does not grow, which is logged. It must have no randomness of its
+        own, such as dropout.
     n_members
-        Fits trained together; more than one give ``_velocity_sd``. Those of a neural field differ by their seeds, so
-        that it is what training leaves open, and not that other cells might have been sampled: less than the
-        uncertainty. Each of a closed-form field has a bootstrap of every snapshot's cells, so that it has both.
+        Number of fits that are trained together. If there are several, ``_velocity_sd`` is written. Members of a neural
+        field differ by their seeds: their deviation shows what training leaves open, but not that other cells might
+        have been sampled, and so understates the uncertainty. Each member of a closed-form field is built from a
+        bootstrap sample of every snapshot's cells, so that the deviation includes both.
     width
-        Units of a hidden layer of the built-in network. This and what follows up to `patience` are of the neural field;
-        where they are given in vain, this is logged.
+        Units per hidden layer of the built-in network. This and the following parameters up to `patience` apply to a
+        neural field only; if they are given without effect, this is logged.
     depth
-        Hidden layers of the built-in network.
+        Number of hidden layers of the built-in network.
     n_steps
-        Steps of the optimiser.
+        Number of optimiser steps.
     batch_size
-        Pairs of cells per interval in each step; of more than five intervals as many in all as of five.
+        Pairs of cells per interval in each step; with more than five intervals, as many in total as with five.
     learning_rate
-        AdamW's highest rate (one-cycle schedule).
+        Peak learning rate of AdamW (one-cycle schedule).
     weight_decay
-        AdamW's weight decay.
+        Weight decay of AdamW.
     ema_decay
-        Decay of the weights' moving average.
+        Decay of the moving average of the weights.
     patience
-        Stop early: hold back a tenth of every snapshot's cells, look at their loss every 25 steps, and stop after
-        this many looks without improvement. None: train for `n_steps`.
+        Stop early: hold back a tenth of every snapshot's cells, evaluate their loss every 25 steps, and stop after
+        this many evaluations without improvement. None: train for `n_steps`.
     device
-        ``"auto"`` (a GPU where there is one), ``"cpu"``, ``"cuda"`` or ``"mps"``.
+        ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"mps"``.
     rng
-        Seed or Generator. The same on the same machine gives the same bits on the CPU.
+        Seed or Generator. On the CPU of one machine, the same value gives the same results bit for bit.
     progress
         Show a progress bar.
     key_added
-        Name of the flow: prefix of the slots.
+        Name of the flow, and prefix of its slots.
     copy
-        Return a changed copy and leave `adata` alone.
+        Return a modified copy and leave `adata` unchanged.
 
     Returns
     -------
     ``None``, or the copy if ``copy=True``. Sets:
 
     ``uns[key_added]`` : dict
-        ``params`` (with the sigma and seed used, and of curved paths the ``reliability``, the share of the
-        population's turns that the first member takes: to tell it takes four snapshots, with fewer it is 1; and
-        ``farther``, how much `sctraj.tl.interpolate` counts a snapshot beside the next nearer one; of paths that are
-        wider than sigma the ``spreads``, one per interval, between two snapshots alone that half-way),
-        ``weights`` (arrays), ``loss``, ``validation_loss``, ``times``, ``versions``, ``fingerprint``.
+        ``params``, ``weights`` (arrays), ``loss``, ``validation_loss``, ``times``, ``versions``, ``fingerprint``.
+        ``params`` includes the sigma and seed used. For curved paths, it also holds the ``reliability``, the share of
+        the population's turns that the first member takes (estimating it needs four snapshots; with fewer it is 1),
+        and ``farther``, how much `sctraj.tl.interpolate` counts a snapshot relative to the next nearer one. For paths
+        wider than sigma, it holds the ``spreads``, one per interval (with only two snapshots, the one half-way).
     ``obsm[key_added + "_velocity"]`` : float32, n_obs x d
-        Velocity at the cell's own time, in units of the representation per unit of time; the members' mean. By
-        ``"uot-cfm"`` it is 3 to 29 % too short on simulated courses, as a part of each move is read as growth.
+        Velocity at the cell's own time, in units of the representation per unit of time; the members' mean. With
+        ``"uot-cfm"`` it is 3 to 29 % too short on simulated courses, because part of each move is read as growth.
     ``obs[key_added + "_growth"]`` : float32
-        Log mass change per unit of time, relative to the mean over the snapshot's cells; where the flow grows. It
-        orders cells rather than measures them: of what fates differ by about half is found, and cells that are ahead
-        of others seem to grow a little.
+        Log mass change per unit of time, relative to the mean over the snapshot's cells; only if the flow has growth.
+        It ranks cells rather than measures their growth: about half of the difference between fates is found, and
+        cells that are ahead of others seem to grow a little.
     ``obs[key_added + "_velocity_sd"]`` : float32
-        Root mean square deviation of the members' velocities from their mean, where there are several.
+        Root mean square deviation of the members' velocities from their mean; only if there are several members.
 
     Raises
     ------
     KeyError
         No such column or representation.
     ValueError
-        Times, cells or parameters that cannot be used; slots that hold what no flow wrote. `adata` is then as it was.
+        Times, cells or parameters that cannot be used; slots that hold something else than a flow. `adata` is then
+        left as it was.
     TypeError
-        A module that is none.
+        `module` is not an instance of ``torch.nn.Module``.
     RuntimeError
-        Sinkhorn or the training did not converge.
+        The Sinkhorn iteration or the training did not converge.
     """
     _adata.check_own(adata, copy=copy)
     _adata.check_flow_key(adata, key_added, use_rep)
@@ -194,12 +199,12 @@ def fit_flow(
     make = partial(make_problems, method=method, path=path, validate=validate, plans=plans)
     problems: list[Problem] = []
     validation: list[Problem] = []
-    if field == "closed-form" and n_members > 1:  # every member has a bootstrap of the cells that take part
+    if field == "closed-form" and n_members > 1:  # every member gets a bootstrap sample of the cells that take part
         some = taking_part(cells.snapshots, method, path, plans)
         common = default_sigma(some, method, plans) if sigma is None else sigma
         for one in seeds:
             problems += make(resampled(some, one), sigma=common, seeds=[one])[0]
-            plans.forget_velocities()  # which only folds share
+            plans.forget_velocities()  # only folds share them
     else:
         problems, validation = make(cells.snapshots, sigma=sigma, seeds=seeds)
         plans.forget_velocities()
@@ -245,7 +250,7 @@ def fit_flow(
 def _write_cells(
     adata: AnnData, cells: _adata.Cells, key: str, at_cells: Sequence[_AtCells], field: VectorField
 ) -> tuple[list[str], list[str]]:
-    """Write what holds at the cells and remove what an earlier flow of this name left; return the slots of both."""
+    """Write the values at the cells, remove what an earlier flow of this name left, and return both sets of slots."""
     name = _adata.VELOCITY.format(key=key)
     adata.obsm[name] = _adata.write_by_cell(cells, [at.velocity for at in at_cells])
     written, removed = [f'uns["{key}"]', f'obsm["{name}"]'], []
@@ -268,7 +273,7 @@ def _write_cells(
 
 
 class _AtCells(NamedTuple):
-    """The members' mean velocity ``(n, d)``, its spread ``(n,)`` and the mean growth rate ``(n,)`` at cells.
+    """The members' mean velocity ``(n, d)``, their deviation from it ``(n,)`` and mean growth rate ``(n,)`` at cells.
 
     Growth rates are relative to the mean over the cells.
     """
@@ -280,7 +285,7 @@ class _AtCells(NamedTuple):
 
 @torch.no_grad()
 def _at_cells(field: VectorField, t: float, x: torch.Tensor, mass: torch.Tensor) -> _AtCells:
-    """Evaluate a field at one snapshot's cells ``(n, d)`` of masses ``(n,)``."""
+    """Evaluate a field at the cells ``(n, d)`` of one snapshot, with masses ``(n,)``."""
     parts = []
     for cells in x.to(field.scale).split(CELLS):
         each = field.evaluate(t, cells.expand(field.members, *cells.shape))  # velocity: (M, n, d)
@@ -289,6 +294,6 @@ def _at_cells(field: VectorField, t: float, x: torch.Tensor, mass: torch.Tensor)
         growth = torch.zeros_like(deviation) if each.growth is None else each.growth.mean(0).squeeze(-1)
         parts.append((mean, (deviation / max(1, field.members - 1)).sqrt(), growth))
     velocity, spread, growth = (torch.cat(column).cpu() for column in zip(*parts))
-    # known up to a rate that all cells of a time share, which a network leaves where it likes
+    # growth is determined only up to a rate shared by all cells of a time, which training leaves arbitrary
     growth = growth - (mass @ growth.double() / mass.sum()).to(growth)
     return _AtCells(velocity.numpy(), spread.numpy(), growth.numpy())

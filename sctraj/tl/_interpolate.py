@@ -1,4 +1,4 @@
-"""The population at a time nobody sampled."""
+"""Predict the population at a time that was not sampled."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def interpolate(
 ) -> AnnData:
     """Predict the population at a time between the first and the last snapshot.
 
-    All cells of the snapshots before and after that time are moved along the flow to it, and carry weights: nearer
-    snapshots weigh more, and parts of the population that grow gain. It is what `sctraj.tl.leave_one_out` judges. At a
-    snapshot's own time it is that snapshot. (How many farther snapshots are moved goes by how many there are,
-    of which a fit that leaves one out has one fewer.)
+    All cells of the snapshots before and after that time are moved to it along the flow. They carry weights: nearer
+    snapshots weigh more, and growing parts of the population gain weight. This is the prediction that
+    `sctraj.tl.leave_one_out` judges. At a snapshot's own time, the result is that snapshot. (The number of farther
+    snapshots that are moved depends on how many snapshots there are; a fit that leaves one out has one fewer.)
 
     Parameters
     ----------
@@ -49,20 +49,21 @@ def interpolate(
     time
         Real time, within the snapshots' range.
     start
-        What is moved: ``"both"`` neighbours in time, and by a neural field, of seven snapshots or more whose single
-        samples are noisy, the next ones too, as in `sctraj.tl.leave_one_out`; or the snapshot ``"before"`` alone.
+        Which snapshots are moved. ``"both"``: the neighbours in time on both sides; with a neural field and at least
+        seven snapshots whose single samples are noisy, the next ones too, as in `sctraj.tl.leave_one_out`.
+        ``"before"``: only the snapshot before.
     jitter
-        As in `sctraj.tl.leave_one_out`: noise on what is moved, in bandwidths of a closed-form field.
+        As in `sctraj.tl.leave_one_out`: noise on the moved cells, in bandwidths of a closed-form field.
     solver
         ``"rk4"`` or ``"euler"`` on a fixed grid, or ``"dopri5"``.
     n_steps
-        Steps of a fixed grid per mean gap between snapshots; None: 10 of rk4, 50 of euler, ten times as many of a
-        closed-form bridge.
+        Steps of a fixed grid per mean gap between snapshots. None: 10 for rk4, 50 for euler, and ten times as many for
+        a closed-form bridge.
     tolerance
-        Of ``"dopri5"``, relative.
+        Relative tolerance of ``"dopri5"``.
     decode
-        Decode to genes where the flow is in ``obsm["X_pca"]``, or in what was standardised from it, and
-        ``varm["PCs"]`` is there.
+        Decode to genes if the flow is in ``obsm["X_pca"]``, or in a standardised form of it, and ``varm["PCs"]``
+        exists.
     module
         The user's own module, if the flow was fitted with one.
     device
@@ -72,22 +73,22 @@ def interpolate(
 
     Returns
     -------
-    A new AnnData, one row per moved cell: ``obsm[use_rep]`` (``X``, where the flow is in it), ``obs[time_key]``,
-    ``obs["source_cell"]`` (the observed cell it comes from), ``obs["weight"]`` (summing to one; weigh cells by it) and,
-    decoded, ``X`` (float32) of the genes that the components were computed from. Decoded genes have the variance that
-    the components hold, and may be below zero: compare them with observed cells decoded likewise, as they are at a
-    snapshot's own time, and not with measured ones.
+    A new AnnData with one row per moved cell: ``obsm[use_rep]`` (``X``, if the flow is in it), ``obs[time_key]``,
+    ``obs["source_cell"]`` (the observed cell it comes from), ``obs["weight"]`` (sums to one; weight cells by it) and,
+    if decoded, ``X`` (float32) with the genes from which the components were computed. Decoded genes have only the
+    variance that the components hold, and may be negative: compare them with observed cells that were decoded in the
+    same way, which is what this function returns at a snapshot's own time, and not with measured values.
 
     Raises
     ------
     KeyError
         No such flow.
     ValueError
-        A time that is no number or outside the range; other cells than those fitted; a solver, steps or a tolerance
-        that cannot be used; a `time_key` of a column that is written beside it; components that do not reproduce
-        ``X_pca`` from ``X`` (then ``decode=False`` leaves the genes out).
+        A time that is not a number or is outside the range; other cells than those fitted; a solver, steps or a
+        tolerance that cannot be used; a flow whose `time_key` is the name of another column that is written; components
+        that do not reproduce ``X_pca`` from ``X`` (``decode=False`` then leaves the genes out).
     TypeError
-        A module that is none.
+        `module` is not an instance of ``torch.nn.Module``.
     """
     check_module(module)
     where = pick_device(device)
@@ -152,7 +153,7 @@ def interpolate(
 def _with_genes(
     adata: AnnData, use_rep: str, points: np.ndarray, obs: pd.DataFrame, decoder: _adata.Decoder | None, why_not: str
 ) -> tuple[AnnData, str]:
-    """Return cells at points ``(n, d)`` of a representation, with genes if there is a way to them; and say which."""
+    """Return cells at points ``(n, d)`` of a representation, decoded to genes if possible, and text that says so."""
     from anndata import AnnData
 
     if use_rep == "X":  # the genes themselves

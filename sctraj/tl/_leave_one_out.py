@@ -1,4 +1,4 @@
-"""How well a flow restores snapshots it has not seen."""
+"""Measure how well a flow restores snapshots that it has not seen."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from ..flow.snapshots import Snapshots
     from ..flow.vector_field import VectorField
 
-# cells of a held-out snapshot from which distances tell something: halves of so many, normal in 5 dimensions, have an
-# energy distance of 0 +- 0.2 standard deviations of a coordinate, of 4 one of 0 +- 1.2
+# least number of cells in a held-out snapshot for which distances are informative: two halves of so many, normal in 5
+# dimensions, have an energy distance of 0 +- 0.2 standard deviations of a coordinate; two halves of 4, 0 +- 1.2
 TELLING = 20
 STARTS = {
     "both": "all cells of the snapshots before and after the held-out one, weighted by nearness in time; those farther "
@@ -76,18 +76,18 @@ def leave_one_out(
 ) -> AnnData | None:
     """Hold out every interior snapshot in turn, restore it, and measure how far off the restoration is.
 
-    Train without snapshot t, move all observed cells of the snapshots before and after it along the flow to t (Euler,
-    100 steps a gap), and compare with all observed cells of t, on the real clock. With ``start="before"`` this is the
-    published protocol (Tong et al. 2023, section 5.2), which moves the snapshot before alone. All folds and seeds of a
-    method are trained in one batch.
+    For each interior snapshot t, train without it, move all observed cells of the snapshots before and after t to its
+    time along the flow (Euler, 100 steps per gap, in real time), and compare them with all observed cells of t. With
+    ``start="before"``, only the snapshot before is moved; this is the published protocol (Tong et al. 2023, section
+    5.2). All folds and seeds of a method are trained in one batch.
 
-    Restored cells carry masses: those of the snapshot before weigh ``1 - s`` in all and those after ``s``, at the
-    fraction ``s`` of the gap, and where the flow grows each gains or loses. Distances are weighted by them; beside
-    them stand ``w1_unweighted`` and ``energy_unweighted``, all restored cells weighing the same. What the energy
-    distance has beyond ``energy_about_mean``, which takes both populations about their own means, is that the restored
-    one is off as a whole, as where a sample has an age or a batch of its own; a composition of its own is in both.
-    Of clusters far apart ``energy_about_mean`` is above zero even for two samples of one law: hold it against the noise
-    reference's.
+    Restored cells carry masses. At the fraction ``s`` of the gap, the cells from before weigh ``1 - s`` in total and
+    those from after weigh ``s``; if the flow has growth, each cell gains or loses mass on its way. Distances are
+    weighted by these masses; ``w1_unweighted`` and ``energy_unweighted`` weight all restored cells alike.
+    ``energy_about_mean`` is the energy distance with both populations centred at their own means. The excess of
+    ``energy`` over it shows that the restored population is off as a whole, as when a sample has an age or a batch of
+    its own; a composition of its own affects both. For clusters that are far apart, ``energy_about_mean`` is above zero
+    even between two samples of one law, so compare it with that of the noise reference.
 
     The held-out cells enter no coupling, no sigma, no scaling and no weight. But a representation computed on all
     cells (a PCA, a standardisation) has itself seen them; the distances are then a little too good, for every
@@ -96,33 +96,36 @@ def leave_one_out(
     Parameters
     ----------
     adata
-        Annotated data, cells in rows; at least three snapshots: the first and the last of at least three cells, those
-        between, which are held out, of at least four. Distances to fewer than 20 cells say little, those of the noise
-        reference, between two halves of them, least of all, and means over times take them in: this is logged.
+        Annotated data, cells in rows. At least three snapshots: the first and the last with at least three cells, and
+        those between, which are held out, with at least four. If a held-out snapshot has fewer than 20 cells, this is
+        logged: distances to so few cells say little (least of all those of the noise reference, between two halves of
+        them) but are included in the means over times.
     time_key
-        Column of ``obs`` with real times, numbers.
+        Column of ``obs`` with real times, as numbers.
     use_rep
         Representation of the cells: a key of ``obsm``, or ``"X"``.
     methods
-        Of ``"uot-cfm"``, ``"ot-cfm"``, ``"i-cfm"``, ``"sb-cfm"``, ``"vp-cfm"``; see `sctraj.tl.fit_flow`.
+        One or more of ``"uot-cfm"``, ``"ot-cfm"``, ``"i-cfm"``, ``"sb-cfm"``, ``"vp-cfm"``; see `sctraj.tl.fit_flow`.
     path, field, growth_key
-        As in `sctraj.tl.fit_flow`. A path and growth rates are for those of the methods that take them.
+        As in `sctraj.tl.fit_flow`. A path and growth rates are used only for the methods that take them.
     start
-        What is moved to the held-out time: ``"both"`` neighbours, or the snapshot ``"before"``. By a neural field on
-        curved paths through seven kept snapshots or more, ``"both"`` takes the second ones on each side too (of 15 or
-        more the third), where single samples are noisy: what these are off by cancels better among more. The share of
-        each beside the next nearer one is the protocol's ``farther``; unweighted distances count all their cells alike.
+        Which snapshots are moved to the held-out time: the neighbours on ``"both"`` sides, or the one ``"before"``.
+        With a neural field on curved paths and at least seven kept snapshots, ``"both"`` also takes the second snapshot
+        on each side (with at least 15, the third too) if single samples are noisy, because the samples' errors cancel
+        better among more of them. How much each counts relative to the next nearer one is ``farther`` in the protocol;
+        unweighted distances count all their cells alike.
     jitter
-        Standard deviation of normal noise on what is moved, in bandwidths of a closed-form field. Where its kernel is
-        the path's (``"sb-cfm"``) its flow keeps the law of its pairs from starts as wide as the kernel (1). A local
-        kernel is as wide in every coordinate as the fifth nearest pair is far: 1 is too much, in 5 dimensions V
-        becomes 1.5 to 2.5; 0 is a little too little.
+        Standard deviation of normal noise added to the cells that are moved, in bandwidths of a closed-form field. If
+        the kernel is that of the path (``"sb-cfm"``), the flow preserves the law of its pairs from starting points that
+        are as wide as the kernel (1). A local kernel is as wide in every coordinate as the fifth nearest pair is
+        distant: 1 is then too much (in 5 dimensions V, the variance ratio, becomes 1.5 to 2.5) and 0 a little too
+        little.
     n_seeds
         Fits per held-out snapshot and method. Closed-form fields of ``"uot-cfm"`` and ``"ot-cfm"`` do not depend on a
-        seed and are put together once; the others' pairs are drawn, for every seed anew.
+        seed and are computed once; for the other methods, pairs are drawn anew for every seed.
     sigma, block, module, width, depth, n_steps, batch_size, learning_rate, weight_decay, ema_decay, patience
-        As in `sctraj.tl.fit_flow`. A sigma that is given is every method's: a length, and for ``"sb-cfm"`` a length
-        per root of time.
+        As in `sctraj.tl.fit_flow`. A sigma that is given is used for every method: as a length, and for ``"sb-cfm"`` as
+        a length per square root of time.
     device
         ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
     rng
@@ -132,40 +135,41 @@ def leave_one_out(
     key_added
         Prefix of the slots.
     copy
-        Return a changed copy and leave `adata` alone.
+        Return a modified copy and leave `adata` unchanged.
 
     Returns
     -------
     ``None``, or the copy if ``copy=True``. Sets:
 
     ``uns["leave_one_out"]`` : DataFrame
-        Tidy: ``method`` (methods; baselines ``previous``, ``next``, ``ot-interpolation``; ``noise-reference``, two
-        random halves of the held-out snapshot), ``time``, ``seed``, ``metric`` (``w1``, ``w2``, ``mmd`` (squared),
-        ``energy``, ``energy_about_mean``, ``variance_ratio``, ``w1_unweighted``, ``energy_unweighted``), ``value``.
-        Distances between many thousand cells are estimated; their standard errors then stand beside them
-        (``w1_error``, ...). Under ``{key_added}_leave_one_out`` if `key_added` is not "flow".
+        Tidy table with columns ``method`` (the methods; the baselines ``previous``, ``next`` and ``ot-interpolation``;
+        ``noise-reference``, two random halves of the held-out snapshot), ``time``, ``seed``, ``metric`` (``w1``,
+        ``w2``, ``mmd`` (squared), ``energy``, ``energy_about_mean``, ``variance_ratio``, ``w1_unweighted``,
+        ``energy_unweighted``) and ``value``. Distances between many thousand cells are estimated; the table then also
+        holds their standard errors (``w1_error``, ...). If `key_added` is not "flow", the name is
+        ``{key_added}_leave_one_out``.
     ``uns["leave_one_out_protocol"]`` : dict
-        How the table came about: all options, of each method the path and of each fold the sigma and, by interval,
-        the spreads (of three snapshots, folds have two, whose paths are bridges; a fit to all three has other ones),
-        the versions, the sizes of the halves.
+        How the table was obtained: all options; the path of each method; the sigma of each fold and, by interval, its
+        spreads (with three snapshots, folds have two, whose paths are bridges; a fit to all three has other paths); the
+        versions; the sizes of the halves.
     ``obsm[key_added + "_w1"]`` : DataFrame, n_obs x methods
-        The cell's share of its snapshot's W1, mean over seeds: the mean over a held-out snapshot's cells is that W1.
-        NaN in the first and the last snapshot.
+        The cell's share of its snapshot's W1, as a mean over seeds, such that the mean over the cells of a held-out
+        snapshot is that W1. NaN in the first and the last snapshot.
     ``obsm[key_added + "_restored"]`` : float32, n_obs x d
-        Where the plan between restoration and observation puts the prediction for the cell (first method, first
-        seed). NaN in the first and the last snapshot.
+        Where the transport plan between restored and observed cells places the prediction for this cell (first method,
+        first seed). NaN in the first and the last snapshot.
 
     Raises
     ------
     KeyError
         No such column or representation.
     ValueError
-        Times, cells or parameters that cannot be used; slots that hold what no leave-one-out wrote. `adata` is then as
-        it was.
+        Times, cells or parameters that cannot be used; slots that hold something else than a leave-one-out. `adata` is
+        then left as it was.
     TypeError
-        A module that is none.
+        `module` is not an instance of ``torch.nn.Module``.
     RuntimeError
-        Sinkhorn or the training did not converge.
+        The Sinkhorn iteration or the training did not converge.
     """
     _adata.check_own(adata, copy=copy)
     _adata.check_table_key(adata, key_added, use_rep)
@@ -244,14 +248,14 @@ def leave_one_out(
 
 
 class _Options(NamedTuple):
-    """What one of several methods takes of the options given for all."""
+    """The options that one of several methods takes from those given for all."""
 
     path: Path | None
     prior: bool
 
 
 def _options(method: str, methods: Sequence[str], path: Path | None, growth_key: str | None) -> _Options:
-    """Return the options that a method takes; one that none of the methods takes is kept, and refused later."""
+    """Return the options that a method takes; an option that no method takes is kept here, and refused later."""
     bends = method in WITH_PATH or not {*methods} & {*WITH_PATH}
     grows = method == "uot-cfm" or "uot-cfm" not in methods
     return _Options(path if bends else None, growth_key is not None and grows)
@@ -266,9 +270,9 @@ def _energies(found: Sequence[_Found], judged: Sequence[Judgement]) -> dict[str,
 
 
 def _say_what_tells_nothing(methods: Sequence[str], energies: Mapping[str, float]) -> None:
-    """Log if even the best method is farther from the held-out snapshots than a neighbour is as it stands.
+    """Log if even the best method is farther from the held-out snapshots than a copied neighbouring snapshot is.
 
-    By more than their halves are from each other: where nothing moves copies are as near.
+    The margin is the distance between their halves, because where nothing moves, copies are as near.
     """
     copied = min((PREVIOUS, NEXT), key=lambda name: energies[name])
     best = min(methods, key=lambda name: energies[name])
@@ -288,7 +292,7 @@ def _write(
     judged: Sequence[tuple[_Found, Judgement]],
     protocol: Mapping[str, object],
 ) -> str:
-    """Write the table, its protocol, and what every cell has of them; return the slots' names."""
+    """Write the table, its protocol and the results by cell; return the slots' names."""
     rows = [row for one, judgement in judged for row in _rows(one, judgement, cells.snapshots.times[one.k])]
     by_cell = {method: _by_cell(cells, [pair for pair in judged if pair[0].method == method]) for method in methods}
     table = _adata.table_name(key)
@@ -300,13 +304,13 @@ def _write(
 
 
 def _sizes(halves: Sequence[tuple[int, int]]) -> str:
-    """Return the sizes of all folds' halves in words: the smallest and the largest where they differ."""
+    """Return the sizes of all folds' halves in words; if they differ, the smallest and the largest."""
     least, most = (f"{a} + {b}" for a, b in (min(halves, key=sum), max(halves, key=sum)))
     return least if least == most else f"{least} to {most}"
 
 
 def _check_sizes(snapshots: Snapshots) -> None:
-    """Raise where a snapshot has too few cells to be held out, or all of them at one place; say where there are few."""
+    """Raise if a snapshot to hold out has too few cells, or all of them at one place; log those with few cells."""
     few = []
     for k in hold_out.interior(snapshots):
         if (n := len(snapshots.points[k])) < hold_out.SMALLEST_HELD_OUT:
@@ -336,7 +340,7 @@ def _of_folds(
     *,
     neural: bool,
 ) -> dict[str, np.ndarray]:
-    """Return the held-out times and, methods x times, what a method's fits to the kept snapshots have in common."""
+    """Return the held-out times and, as methods x times, what all fits of a method to a fold have in common."""
     each = [[of.problems[first] for first in of.firsts()] for of in folds.values()]
     none = [np.nan] * (len(snapshots) - 2)  # a fold's intervals
     return {
@@ -352,7 +356,7 @@ def _of_folds(
 
 @dataclass(frozen=True)
 class _Found:
-    """A restoration of snapshot ``k``, by a method's fit with the ``seed``-th seed, and what it is measured against."""
+    """A restoration of snapshot ``k`` by a method's fit with the ``seed``-th seed, and the cells to compare it with."""
 
     method: str
     k: int
@@ -370,7 +374,7 @@ def _restored(
     farther: Sequence[float],
     jitter: float,
 ) -> list[_Found]:
-    """Restore every member's held-out snapshot; the seeds of a fold follow each other."""
+    """Restore every member's held-out snapshot; the seeds of one fold are consecutive."""
     restorations = hold_out.restore(
         field,
         snapshots,
@@ -388,9 +392,9 @@ def _restored(
 
 
 def _by_cell(cells: Cells, judged: Sequence[tuple[_Found, Judgement]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return each cell's share of W1 ``(n_obs,)``, mean over seeds, and the first seed's barycentre ``(n_obs, d)``."""
+    """Return each cell's share of W1 ``(n_obs,)``, mean over seeds, and its first seed's barycentre ``(n_obs, d)``."""
     snapshots = cells.snapshots
-    share: list[np.ndarray | None] = [None] * len(snapshots)  # the first and the last stay without
+    share: list[np.ndarray | None] = [None] * len(snapshots)  # the first and the last stay None
     barycentre: list[np.ndarray | None] = [None] * len(snapshots)
     n_seeds = 1 + max(one.seed for one, _ in judged)
     for one, judgement in judged:
@@ -402,7 +406,7 @@ def _by_cell(cells: Cells, judged: Sequence[tuple[_Found, Judgement]]) -> tuple[
 
 
 def _rows(one: _Found, judged: Judgement, time: float) -> list[dict[str, object]]:
-    """Return one judgement's rows of the table."""
+    """Return the table rows of one judgement."""
     values = judged.values | {f"{name}_unweighted": value for name, value in judged.unweighted.items()}
     values |= {f"{name}_error": error for name, error in judged.errors.items()}
     same = {"method": one.method, "time": time, "seed": one.seed}

@@ -1,4 +1,4 @@
-"""Random streams: made once at the door, handed down as seeds."""
+"""Seeds: derived once from the user's ``rng``, then passed down."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ._steps import check_whole
 
 
 def seed_of(rng: int | np.random.Generator) -> int:
-    """Return the seed that stands for ``rng``: itself, or a number drawn from a Generator."""
+    """Return the seed for ``rng``: the seed itself, or a number drawn from the Generator."""
     if isinstance(rng, np.random.Generator):
         return int(rng.integers(2**62))
     if isinstance(rng, bool) or not isinstance(rng, (int, np.integer)) or not 0 <= rng < 2**63:
@@ -17,7 +17,7 @@ def seed_of(rng: int | np.random.Generator) -> int:
 
 
 def member_seeds(seed: int, n: int) -> list[int]:
-    """Return ``n`` independent seeds of members."""
+    """Return ``n`` independent seeds for members."""
     check_whole("members or seeds", n)
     states = np.random.SeedSequence(seed).generate_state(int(n), np.uint64)
     return [int(state >> np.uint64(2)) for state in states]

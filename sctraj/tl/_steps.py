@@ -1,4 +1,4 @@
-"""How finely time is cut where nobody says, and checks of what somebody says."""
+"""Time steps of the integration: defaults, and checks of the user's options."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import get_args
 from .._log import logger
 from ..flow.integrate import Solver
 
-RK4_STEPS = 10  # per mean gap: off by some 1e-4 of the data's spread, far less than any field is
-OTHER_STEPS = 50  # of first order
-TOLERANCE = 1e-4  # of steps that a solver chooses itself
-STIFF = 10  # times as many where velocities grow without bound towards the snapshots, as a bridge's do
+RK4_STEPS = 10  # per mean gap: the error is some 1e-4 of the data's spread, far less than that of any field
+OTHER_STEPS = 50  # for first-order solvers
+TOLERANCE = 1e-4  # for solvers that choose their own steps
+STIFF = 10  # times as many steps if velocities grow without bound towards the snapshots, as those of a bridge do
 
 
 def steps_per_gap(solver: Solver, *, stochastic: bool = False, stiff: bool = False) -> int:
-    """Return the steps of a fixed grid per mean gap between snapshots."""
+    """Return the number of steps of a fixed grid per mean gap between snapshots."""
     return (RK4_STEPS if solver == "rk4" and not stochastic else OTHER_STEPS) * (STIFF if stiff else 1)
 
 
 def steps_between(per_gap: float, t0: float, t1: float, mean_gap: float) -> int:
-    """Return the steps of a way between two times; one that is longer by rounding alone has none more."""
+    """Return the number of steps between two times; a length in excess by rounding only adds none."""
     return max(1, math.ceil(per_gap * abs(t1 - t0) / mean_gap - 1e-9))
 
 
 def check_steps(solver: Solver, n_steps: float, tolerance: float) -> None:
-    """Raise a ValueError for a solver that is unknown, steps that are no whole number, or a tolerance of none."""
+    """Raise a ValueError for an unknown solver, steps that are not a whole number, or a tolerance not above zero."""
     if solver not in get_args(Solver):
         raise ValueError(f"expected a solver of {', '.join(get_args(Solver))}, found {solver!r}")
     check_whole("n_steps", n_steps, "; leave it out for the default")
@@ -35,7 +35,7 @@ def check_steps(solver: Solver, n_steps: float, tolerance: float) -> None:
 
 
 def check_whole(what: str, number: float, advice: str = "") -> None:
-    """Raise a ValueError for what is no whole number of at least one."""
+    """Raise a ValueError unless ``number`` is a whole number of at least one."""
     real = isinstance(number, numbers.Real) and not isinstance(number, bool)
     if not (real and 1 <= number < math.inf and number == int(number)):
         raise ValueError(f"expected a whole number of {what}, at least 1, found {number!r}{advice}")
@@ -44,7 +44,7 @@ def check_whole(what: str, number: float, advice: str = "") -> None:
 def warn_of_unused_steps(
     solver: Solver, n_steps: int | None, tolerance: float, *, default: float, stochastic: bool = False
 ) -> None:
-    """Log which of the options nothing uses, ``default`` being the tolerance where none is given."""
+    """Log which of the options have no effect; ``default`` is the tolerance that counts as not given."""
     own = solver == "dopri5" and not stochastic
     unused = {
         "solver": stochastic and solver != "rk4",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 DType = Literal["float32", "float16"]
 SLAB = 2**28  # bytes of trajectories held at once on their way to a store
-LARGEST_HALF = 2**14  # a coordinate that float16 takes, with room for where its cell may go
+LARGEST_HALF = 2**14  # largest coordinate for float16, which leaves room for where the cell may go
 
 
 def trajectories(
@@ -49,26 +49,27 @@ def trajectories(
     key: str = "flow",
     copy: bool = False,
 ) -> AnnData | None:
-    """Infer every cell's own path over the whole time range, backwards and forwards from the time it was sampled at.
+    """Infer every cell's path over the whole time range, backwards and forwards from the time when it was sampled.
 
     Parameters
     ----------
     adata
         Annotated data with a flow by `sctraj.tl.fit_flow`.
     times
-        How many times, evenly spread from the first snapshot to the last, to which the snapshots' own times are added:
-        every path passes its cell, and all intervals are seen, however short. Or the times themselves, increasing and
-        within that range, to which none are added.
+        Number of times, evenly spaced from the first snapshot to the last. The snapshots' own times are added to them,
+        so that every path passes through its cell and no interval is missed, however short. Or the times themselves,
+        increasing and within that range; to these, none are added.
     stochastic
-        Simulate the stochastic flow instead (``"sb-cfm"`` only): one sample of each cell's path.
+        Simulate the stochastic flow instead (``"sb-cfm"`` only), which gives one sample of each cell's path.
     solver
         ``"rk4"`` or ``"euler"`` on a fixed grid, or ``"dopri5"``.
     n_steps
-        Steps of a fixed grid, and of the simulation, per mean gap between snapshots. None: 10 of rk4, which end
-        within 0.02 % of the data's spread of where 50 do, and 50 of Euler and of the simulation; ten times as many of a
-        closed-form bridge (``"sb-cfm"``), whose velocities grow without bound towards the snapshots.
+        Steps of a fixed grid, or of the simulation, per mean gap between snapshots. None: 10 for rk4, whose paths then
+        end within 0.02 % of the data's spread of where they end with 50, and 50 for Euler and for the simulation; ten
+        times as many for a closed-form bridge (``"sb-cfm"``), whose velocities grow without bound towards the
+        snapshots.
     tolerance
-        Of ``"dopri5"``, relative.
+        Relative tolerance of ``"dopri5"``.
     module
         The user's own module, if the flow was fitted with one.
     device
@@ -76,32 +77,32 @@ def trajectories(
     rng
         Seed or Generator of the stochastic flow.
     dtype
-        ``"float32"``, or ``"float16"``: half the size, three digits.
+        ``"float32"``, or ``"float16"``: half the size, with a precision of three digits.
     store
-        Folder for the trajectories where they are too large for memory: a zarr group, written some cells at a time,
-        with ``points``, ``times`` and, where the flow grows, ``weights``; ``obsm`` then stays without them. Earlier
-        trajectories in it, of whatever flow, are replaced once the new ones are complete: until then there is room on
-        the disk for both, and an error leaves the earlier ones. The stochastic flow's noise is drawn for some cells at
-        a time, so that the sample is another one than without a store.
+        Folder for trajectories that are too large for memory. It becomes a zarr group, written some cells at a time,
+        with ``points``, ``times`` and, if the flow has growth, ``weights``; nothing is then written to ``obsm``.
+        Earlier trajectories in the folder, of whatever flow, are replaced once the new ones are complete: the disk
+        needs room for both until then, and after an error the earlier ones are still there. The noise of the stochastic
+        flow is drawn for some cells at a time, so that the sample differs from the one without a store.
     key
         Name of the flow.
     copy
-        Return a changed copy and leave `adata` alone.
+        Return a modified copy and leave `adata` unchanged.
 
     Returns
     -------
-    ``None``, or the copy if ``copy=True``. Where more than a tenth of a snapshot's cells end up, by another snapshot's
-    time, farther from its cells than any of these is from the others, that is logged. Sets:
+    ``None``, or the copy if ``copy=True``. If more than a tenth of a snapshot's cells end up astray at another
+    snapshot's time, that is, farther from its cells than any of these is from the others, this is logged. Sets:
 
     ``obsm[key + "_trajectories"]`` : float32, n_obs x n_times x d
-        In units of the representation; at a cell's own time, where it is among the times, exactly where it was
-        observed. ``anndata.concat(..., join="outer")`` with cells that lack it fails: delete it first, or pass a
-        `store`.
+        In units of the representation. At the cell's own time, if it is among the times, this is exactly where the cell
+        was observed. ``anndata.concat(..., join="outer")`` with cells that lack this slot fails: delete it first, or
+        pass a `store`.
     ``obsm[key + "_trajectory_weights"]`` : float32, n_obs x n_times
-        What has become of the cell's mass, relative to the mean over the cells of its snapshot; where the flow grows.
+        What becomes of the cell's mass, relative to the mean over its snapshot's cells; only if the flow has growth.
     ``uns[key]["trajectory_times"]`` : float64, n_times
     ``uns[key]["trajectory_store"]``, ``uns[key]["trajectory_store_id"]`` : str
-        The store's full path, if there is one, and what tells its content from any other; neither of the two in
+        The full path of the store, if there is one, and an identifier of its content; neither of the two slots in
         ``obsm`` is then set.
 
     Raises
@@ -109,12 +110,12 @@ def trajectories(
     KeyError
         No such flow.
     ValueError
-        Times outside the range; other cells than those fitted; no score where one is needed; trajectories larger than
-        the memory, or the disk, that is free; a store that holds something else.
+        Times outside the range; other cells than those fitted; a flow without the score that is needed; trajectories
+        larger than the free memory, or the free disk space; a store that holds something else.
     TypeError
-        A module that is none.
+        `module` is not an instance of ``torch.nn.Module``.
     ImportError
-        A store, without zarr.
+        A store is requested but zarr is not installed.
     """
     if dtype not in get_args(DType):
         raise ValueError(f"expected a dtype of {' or '.join(get_args(DType))}, found {dtype!r}")
@@ -141,7 +142,7 @@ def trajectories(
     )
 
     def fill(points: Any) -> np.ndarray | None:
-        """Write all paths into an array or a store; return the cells' weights, where the flow grows."""
+        """Write all paths into an array or a store; return the cells' weights, if the flow has growth."""
         log_mass = _follow(flow.cells, field, grid, move, points)
         warn_of_strays(flow.cells, grid, points)
         return _weights(flow.cells, log_mass) if flow.vector_field.grows and not stochastic else None
@@ -162,11 +163,11 @@ def trajectories(
     return adata if copy else None
 
 
-Fill = Callable[[Any], np.ndarray | None]  # writes all paths; returns the cells' weights, where the flow grows
+Fill = Callable[[Any], np.ndarray | None]  # writes all paths; returns the cells' weights, if the flow has growth
 
 
 def _in_memory(key: str, shape: tuple[int, int, int], dtype: str, fill: Fill) -> dict[str, np.ndarray]:
-    """Return paths, and weights where there are some, by the names of their slots."""
+    """Return the paths and any weights, by the names of their slots."""
     points = np.empty(shape, dtype)
     found = {_adata.TRAJECTORIES: points, _adata.WEIGHTS: fill(points)}
     return {slot.format(key=key): values for slot, values in found.items() if values is not None}
@@ -175,7 +176,7 @@ def _in_memory(key: str, shape: tuple[int, int, int], dtype: str, fill: Fill) ->
 def _in_store(
     store: str, adata: AnnData, grid: np.ndarray, shape: tuple[int, int, int], dtype: str, fill: Fill
 ) -> dict[str, Any]:
-    """Write paths and weights into a zarr group; return what the flow keeps of where it is."""
+    """Write paths and weights into a zarr group; return the entries by which the flow's record refers to it."""
     record = {_adata.STORE: os.path.abspath(store), _adata.STORE_ID: uuid4().hex}
     with _adata.replaced(Path(store)) as group:
         weights = fill(_adata.add_array(group, "points", shape, dtype))
@@ -187,14 +188,14 @@ def _in_store(
 
 
 def _weights(cells: _adata.Cells, log_mass: np.ndarray) -> np.ndarray:
-    """Return masses relative to their snapshot's mean: growth is known up to the population's total alone."""
+    """Return masses relative to their snapshot's mean, since growth is known only up to the population's total."""
     for rows in cells.index:
         log_mass[rows] = torch.from_numpy(log_mass[rows]).softmax(0).numpy() * len(rows)
     return log_mass
 
 
 def _put(adata: AnnData, key: str, slots: dict[str, np.ndarray], record: dict[str, Any]) -> None:
-    """Write the slots, and into the flow's record, in place of all that earlier trajectories left there."""
+    """Write the slots and the flow's record, replacing everything that earlier trajectories left there."""
     for slot in (_adata.TRAJECTORIES, _adata.WEIGHTS):
         adata.obsm.pop(slot.format(key=key), None)
     for slot in (_adata.STORE, _adata.STORE_ID):
@@ -205,9 +206,9 @@ def _put(adata: AnnData, key: str, slots: dict[str, np.ndarray], record: dict[st
 
 
 def _follow(cells: _adata.Cells, field: Field, grid: np.ndarray, move: Movement, out: Any) -> np.ndarray:
-    """Write every cell's path into ``out`` ``(n_obs, n_times, d)``; return what its mass is multiplied by, as a log.
+    """Write every cell's path into ``out`` ``(n_obs, n_times, d)``; return the log factor by which its mass changes.
 
-    An array is filled at once; a store some cells at a time, which are then all that is in memory.
+    An array is filled at once; a store some cells at a time, and only those are in memory.
     """
     n, n_times, d = out.shape
     stored = not isinstance(out, np.ndarray)
@@ -227,7 +228,7 @@ def _follow(cells: _adata.Cells, field: Field, grid: np.ndarray, move: Movement,
 
 
 def _check_half(snapshots: Snapshots) -> None:
-    """Raise a ValueError for coordinates that float16 cannot hold."""
+    """Raise a ValueError if coordinates are too large for float16."""
     largest = max(float(end.abs()) for x in snapshots.points for end in x.aminmax())
     if largest > LARGEST_HALF:
         raise ValueError(
@@ -237,7 +238,7 @@ def _check_half(snapshots: Snapshots) -> None:
 
 
 def _check_size(shape: tuple[int, int, int], dtype: str, store: str | None) -> None:
-    """Raise a ValueError where the trajectories would fill the memory, or the store the disk."""
+    """Raise a ValueError if the trajectories do not fit into the free memory or, with a store, on the disk."""
     needed = size_of(shape, dtype) + size_of(shape[:2], "float32")  # with the weights
     if store is None:
         there, what = _memory.available_memory(), "memory"
@@ -256,13 +257,13 @@ def _check_size(shape: tuple[int, int, int], dtype: str, store: str | None) -> N
 
 
 def _time_grid(times: int | Sequence[float], snapshots: Sequence[float]) -> np.ndarray:
-    """Return the times asked for, checked; a number of them stands for so many even ones and the snapshots' own."""
+    """Check and return the requested times; a number stands for so many even ones and the snapshots' own."""
     first, last = snapshots[0], snapshots[-1]
     if isinstance(times, (int, np.integer)) and not isinstance(times, bool):
         if times < 2:
             raise ValueError(f"expected at least two times, found {times}")
         own, even = np.array(snapshots), np.linspace(first, last, int(times))
-        apart = np.abs(even[:, None] - own).min(axis=1) > 1e-9 * (last - first)  # else off by rounding alone
+        apart = np.abs(even[:, None] - own).min(axis=1) > 1e-9 * (last - first)  # nearer ones differ by rounding only
         return np.sort(np.concatenate([own, even[apart]]))
     try:
         grid = np.asarray(times, dtype=np.float64)
@@ -288,7 +289,7 @@ def _path(
     grid: np.ndarray,
     move: Movement,
 ) -> Moved:
-    """Return one snapshot's cells at every time of the grid, ``(n, n_times, d)``, and their log mass."""
+    """Return the cells of one snapshot at every time of the grid, ``(n, n_times, d)``, and their log mass."""
     start = points.to(field.scale)[None]  # (1, n, d)
     out = start.new_empty(start.shape[1], len(grid), start.shape[2])
     log_mass = start.new_zeros(start.shape[1], len(grid))
