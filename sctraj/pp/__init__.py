@@ -1,4 +1,4 @@
-"""Prepare an AnnData: the clock (`parse_time`) and the space (`standardize`)."""
+"""Prepare an AnnData: its times (`parse_time`) and its representation (`standardize`)."""
 
 import lazy_loader as _lazy
 

@@ -1,4 +1,4 @@
-"""Labels to real times: `parse_time`, and the small grammar of labels it reads."""
+"""Convert labels to real times: `parse_time`, and the small grammar of labels that it reads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # --- the grammar ---------------------------------------------------------------------------------------------------
 _SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800}
-_MONTHS = {"month": 1, "year": 12}  # apart: a month is no fixed number of days
+_MONTHS = {"month": 1, "year": 12}  # separate, because a month is not a fixed number of days
 _WORDS = {
     "second": "s sec secs second seconds",
     "minute": "min mins minute minutes",
@@ -33,11 +33,11 @@ _WORDS = {
 _UNIT_OF = {word: unit for unit, words in _WORDS.items() for word in words.split()}
 _ORIGINS = {"f": "fertilization", "c": "conception", "i": "infection, injury or induction", "a": "amputation"}
 
-# word -> (unit, what it counts from); "" where the label does not say
+# word -> (unit, what it counts from); "" if the label does not say
 _AFTER = {word: (unit, "") for word, unit in _UNIT_OF.items()}
 _AFTER |= {f"{u}p{o}": (_UNIT_OF[u], origin) for u in "hdw" for o, origin in _ORIGINS.items()}
 _AFTER |= {"pcw": ("week", "conception")}
-# one letter before a number is a time only for these: "S1" is a sample, "H9" a cell line, "T2" the second of something
+# of single letters before a number, only these mean a time: "S1" is a sample, "H9" a cell line, "T2" a second item
 _BEFORE = {word: (unit, "") for word, unit in _UNIT_OF.items() if len(word) > 1 or word == "d"}
 _BEFORE |= dict.fromkeys(("e", "embryonic day"), ("day", "conception"))
 _BEFORE |= dict.fromkeys(("p", "pnd", "postnatal day"), ("day", "birth"))
@@ -57,9 +57,9 @@ _MISSING = {"", "nan", "na", "n/a", "none", "null", "<na>", "nat"}
 
 class _Reading(NamedTuple):
     low: float
-    high: float  # == low, but for a window
-    unit: str  # "" where the label does not say
-    clock: str  # what the time is counted from, "" where the label does not say
+    high: float  # == low, except for a window
+    unit: str  # "" if the label does not say
+    clock: str  # what the time is counted from, "" if the label does not say
 
 
 def parse_time(
@@ -74,28 +74,29 @@ def parse_time(
 ) -> AnnData | None:
     """Read the real time of every cell from a column of labels.
 
-    Reads numbers, text such as ``"3"``, ``"D3"``, ``"day 7"``, ``"Day_7"``, ``"12h"``, ``"2 weeks"``, ``"t=3"``,
-    ``"E8.5"``, ``"P0"``, ``"36 hpf"`` and ``"3 dpf"``, timedeltas, and categories of any of these. Labels of one
-    clock in several units (``"12h"`` beside ``"day 2"``) end up in one, the finest found unless `unit` says otherwise.
-    A label that can be read in two ways is refused, not guessed. The source column is never changed.
+    Labels may be numbers, text such as ``"3"``, ``"D3"``, ``"day 7"``, ``"Day_7"``, ``"12h"``, ``"2 weeks"``,
+    ``"t=3"``, ``"E8.5"``, ``"P0"``, ``"36 hpf"`` and ``"3 dpf"``, timedeltas, and categories of any of these. If labels
+    that count from the same event have several units (``"12h"`` and ``"day 2"``), all are converted to one: `unit`, or
+    the finest unit found. A label that can be read in two ways is refused rather than guessed. The source column is
+    never changed.
 
     Parameters
     ----------
     adata
         Annotated data, cells in rows.
     key
-        Column of ``adata.obs`` that tells when a cell was sampled.
+        Column of ``adata.obs`` that says when a cell was sampled.
     mapping
-        ``{label: time}`` with a finite number for every label of the column; nothing is then read from the text.
+        ``{label: time}`` with a finite number for every label of the column; the text of the labels is then not read.
     unit
         Unit of the result, such as ``"day"`` or ``"hour"``. Times whose labels state a unit are converted to it;
-        times that state none (numbers, a `mapping`) are taken to be in it already.
+        times without a stated unit (numbers, a `mapping`) are assumed to be in it already.
     window
-        What to make of a label that spans a range, such as ``"Day 00-03"``: refuse it, or take its middle (1.5).
+        How to treat a label that spans a range, such as ``"Day 00-03"``: refuse it, or take its midpoint (1.5).
     key_added
-        Name of the column and of the record written.
+        Name of the column and of the record that are written.
     copy
-        Return a changed copy and leave `adata` alone.
+        Return a modified copy and leave `adata` unchanged.
 
     Returns
     -------
@@ -104,19 +105,20 @@ def parse_time(
     ``obs[key_added]`` : float64, n_obs
         Real time, in the unit recorded.
     ``uns[key_added]`` : dict
-        ``unit`` (``"unknown"`` if neither labels nor `unit` say), ``source`` (`key`), and ``labels`` (str) with their
-        ``values`` (float64), n_labels each, sorted by time.
+        ``unit`` (``"unknown"`` if neither the labels nor `unit` specify it), ``source`` (`key`), and ``labels`` (str)
+        with their ``values`` (float64), n_labels each, sorted by time.
 
     Raises
     ------
     KeyError
         No such column.
     TypeError
-        `mapping` is no mapping.
+        `mapping` is not a mapping.
     ValueError
-        Missing times; labels that are no times or can be read in two ways; windows; labels of different clocks (``E``
-        counts from conception, ``P`` from birth); a `mapping` with gaps; a unit that times cannot be converted to;
-        a `key_added` that would overwrite something else. `adata` is then as it was.
+        Missing times; labels that are not times or can be read in two ways; windows, unless midpoints are requested;
+        labels that count from different events (``E`` from conception, ``P`` from birth); a `mapping` that lacks
+        labels; a unit to which the times cannot be converted; a `key_added` that would overwrite something else.
+        `adata` is then left as it was.
     """
     check_anndata(adata)
     _check_slots(adata, key, key_added)
@@ -170,7 +172,7 @@ def _check_slots(adata: AnnData, key: str, key_added: str) -> None:
 
 
 def _looks_like_time(adata: AnnData, name: str) -> bool:
-    """Whether a column is named like a time, or holds labels that state a unit of time."""
+    """Return whether a column is named like a time, or holds labels that state a unit of time."""
     if looks_like_time(name):
         return True
     column = adata.obs[name].dropna()
@@ -183,7 +185,7 @@ def _looks_like_time(adata: AnnData, name: str) -> bool:
 
 
 def _distinct_labels(adata: AnnData, key: str, mapping: Mapping[Any, float] | None) -> tuple[list[Any], np.ndarray]:
-    """Return the labels that cells carry (not a category without cells), and each cell's index among them."""
+    """Return the labels that cells carry (no unused categories), and each cell's index among them."""
     if adata.n_obs == 0:
         raise ValueError(f'adata has no cells, so obs["{key}"] has no times. Check how it was subset.')
     column = adata.obs[key].astype("category").cat.remove_unused_categories()
@@ -234,7 +236,7 @@ def _read_labels(labels: Sequence[Any], key: str) -> list[_Reading]:
 
 
 def _read_label(label: object) -> _Reading:
-    """Read one label, or raise ValueError with the reason alone."""
+    """Read one label, or raise a ValueError that states only the reason."""
     if isinstance(label, datetime.timedelta):
         seconds = label.total_seconds()
         unit = next((u for u in ("day", "hour", "minute") if seconds % _SECONDS[u] == 0), "second")
@@ -253,7 +255,7 @@ def _read_label(label: object) -> _Reading:
 
 
 def _read_text(text: str) -> _Reading:
-    """Read lower-case text with single spaces and plain hyphens, or raise ValueError with the reason alone."""
+    """Read lower-case text with single spaces and plain hyphens, or raise a ValueError that states only the reason."""
     if _NUMBER.fullmatch(text):
         if not math.isfinite(number := float(text)):
             raise ValueError("not finite")
@@ -291,7 +293,7 @@ def _refuse_windows(labels: Sequence[Any], readings: list[_Reading], key: str) -
 
 
 def _one_clock(labels: Sequence[Any], readings: list[_Reading], key: str) -> str:
-    """Return what all the times are counted from, "" if the labels do not say."""
+    """Return the event from which all times are counted, or "" if the labels do not say."""
     clocks = {r.clock: label for label, r in zip(labels, readings)}
     units = {bool(r.unit): label for label, r in zip(labels, readings)}
     if len(clocks) == len(units) == 1:
@@ -309,7 +311,7 @@ def _one_clock(labels: Sequence[Any], readings: list[_Reading], key: str) -> str
 
 
 def _in_one_unit(readings: list[_Reading], key: str, unit: str | None) -> tuple[np.ndarray, str]:
-    """Return the times (n_labels, the middle of a window) in one unit, and its name."""
+    """Return the times (n_labels; midpoints of windows) in one unit, and the name of that unit."""
     if unit is not None and (not isinstance(unit, str) or not unit.strip()):
         raise ValueError(f'unit must be a name such as "day", not {unit!r}.')
     target = None if unit is None else _UNIT_OF.get(unit.strip().lower(), unit.strip())
@@ -324,12 +326,12 @@ def _in_one_unit(readings: list[_Reading], key: str, unit: str | None) -> tuple[
             f"Expected all of one kind, {', '.join(_SECONDS)} or {', '.join(_MONTHS)}; pass another unit=, or mapping=."
         )
     values = [((r.low + r.high) / 2, size[r.unit] / size[target]) for r in readings]
-    # 12 digits: "D0.1" and "2.4h" are one time, however they were rounded
+    # 12 digits, so that "D0.1" and "2.4h" are the same time despite rounding
     return np.array([time if ratio == 1 else float(f"{time * ratio:.12g}") for time, ratio in values]), target
 
 
 def _mapping_advice(labels: Sequence[Any], known: Mapping[Any, float] | None = None) -> str:
-    """Say how to give times by hand; of labels that could be read, ``known``, the times stand there."""
+    """Return advice on how to give times by hand; ``known`` are the times of labels that could be read."""
     if known and len(labels) <= 20:
         shown = ", ".join(f"{label!r}: {f'{known[label]:.12g}' if label in known else '...'}" for label in labels)
     else:
@@ -343,6 +345,6 @@ def _quote(labels: Sequence[Any]) -> str:
 
 def _show_map(names: np.ndarray, values: np.ndarray) -> str:
     shown = [f"{name} -> {value:.10g}" for name, value in zip(names, values)]
-    if len(shown) > 40:  # a continuous time: the whole map is in uns
+    if len(shown) > 40:  # a continuous time; uns holds the whole map
         shown = [*shown[:20], f"... ({len(shown) - 40} more)", *shown[-20:]]
     return ", ".join(shown)

@@ -1,4 +1,4 @@
-"""The space the published protocol works in: `standardize`."""
+"""Compute the space in which the published protocol works: `standardize`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def standardize(
 ) -> AnnData | None:
     """Scale the first dimensions of a representation to mean 0 and standard deviation 1 over all cells.
 
-    With the defaults, this is the space of the published five-dimensional leave-one-timepoint-out protocol, and
-    distances measured in it are in units of standard deviations.
+    With the defaults, this gives the space of the published five-dimensional leave-one-timepoint-out protocol.
+    Distances in it are in units of standard deviations.
 
     Parameters
     ----------
@@ -30,18 +30,18 @@ def standardize(
     use_rep
         Key of ``adata.obsm``, or ``"X"`` for the matrix itself (a sparse one is made dense).
     n_dims
-        How many dimensions to take, from the first on.
+        Number of dimensions to take, starting with the first.
     key_added
-        Name of the representation and of the record written.
+        Name of the representation and of the record that are written.
     copy
-        Return a changed copy and leave `adata` alone.
+        Return a modified copy and leave `adata` unchanged.
 
     Returns
     -------
     ``None``, or the copy if ``copy=True``. Sets:
 
     ``obsm[key_added]`` : float32, n_obs x n_dims
-        Per dimension, the value minus the mean over the population standard deviation (``ddof=0``).
+        Per dimension, the value minus the mean, divided by the population standard deviation (``ddof=0``).
     ``uns[key_added]`` : dict
         ``use_rep``, and ``mean`` and ``std`` (float64, n_dims each) in the units of `use_rep`.
 
@@ -50,16 +50,17 @@ def standardize(
     KeyError
         No such representation.
     TypeError
-        `n_dims` is no integer.
+        `n_dims` is not an integer.
     ValueError
-        Fewer dimensions than `n_dims`; a dimension with one value for every cell; values that are not finite;
-        `key_added` naming the source, or something that is there and was not written by this. `adata` is then as it
-        was.
+        Fewer dimensions than `n_dims`; a dimension with the same value for every cell; values that are not finite; a
+        `key_added` that names the source, or something that was not written by this function. `adata` is then left as
+        it was.
 
     Notes
     -----
-    Mean and standard deviation have seen the cells of every snapshot, so those of one held out later as well. The
-    published numbers are defined so; a protocol that must not do this fits the space without the held-out snapshot.
+    The mean and standard deviation are computed from the cells of every snapshot, including any that is held out later.
+    The published numbers are defined in this way; a protocol that must not do this fits the space without the held-out
+    snapshot.
     """
     check_anndata(adata)
     if key_added == use_rep:
@@ -81,7 +82,7 @@ def standardize(
             f"Pass another n_dims, or another use_rep."
         )
     values = values[:, :n_dims].astype(np.float64)
-    # rounding alone is no spread: 0.3 and 0.1 + 0.2
+    # differences by rounding do not count as variation: 0.3 and 0.1 + 0.2
     constant = np.flatnonzero(np.ptp(values, axis=0) <= 4 * np.finfo(np.float64).eps * np.abs(values).max(axis=0))
     if constant.size:
         raise ValueError(
