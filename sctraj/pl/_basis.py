@@ -1,4 +1,4 @@
-"""The plane that a plot is drawn in, and the way into it from the space the flow lives in."""
+"""The plane of a plot, and the projection into it from the space of the flow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sctraj._adata import is_ours
 if TYPE_CHECKING:
     from anndata import AnnData
 
-MOST_CELLS = 20_000  # neighbours are searched among, and arrows averaged over, at most so many cells
+MOST_CELLS = 20_000  # at most so many cells are searched for neighbours and averaged over for arrows
 N_NEIGHBORS = 30
 STEP = 0.1  # length of a finite difference, as a fraction of the cells' rms distance from their mean
 
@@ -22,15 +22,15 @@ Projection = Callable[[np.ndarray], np.ndarray]  # m x d -> m x 2
 
 
 class Basis(NamedTuple):
-    """Where every cell lies in the plane of the plot, and what its two axes are called."""
+    """Position of every cell in the plane of the plot, and names of its two axes."""
 
     cells: np.ndarray  # n_obs x 2
     labels: tuple[str, str]
-    is_embedding: bool  # another space than the flow's: its units mean nothing
+    is_embedding: bool  # a space other than the flow's, whose units mean nothing
 
 
 def fit_params(adata: AnnData, key: str) -> Mapping[str, Any]:
-    """What `tl.fit_flow` was called with; raises a KeyError that says to run it."""
+    """Return the parameters of a fit; raise a KeyError that says to run `tl.fit_flow` if there is none."""
     if key not in adata.uns or "params" not in adata.uns[key]:
         raise KeyError(f"adata.uns[{key!r}] holds no fit. Run sctraj.tl.fit_flow(adata, ..., key_added={key!r}) first.")
     return adata.uns[key]["params"]
@@ -44,9 +44,9 @@ def find_basis(adata: AnnData, basis: str | None, *, dims: tuple[int, int], use_
     adata
         Annotated cells.
     basis
-        A matrix in ``adata.obsm``, the prefix ``X_`` being optional; None for `use_rep`.
+        A matrix in ``adata.obsm``, with or without the prefix ``X_``; None for `use_rep`.
     dims
-        Which two of its columns.
+        Two of its columns.
     use_rep
         The representation that the flow was fitted in: a key of ``adata.obsm``, or "X".
 
@@ -85,18 +85,19 @@ def _labels(adata: AnnData, name: str, dims: tuple[int, int]) -> tuple[str, str]
 
 
 def projection(basis: Basis, representation: np.ndarray, *, dims: tuple[int, int]) -> Projection:
-    """The map from the flow's space to the plane of the plot.
+    """Return the map from the flow's space to the plane of the plot.
 
-    A slice where the plane is two of the representation's own columns. Otherwise the Nadaraya-Watson estimate from
-    the cells, whose places are known in both: Gaussian weights over the nearest `N_NEIGHBORS`, the bandwidth half the
-    distance to the furthest of them. A weighted mean never leaves the embedding, as a local linear fit would.
+    If the plane consists of two columns of the representation, the map is a slice. Otherwise it is the Nadaraya-Watson
+    estimate from the cells, whose positions are known in both spaces: Gaussian weights over the nearest `N_NEIGHBORS`,
+    with half the distance to the furthest of them as bandwidth. Unlike a local linear fit, a weighted mean never leaves
+    the embedding.
 
     Parameters
     ----------
     basis
         The plane.
     representation
-        The cells where the flow lives, n_obs x d.
+        The cells in the flow's space, n_obs x d.
     dims
         The columns that make up the plane, if it is a slice.
     """
@@ -106,8 +107,8 @@ def projection(basis: Basis, representation: np.ndarray, *, dims: tuple[int, int
     known = np.flatnonzero(np.isfinite(representation).all(1) & np.isfinite(basis.cells).all(1))
     known = known[thin(known.size)]
     targets = basis.cells[known]
-    # brute force is a matrix product: in ten dimensions eight times as fast as the tree that "auto" would grow, but
-    # only as long as cells and queries are of one dtype
+    # brute force is a matrix product, in ten dimensions eight times as fast as the tree that "auto" would build, but
+    # only if cells and queries have the same dtype
     search = NearestNeighbors(n_neighbors=min(N_NEIGHBORS, known.size), algorithm="brute")
     search.fit(representation[known].astype(float))
 
@@ -125,16 +126,17 @@ def projection(basis: Basis, representation: np.ndarray, *, dims: tuple[int, int
 
 
 def project_velocity(project: Projection, points: np.ndarray, velocity: np.ndarray) -> np.ndarray:
-    """Carry velocities over to the plane, by a central difference along each.
+    """Project velocities into the plane, by a central difference along each.
 
-    Every difference spans the same length, whatever the speed, so that slow cells get as good a direction as fast ones.
+    All differences span the same length, whatever the speed, so that directions of slow cells are as accurate as those
+    of fast ones.
 
     Parameters
     ----------
     project
         The map to the plane.
     points, velocity
-        Places and velocities in the flow's space, m x d each.
+        Positions and velocities in the flow's space, m x d each.
 
     Returns
     -------
@@ -149,5 +151,5 @@ def project_velocity(project: Projection, points: np.ndarray, velocity: np.ndarr
 
 
 def thin(n: int) -> np.ndarray:
-    """At most `MOST_CELLS` of n rows, evenly spaced: no random state, and fair to snapshots stored one by one."""
+    """Choose at most `MOST_CELLS` of n rows, evenly spaced: not random, and fair if snapshots are stored in turn."""
     return np.linspace(0, n - 1, min(n, MOST_CELLS)).astype(int)

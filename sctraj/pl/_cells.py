@@ -1,4 +1,4 @@
-"""The cells of a plot: points in the plane, coloured by time or by a column of obs, with their legend or colour bar."""
+"""The cells of a plot: points coloured by time, a column of obs or a gene, with their legend or colour bar."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
     from ._basis import Basis
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; the yellow comes last, as it is faint on white
+# colours of Okabe and Ito, which colour-blind readers can tell apart; yellow comes last, as it is faint on white
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
 GREY = "#d4d4d4"
-OPAQUE = 0.75  # of cells coloured by a column, whose colours are then what is looked at
-ROBUST = 98  # percentile at which the colours of what a flow wrote end
-SMALLEST = 0.6  # of text in small panels, relative to its usual size
-WIDEST = 0.4  # of a panel's width that the names of categories may take
-LINE = 1.5  # height of a line of their legend, relative to the text's
+OPAQUE = 0.75  # opacity of cells coloured by a column, where the colours matter most
+ROBUST = 98  # percentile at which the colours end for columns that a flow wrote
+SMALLEST = 0.6  # least size of text in small panels, relative to its usual size
+WIDEST = 0.4  # largest fraction of a panel's width for the names of categories
+LINE = 1.5  # height of a line in their legend, relative to that of the text
 FEWEST = 6  # letters of a name that are always shown
-BAR = 7.0  # points that a colour bar below the axes is high
+BAR = 7.0  # height of a colour bar below the axes, in points
 
 
 def axes_or_new(ax: Axes | None) -> Axes:
-    """The axes to draw in: those given, or a new figure's."""
+    """Return the axes to draw in: those given, or those of a new figure."""
     if ax is None:
         return plt.subplots(layout="constrained")[1]
     if not isinstance(ax, matplotlib.axes.Axes):
@@ -49,22 +49,22 @@ def axes_or_new(ax: Axes | None) -> Axes:
 
 
 def ink(ax: Axes) -> Any:
-    """The colour of the axes' own writing, which is seen on a dark background too."""
+    """Return the colour of the axes' own text, which is visible on a dark background too."""
     return ax.xaxis.label.get_color()
 
 
 def palette(ax: Axes) -> list[str]:
-    """`PALETTE`, its black replaced by `ink`."""
+    """Return `PALETTE` with `ink` in place of black."""
     return [ink(ax) if color == "#000000" else color for color in PALETTE]
 
 
 def time_colormap() -> Colormap:
-    """Viridis without its last yellow, which is lost on white paper."""
+    """Return viridis without its final yellow, which is hard to see on white paper."""
     return LinearSegmentedColormap.from_list("time", matplotlib.colormaps["viridis"](np.linspace(0, 0.93, 256)))
 
 
 def times_of(adata: AnnData, time_key: str) -> np.ndarray:
-    """The cells' real times, n_obs; raises if the column is not there or is not numeric."""
+    """Return the cells' real times, n_obs; raise if the column is missing or not numeric."""
     if time_key not in adata.obs:
         raise KeyError(f"adata.obs has no time column {time_key!r}, by which the flow was fitted.")
     try:
@@ -74,13 +74,13 @@ def times_of(adata: AnnData, time_key: str) -> np.ndarray:
 
 
 def time_range(adata: AnnData, key: str, observed: np.ndarray) -> Normalize:
-    """The colours' range, of all snapshots of a fit: those of a part of the cells are then the same as of all."""
+    """Return the colour range of all snapshots of a fit, so that a part of the cells has the same colours as all."""
     times = np.concatenate([np.asarray(adata.uns[key]["times"], dtype=float), observed])
     return Normalize(np.nanmin(times), np.nanmax(times))
 
 
 def time_label(adata: AnnData, time_key: str) -> str:
-    """The time column's name, with its unit where ``adata.uns[time_key]`` holds one that is known."""
+    """Return the time column's name, with its unit if ``adata.uns[time_key]`` holds a known one."""
     record = adata.uns.get(time_key)
     unit = str(record.get("unit") or "unknown") if isinstance(record, Mapping) else "unknown"
     return time_key if unit == "unknown" else f"{time_key} ({unit})"
@@ -101,7 +101,7 @@ def check_color(adata: AnnData, color: str | None) -> None:
 
 
 def column_of(adata: AnnData, color: str) -> pd.Series:
-    """A column of obs, or a gene's values in X, which a column of its name hides."""
+    """Return a column of obs or, if there is none of that name, a gene's values in X."""
     if color in adata.obs:
         return adata.obs[color]
     if color not in adata.var_names or adata.X is None or adata.var_names.tolist().count(color) > 1:
@@ -117,7 +117,7 @@ def _is_numeric(column: pd.Series) -> bool:
 
 
 def _numbers(column: pd.Series) -> np.ndarray:
-    """The column with NaN wherever there is no finite number."""
+    """Return the column with NaN wherever there is no finite number."""
     values = column.to_numpy(dtype=float, na_value=np.nan)
     return np.where(np.isfinite(values), values, np.nan)
 
@@ -125,9 +125,9 @@ def _numbers(column: pd.Series) -> np.ndarray:
 def draw_points(
     ax: Axes, basis: Basis, colors: np.ndarray | str, *, rows: np.ndarray | None = None, **artist: Any
 ) -> PathCollection:
-    """Scatter the cells (of `rows`), smaller the more there are, shuffled so that no group hides another.
+    """Scatter the cells (of `rows`), the smaller the more there are, shuffled so that no group hides another.
 
-    Numbers or RGBA in `colors` have a row for every cell, whichever are drawn.
+    Numbers or RGBA in `colors` have one row for every cell, including those that are not drawn.
     """
     n = len(basis.cells)
     order = np.random.default_rng(0).permutation(np.arange(n) if rows is None else rows)
@@ -163,10 +163,10 @@ def draw_cells(
 
 
 def _scale(values: np.ndarray, color: str, key: str) -> tuple[Normalize, str, str]:
-    """The range of a column's colours, their map, and where the range is left by some cells.
+    """Return the range of a column's colours, their map, and at which ends some cells exceed the range.
 
-    What a flow wrote has its few most extreme cells, often at the edges, left out of the range; growth is centred at
-    none. A column of the user's is shown over its whole range.
+    For columns that a flow wrote, the range excludes the few most extreme cells, which are often at the edges, and
+    that of growth is centred at zero. A column of the user's is shown over its whole range.
     """
     if color == GROWTH.format(key=key):
         limit = np.nanpercentile(np.abs(values), ROBUST) or 1.0
@@ -178,7 +178,7 @@ def _scale(values: np.ndarray, color: str, key: str) -> tuple[Normalize, str, st
 
 def _category_colors(ax: Axes, adata: AnnData, color: str, category: pd.Categorical) -> list[str]:
     n = len(category.categories)
-    chosen = adata.uns.get(f"{color}_colors")  # scanpy's slot: a cluster keeps its colour from plot to plot
+    chosen = adata.uns.get(f"{color}_colors")  # scanpy's slot, so that a cluster keeps its colour in all plots
     if chosen is not None and len(chosen) >= n:
         return [str(one) for one in chosen[:n]]
     if n <= len(PALETTE):
@@ -191,32 +191,32 @@ def _category_colors(ax: Axes, adata: AnnData, color: str, category: pd.Categori
 
 
 def legend_dot(name: str, color: str, size: float = 6) -> Line2D:
-    """A dot for a legend, of one size however small the cells are drawn."""
+    """Return a dot for a legend, whose size does not depend on that of the cells."""
     return Line2D([], [], ls="", marker="o", ms=size, color=color, label=name)
 
 
 def panel(ax: Axes) -> tuple[float, float]:
-    """Width and height, in inches, that the figure has for the axes."""
-    figure: Any = ax.figure  # or a part of one
+    """Return the width and height, in inches, that the figure provides for the axes."""
+    figure: Any = ax.figure  # or a subfigure
     place = ax.get_subplotspec()
     box = ax.get_position() if place is None else place.get_position(figure)
     return box.width * figure.bbox.width / figure.dpi, box.height * figure.bbox.height / figure.dpi
 
 
 def shrinkage(ax: Axes) -> float:
-    """What sizes in points are multiplied by in a panel smaller than that of an ordinary figure, such as a paper's."""
+    """Return the factor for sizes in points in a panel smaller than an ordinary figure's, as in a paper."""
     width, height = panel(ax)
     return float(np.clip(min(width / 4.6, height / 3.5), SMALLEST, 1.0))
 
 
 def legend_size(ax: Axes | None) -> float:
-    """Points of a legend's text, smaller in small panels; of None the usual ones."""
+    """Return the size of a legend's text in points, smaller in small panels; for None the usual size."""
     usual = matplotlib.rcParams["legend.fontsize"]  # noqa: TID251 - read alone
     return (1.0 if ax is None else shrinkage(ax)) * FontProperties(size=usual).get_size_in_points()
 
 
 def legend_beside(ax: Axes, *handles: Any, size: float | None = None, **style: Any) -> None:
-    """A legend to the right of the axes, where it covers no cell."""
+    """Draw a legend to the right of the axes, where it covers no cells."""
     ax.legend(
         handles=list(handles),
         loc="upper left",
@@ -231,11 +231,11 @@ def legend_beside(ax: Axes, *handles: Any, size: float | None = None, **style: A
 
 
 def category_legend(ax: Axes, title: str, names: list[str], colors: list[str]) -> None:
-    """A legend of dots, in columns no longer than the axes, names cut where it would be too wide, none like another."""
+    """Draw a legend of dots in columns no taller than the axes; names too wide are cut but stay distinct."""
     width, height = (72 * inches for inches in panel(ax))
     tried = []
     for size in legend_size(ax) * np.array([1.0, 0.9, 0.8, 0.65, 0.5]):
-        rows = max(1, int(0.8 * height / (LINE * size)) - 1)  # a colour bar below the axes takes the rest
+        rows = max(1, int(0.8 * height / (LINE * size)) - 1)  # the rest is for a colour bar below the axes
         columns = -(-len(names) // rows)
         room = WIDEST * width / columns - 2.5 * size  # for a name, beside its dot
         tried.append((size, columns, room, max(_width(name, size) for name in names) <= room))
@@ -248,28 +248,28 @@ def category_legend(ax: Axes, title: str, names: list[str], colors: list[str]) -
 
 
 def _told_apart(names: list[str], room: float, size: float) -> list[str]:
-    """The names, shortened to `room` points as far as they stay different from each other.
+    """Return the names, shortened to `room` points as long as they stay different from each other.
 
-    Where names would be alike, what all begin and end with is left out first; if they still are, they are whole.
+    If some would become the same, what all begin or end with is left out first; if that does not help, all stay whole.
     """
     short = [_shortened(name, room, size) for name in names]
     if len({*short}) == len({*names}):
         return short
     start = _shared(names)
     end = min(_shared([name[::-1] for name in names]), min(map(len, names)) - start)
-    start, end = (n if n > 2 else 0 for n in (start, end))  # an ellipsis for less would save nothing
+    start, end = (n if n > 2 else 0 for n in (start, end))  # an ellipsis for fewer letters would save nothing
     cores = [name[start : len(name) - end] for name in names]
     short = [f"{'…' if start else ''}{_shortened(core, room, size)}{'…' if end else ''}" for core in cores]
     return short if len({*short}) == len({*names}) else names
 
 
 def _shared(texts: Sequence[str]) -> int:
-    """How many letters all texts begin with alike."""
+    """Return the number of letters with which all texts begin."""
     return sum(1 for _ in takewhile(lambda letters: len({*letters}) == 1, zip(*texts)))
 
 
 def _shortened(text: str, room: float, size: float) -> str:
-    """The text, its middle left out so that it takes no more than `room` points: names often differ at their ends."""
+    """Shorten a text to at most `room` points by leaving out its middle, since names often differ at their ends."""
     short, kept = text, len(text)
     while kept > FEWEST and _width(short, size) > room:
         kept -= 1
@@ -278,24 +278,24 @@ def _shortened(text: str, room: float, size: float) -> str:
 
 
 def _width(text: str, size: float) -> float:
-    """Points that a text is wide."""
+    """Return the width of a text in points."""
     return float(TextPath((0, 0), text, size=size).get_extents().width) if text.strip() else 0.0
 
 
 def color_bar(ax: Axes, norm: Normalize, cmap: Colormap, label: str, **bar: Any) -> Colorbar:
-    """An opaque colour bar beside the axes; below them where there is a legend, which has its room by then."""
+    """Draw an opaque colour bar beside the axes, or below them if there is a legend, which must be placed by then."""
     below, loose = _overhang(ax)[0] > 0, not _arranges(ax)
     width, height = (72 * pixels / ax.figure.dpi for pixels in ax.bbox.size)
     bar |= {"location": "bottom" if below else "right", "shrink": 0.8 if below else 0.7, "aspect": 22}
-    if loose and below:  # else, in a constrained layout, the bar keeps clear by itself
+    if loose and below:  # in a constrained layout the bar keeps its distance by itself
         labels = ax.xaxis.get_tightbbox()
         reach = 0.0 if labels is None else (ax.bbox.y0 - labels.y0) / ax.bbox.height
         bar |= {"pad": min(reach + 6 / height, 0.5), "fraction": min(BAR / height, 0.1), "aspect": 0.8 * width / BAR}
     elif loose:
         bar["pad"] = 0.05
-    legend = ax.get_legend()  # in the room that it leaves, the panel is no longer as large as the sizes go by
+    legend = ax.get_legend()  # it takes room, so the panel is now smaller than the one by which its sizes were chosen
     small = float(legend.get_texts()[0].get_fontsize()) / legend_size(None) if below and legend else shrinkage(ax)
-    if norm.vmin is not None and norm.vmin == norm.vmax:  # matplotlib makes up ends about a single value
+    if norm.vmin is not None and norm.vmin == norm.vmax:  # matplotlib invents limits around a single value
         bar["ticks"] = [norm.vmin]
     drawn = ax.figure.colorbar(ScalarMappable(norm, cmap), ax=ax, **bar)
     drawn.set_label(label, size=small * float(ax.xaxis.label.get_fontsize()))
@@ -305,15 +305,15 @@ def color_bar(ax: Axes, norm: Normalize, cmap: Colormap, label: str, **bar: Any)
 
 
 def _arranges(ax: Axes) -> bool:
-    """Whether a layout engine keeps colour bars clear of all else."""
+    """Return whether a layout engine keeps colour bars from overlapping anything."""
     engine = ax.figure.get_layout_engine()
     return engine is not None and not engine.colorbar_gridspec
 
 
 def make_room(ax: Axes) -> None:
-    """Shrink a subplot that no layout engine looks after until its legend ends where it did, as colour bars do.
+    """Shrink a subplot without a layout engine until its legend ends where the subplot did, as colour bars do.
 
-    It keeps a third of its width and height, however large the legend; axes placed by hand stay as they are.
+    It keeps at least a third of its width and height, however large the legend; axes placed by hand are not changed.
     """
     place = ax.get_subplotspec()
     if place is None or ax.figure.get_layout_engine() is not None:
@@ -324,7 +324,7 @@ def make_room(ax: Axes) -> None:
 
 
 def _overhang(ax: Axes) -> tuple[float, float]:
-    """How far the legend reaches beyond the right and the top of the axes, as fractions of their width and height."""
+    """Return how far the legend extends beyond the right and top of the axes, as fractions of their size."""
     legend = ax.get_legend()
     if legend is None:
         return 0.0, 0.0
@@ -333,10 +333,10 @@ def _overhang(ax: Axes) -> tuple[float, float]:
 
 
 def label_plane(ax: Axes, basis: Basis) -> None:
-    """Name the axes; an embedding's ticks are dropped, for its units mean nothing."""
+    """Label the axes; an embedding's ticks are dropped, because its units mean nothing."""
     ax.set(xlabel=basis.labels[0], ylabel=basis.labels[1])
     ax.spines[["top", "right"]].set_visible(False)
     if basis.is_embedding:
         ax.set(xticks=[], yticks=[])
-    else:  # ticks that do not hang on the axes' size, which a constrained layout changes after it has measured them
+    else:  # ticks that do not depend on the axes' size, which a constrained layout changes after measuring them
         ax.locator_params(nbins=5, steps=(1, 2, 5, 10))

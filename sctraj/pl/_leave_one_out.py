@@ -56,24 +56,24 @@ def leave_one_out(
     adata
         Annotated cells, after :func:`sctraj.tl.leave_one_out`.
     metric
-        What to draw over time: "energy", by which to judge; "w1", which papers print; "w2", "mmd",
-        "energy_about_mean", "variance_ratio", or "w1_unweighted" or "energy_unweighted", for which all restored cells
-        weigh the same.
+        The metric to draw over time: "energy", which is the one to judge by; "w1", which papers report; "w2", "mmd",
+        "energy_about_mean", "variance_ratio"; or "w1_unweighted" or "energy_unweighted", for which all restored cells
+        have the same weight.
     kind
-        "distances": the metric at every held-out time. A method's line is its mean over seeds, the bars reach from the
-        lowest seed to the highest. Baselines are grey and dashed. The solid grey line and band are the noise
-        reference, mean and standard deviation over its seeds: what two halves of the held-out snapshot are apart.
-        "map": every held-out cell, coloured by how far from it the restored cells lie that it is paired with (the mean
+        "distances": the metric at every held-out time. Each method's line is its mean over seeds, and the bars range
+        from the lowest seed to the highest. Baselines are grey and dashed. The solid grey line and band are the noise
+        reference, mean and standard deviation over its seeds: the distance between two halves of the held-out snapshot.
+        "map": every held-out cell, coloured by its distance from the restored cells with which it is paired (the mean
         over a snapshot is its W1); cells of snapshots that were never held out (the first and the last) are grey.
     method
-        Which method; if None all of them ("distances") or the first ("map").
+        Name of the method; None: all of them ("distances") or the first ("map").
     basis
         For "map": a matrix in ``adata.obsm``, such as "umap"; the representation of the fit if None.
     key
         The name of the results, their ``key_added``.
     ax
-        Axes to draw in, which shrink to make room for a legend or colour bar; a new figure's if None. Small panels look
-        best in a figure with ``layout="constrained"``.
+        Axes to draw in; they shrink to make room for a legend or colour bar. None: those of a new figure. Small panels
+        look best in a figure with ``layout="constrained"``.
 
     Returns
     -------
@@ -82,7 +82,7 @@ def leave_one_out(
     Raises
     ------
     KeyError
-        No such results or basis; for "map", nothing that says which representation they are in.
+        No such results or basis; for "map", no record of the representation that the results are in.
     ValueError
         An unknown `kind`, `metric` or `method`.
     """
@@ -103,7 +103,7 @@ def leave_one_out(
     ax = axes_or_new(ax)
     _draw_noise(ax, table[table["method"] == NOISE])
     _draw_baselines(ax, table)
-    looks = zip(known, cycle(palette(ax)), cycle(MARKERS))  # a method keeps its own when drawn alone
+    looks = zip(known, cycle(palette(ax)), cycle(MARKERS))  # a method keeps its colour and marker when drawn alone
     for name, color, marker in looks:
         if method in (None, name):
             _draw_method(ax, table[table["method"] == name], name, color, marker)
@@ -129,14 +129,14 @@ def _draw_noise(ax: Axes, table: pd.DataFrame) -> None:
     by_time = table.groupby("time")["value"]
     mean, spread = by_time.mean(), by_time.std(ddof=0)
     at = mean.index.to_numpy(dtype=float)
-    if at.size == 1:  # a band over a single time has no width
+    if at.size == 1:  # a band over a single time would have no width
         at, mean, spread = np.array([at[0] - 0.5, at[0] + 0.5]), mean.repeat(2), spread.repeat(2)
     style: dict[str, Any] = {"color": "#9e9e9e", "zorder": 1}
     (line,) = ax.plot(at, mean, lw=1.3, **style)
     if spread.any():
         label = "noise reference\n(mean ± sd)"
         ax.fill_between(at, mean - spread, mean + spread, alpha=0.35, lw=0, label=label, **style)
-    else:  # of a single seed
+    else:  # only one seed
         line.set_label("noise reference")
 
 
@@ -158,12 +158,12 @@ def _draw_method(ax: Axes, table: pd.DataFrame, name: str, color: str, marker: s
 
 def _finish(ax: Axes, times: np.ndarray, xlabel: str, metric: str) -> None:
     ax.set(xlabel=f"held-out {xlabel}", ylabel=LABELS.get(metric, metric))
-    if times.size == 1 or np.diff(times).min() > 0.06 * np.ptp(times):  # else their labels would run together
+    if times.size == 1 or np.diff(times).min() > 0.06 * np.ptp(times):  # otherwise their labels would overlap
         ax.set_xticks(times, [f"{time:g}" for time in times])
     ax.spines[["top", "right"]].set_visible(False)
     handles, labels = ax.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: (labels[i] in BASELINES, "noise" in labels[i]))
-    # long enough to tell the dashes
+    # long enough to show the dashes
     legend_beside(ax, *(handles[i] for i in order), title="mean, range over seeds", handlelength=3.0)
     make_room(ax)
 
@@ -182,7 +182,7 @@ def _draw_map(adata: AnnData, method: str | None, basis: str | None, key: str, a
     if not held_out.all():
         draw_points(ax, plane, GREY, rows=np.flatnonzero(~held_out))
     if held_out.any():
-        # the colours end at the 99th percentile: a few far cells must not take them from all others
+        # the colours end at the 99th percentile, so that a few distant cells do not use up the range
         norm = Normalize(share[held_out].min(), np.percentile(share[held_out], 99))
         cmap = matplotlib.colormaps["plasma"]
         draw_points(ax, plane, share, rows=np.flatnonzero(held_out), norm=norm, cmap=cmap)
@@ -196,7 +196,7 @@ def _draw_map(adata: AnnData, method: str | None, basis: str | None, key: str, a
 
 
 def _use_rep(adata: AnnData, basis: str | None, key: str) -> str:
-    """The representation judged in; `tl.leave_one_out` needs no fit to have been kept."""
+    """Return the representation in which cells were judged; `tl.leave_one_out` does not require a stored fit."""
     records = [adata.uns.get(_protocol_name(key), {}), adata.uns.get(key, {}).get("params", {})]
     found = next((str(record["use_rep"]) for record in records if "use_rep" in record), basis)
     if found is None:

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-WINDOW = 50  # the running mean spans one part in so many of the steps
-VALIDATION = "validation "  # what the names of the validation columns begin with
+WINDOW = 50  # the running mean spans 1 / WINDOW of the steps
+VALIDATION = "validation "  # prefix of the validation columns' names
 
 
 def loss(adata: AnnData, *, key: str = "flow", ax: Axes | None = None) -> Axes:
-    """Draw how the training loss fell.
+    """Draw the training loss over the steps.
 
-    One line per member, a centred running mean over a fiftieth of the steps, above the raw values as a faint line; the
-    validation loss, if there is one, dashed and as it was measured. The axis is logarithmic if the smoothed loss
+    One line per member shows a centred running mean over a fiftieth of the steps, on top of the raw values as a faint
+    line; the validation loss, if there is one, is dashed and not smoothed. The axis is logarithmic if the smoothed loss
     spans more than a factor of ten.
 
     Parameters
@@ -32,8 +32,8 @@ def loss(adata: AnnData, *, key: str = "flow", ax: Axes | None = None) -> Axes:
     key
         The fit's name, its ``key_added``.
     ax
-        Axes to draw in, which shrink to make room for a legend or colour bar; a new figure's if None. Small panels look
-        best in a figure with ``layout="constrained"``.
+        Axes to draw in; they shrink to make room for a legend or colour bar. None: those of a new figure. Small panels
+        look best in a figure with ``layout="constrained"``.
 
     Returns
     -------
@@ -64,7 +64,7 @@ def _colors(ax: Axes, n: int) -> list:
 
 
 def _legend(ax: Axes, members: list[str], *, validated: bool) -> None:
-    """Name the members where there are few, and only the kinds of line where there are many."""
+    """Add a legend that names the members if there are few, and only the kinds of line if there are many."""
     colors = _colors(ax, len(members)) if len(members) < len(PALETTE) else [ink(ax)]
     names = [f"member {name}" for name in members] if len(colors) > 1 else ["running mean"]
     if len(members) >= len(PALETTE):

@@ -43,14 +43,15 @@ def trajectories(
 ) -> Axes:
     """Draw the paths of some cells over all cells.
 
-    The paths are coloured by time along the way. In another basis than the flow's own they are the kernel-weighted
-    mean place of the nearest cells; read no more into them than that, for an embedding has no paths of its own: a path
-    that leaves the cells stays among them there. So cells of all times that the paths run through must be there; to see
-    some cells' paths pass all cells and choose by `rows`.
+    The paths are coloured by the time along them. In a basis other than the flow's own, each point of a path is drawn
+    at the kernel-weighted mean position of the cells nearest to it. Read no more into such paths than that, because an
+    embedding has no paths of its own: a path that leaves the cells still appears among them. Cells of all times
+    that the paths run through must therefore be present; to see the paths of some cells, pass all cells and choose by
+    `rows`.
 
-    Cells with other times or coordinates than at the fit are refused. Of a part of the cells, or of shuffled ones, the
-    stored velocities of some are computed again; with a field that is your own module this cannot be done, and only
-    their times are checked.
+    Cells whose times or coordinates differ from those at the fit are refused. For a part of the cells, or for shuffled
+    ones, this is checked by computing the stored velocities of some of them again. If the field is your own module,
+    this is not possible, and only the times are checked.
 
     Parameters
     ----------
@@ -59,14 +60,15 @@ def trajectories(
     basis
         A matrix in ``adata.obsm``, such as "umap"; the representation of the fit if None.
     color
-        A column of ``adata.obs`` that colours the cells; the time of the fit if None. Colours of the fit's growth are
-        centred at 0, and end, as those of its velocities' spread, at the 98th percentile. Categories have the colours
-        of ``adata.uns[color + "_colors"]``, where they are there. A gene is shown by its values in ``adata.X``.
+        A column of ``adata.obs`` or a gene by which to colour the cells; the time of the fit if None. The colours of
+        the fit's growth are centred at 0 and end at the 98th percentile, as do those of its velocities' deviation.
+        Categories take the colours in ``adata.uns[color + "_colors"]``, if there are any. A gene is shown by its values
+        in ``adata.X``.
     rows
-        Cells to show the paths of: numbers, names or a mask, as in :func:`sctraj.get.trajectories`, such as
-        ``adata.obs["time"] == 0``; None: `n_cells` of all.
+        Cells whose paths are shown: numbers, names or a mask, as in :func:`sctraj.get.trajectories`, such as
+        ``adata.obs["time"] == 0``. None: `n_cells` of all cells.
     n_cells
-        How many of all cells, or of many `rows`, to show the paths of, drawn at random.
+        Show at most this many paths; if there are more cells, or more `rows`, they are chosen at random.
     dims
         Which two columns of the basis.
     key
@@ -74,12 +76,12 @@ def trajectories(
     rng
         Seed or generator for the choice of cells.
     ax
-        Axes to draw in, which shrink to make room for a legend or colour bar; a new figure's if None. Small panels look
-        best in a figure with ``layout="constrained"``.
+        Axes to draw in; they shrink to make room for a legend or colour bar. None: those of a new figure. Small panels
+        look best in a figure with ``layout="constrained"``.
 
     Returns
     -------
-    The axes. The paths are its one ``LineCollection``.
+    The axes. The paths are their only ``LineCollection``.
 
     Raises
     ------
@@ -87,8 +89,8 @@ def trajectories(
         No such fit, trajectories, basis or `rows`; a `color` that is neither a column of ``adata.obs`` nor a gene.
     ValueError
         Other times or coordinates than at the fit; a `color` without a finite value; `dims` that the basis lacks; an
-        `n_cells` that is no whole number from 0 up; in another basis than the flow's own, times on the paths of which
-        no cells are there.
+        `n_cells` that is not a whole number of at least 0; in a basis other than the flow's own, snapshots that the
+        paths run through but of which no cells are present.
     """
     if not isinstance(n_cells, Integral) or n_cells < 0:
         raise ValueError(f"n_cells={n_cells!r} should be a whole number of at least 0, of cells to show the paths of.")
@@ -120,7 +122,7 @@ def trajectories(
 def _check_times_are_there(
     plane: Basis, observed: np.ndarray, snapshots: np.ndarray, times: np.ndarray, time_key: str
 ) -> None:
-    """Raise a ValueError where paths would be drawn among cells of other times, for want of those they run through."""
+    """Raise a ValueError if no cells are there of a time that paths run through, as others would then stand in."""
     there = np.unique(observed[np.isfinite(plane.cells).all(1)])
     asked = snapshots[(snapshots >= times.min(initial=np.inf)) & (snapshots <= times.max(initial=-np.inf))]
     if (absent := np.setdiff1d(asked, there)).size:

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 Kind = Literal["arrows", "stream"]
 GRID = {"arrows": 28, "stream": 40}  # grid points along either axis at density 1
-# of a weight, in grid spacings at density 1; streamlines end at the first gap, so they get the wider
+# of the weights, in grid spacings at density 1; wider for streamlines, which end at the first gap
 BANDWIDTH = {"arrows": 0.7, "stream": 1.2}
-USUAL_LENGTH, LONGEST = 1.7, 2.5  # grid cells that the 95th percentile of the arrows spans, and the most that any may
+USUAL_LENGTH, LONGEST = 1.7, 2.5  # grid cells spanned by the 95th percentile of the arrows, and by the longest
 
 
 def velocity(
@@ -36,11 +36,11 @@ def velocity(
 ) -> Axes:
     """Draw the velocity of the cells, averaged on a grid, over the cells.
 
-    The average is over the cells of all times, with Gaussian weights about as wide as the default grid's spacing.
+    The average is taken over the cells of all times, with Gaussian weights about as wide as the default grid's spacing.
 
-    Cells with other times or coordinates than at the fit are refused. Of a part of the cells, or of shuffled ones, the
-    stored velocities of some are computed again; with a field that is your own module this cannot be done, and only
-    their times are checked.
+    Cells whose times or coordinates differ from those at the fit are refused. For a part of the cells, or for shuffled
+    ones, this is checked by computing the stored velocities of some of them again. If the field is your own module,
+    this is not possible, and only the times are checked.
 
     Parameters
     ----------
@@ -49,24 +49,25 @@ def velocity(
     basis
         A matrix in ``adata.obsm``, such as "umap"; the representation of the fit if None.
     kind
-        "arrows", their lengths in proportion to the velocity (the few fastest are cut to half as long again as the 95th
-        percentile), or "stream", streamlines that are thicker where faster.
+        "arrows", with lengths in proportion to the velocity (the few longest are cut to about one and a half times the
+        95th percentile), or "stream", streamlines that are thicker where the velocity is higher.
     color
-        A column of ``adata.obs`` that colours the cells; the time of the fit if None. Colours of the fit's growth are
-        centred at 0, and end, as those of its velocities' spread, at the 98th percentile. Categories have the colours
-        of ``adata.uns[color + "_colors"]``, where they are there. A gene is shown by its values in ``adata.X``.
+        A column of ``adata.obs`` or a gene by which to colour the cells; the time of the fit if None. The colours of
+        the fit's growth are centred at 0 and end at the 98th percentile, as do those of its velocities' deviation.
+        Categories take the colours in ``adata.uns[color + "_colors"]``, if there are any. A gene is shown by its values
+        in ``adata.X``.
     dims
         Which two columns of the basis.
     key
         The fit's name, its ``key_added``.
     density
-        Arrows or streamlines per length, relative to the default; above 0.
+        Arrows or streamlines per unit length, relative to the default; above 0.
     min_mass
-        Grid points are left empty where fewer cells lie than this fraction of the number where they lie densest (the
+        Grid points are left empty if fewer cells lie there than this fraction of the number at the densest points (the
         99th percentile of the grid); from 0 to 1.
     ax
-        Axes to draw in, which shrink to make room for a legend or colour bar; a new figure's if None. Small panels look
-        best in a figure with ``layout="constrained"``.
+        Axes to draw in; they shrink to make room for a legend or colour bar. None: those of a new figure. Small panels
+        look best in a figure with ``layout="constrained"``.
 
     Returns
     -------
@@ -103,7 +104,7 @@ def velocity(
 
     norm = time_range(adata, key, times_of(adata, params["time_key"]))
     ax = axes_or_new(ax)
-    small = shrinkage(ax)  # before a colour bar or a legend takes some of the panel
+    small = shrinkage(ax)  # before a colour bar or a legend takes part of the panel
     draw_cells(ax, adata, plane, color=color, time_key=params["time_key"], norm=norm, alpha=0.35, key=key)
     make_room(ax)
     if kind == "arrows":
@@ -121,17 +122,17 @@ def grid_average(
     Parameters
     ----------
     places, arrows
-        Where the cells lie and their velocities there, n x 2 each.
+        Positions of the cells and their velocities there, n x 2 each.
     n_grid
         Grid points along either axis.
     bandwidth
-        The standard deviation of the Gaussian weights, in grid spacings.
+        Standard deviation of the Gaussian weights, in grid spacings.
     min_mass
-        Fraction of the densest grid point's mass below which a point is empty.
+        Fraction of the densest grid points' mass below which a point is empty.
 
     Returns
     -------
-    The grid's x and y, n_grid each, and the mean velocity, n_grid (y) x n_grid (x) x 2, NaN where empty.
+    The x and y of the grid, n_grid each, and the mean velocity, n_grid (y) x n_grid (x) x 2, NaN where empty.
     """
     x, y = np.linspace(places.min(0), places.max(0), n_grid).T
     # a Gaussian is a product over the axes, so the sums over cells are matrix products and need no neighbour search
@@ -153,7 +154,7 @@ def _draw_arrows(ax: Axes, x: np.ndarray, y: np.ndarray, mean: np.ndarray) -> No
     filled = np.isfinite(mean).all(-1)
     u, v = mean[filled].T
     at_x, at_y = (at[filled] for at in np.meshgrid(x, y))
-    # one stray cell in a gap must not shrink all other arrows, so few are cut short
+    # one stray cell in a gap must not shrink all other arrows, so the few longest are cut
     length = np.hypot(u / _spacing(x), v / _spacing(y))
     usual = np.percentile(length, 95) or 1.0
     scale = usual / USUAL_LENGTH
@@ -171,4 +172,4 @@ def _draw_stream(ax: Axes, x: np.ndarray, y: np.ndarray, mean: np.ndarray, densi
     width = small * (0.4 + 1.4 * (speed / (speed.max() or 1.0)).filled(0.0))
     view = ax.get_xlim(), ax.get_ylim()
     ax.streamplot(x, y, u, v, density=1.4 * density * small, linewidth=width, color=ink(ax), arrowsize=small, zorder=3)
-    ax.set(xlim=view[0], ylim=view[1])  # streamplot cuts the view down to its grid
+    ax.set(xlim=view[0], ylim=view[1])  # streamplot reduces the view to its grid
