@@ -1,4 +1,4 @@
-"""Slots back as DataFrames, and the fitted field as something to call."""
+"""Read results back: slots as DataFrames, and the fitted field as a function."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ def vector_field(adata: AnnData, *, key: str = _adata.FLOW, module: nn.Module | 
     Returns
     -------
     A field of M members. ``field(t, x)`` takes a real time and an array ``(n, d)`` in the units of the
-    representation and returns the members' mean velocity ``(n, d)`` per unit of time, ``field(t, x, "growth")`` their
-    mean growth rate ``(n,)``, known up to a number that all cells of a time share (``obs[key + "_growth"]`` is it less
-    its mean over the snapshot), ``field(t, x, "score")`` the score ``(n, d)``. ``field.velocity(t, x)``,
-    ``field.score(t, x)`` and ``field.growth(t, x)`` take and return tensors ``(M, n, d)``. Before the first and after
-    the last snapshot's time it answers too, with nothing that it learned.
+    representation and returns the members' mean velocity ``(n, d)`` per unit of time; ``field(t, x, "growth")`` returns
+    their mean growth rate ``(n,)``, known only up to a number that all cells of a time share
+    (``obs[key + "_growth"]`` is this rate minus its mean over the snapshot), and ``field(t, x, "score")`` the score
+    ``(n, d)``. ``field.velocity(t, x)``, ``field.score(t, x)`` and ``field.growth(t, x)`` take and return tensors
+    ``(M, n, d)``. The field also returns values before the first and after the last snapshot's time, but it has learned
+    nothing about these times.
 
     Raises
     ------
@@ -62,15 +63,15 @@ def loss(adata: AnnData, *, key: str = _adata.FLOW) -> pd.DataFrame:
 
     Returns
     -------
-    Index ``step``; columns ``"0"``, ``"1"``, ... and, with early stopping, ``"validation 0"``, ... which are NaN at
-    the steps between two looks. Dimensionless: see `sctraj.flow.flow_matching.Fit`.
+    Index ``step``; columns ``"0"``, ``"1"``, ... and, with early stopping, ``"validation 0"``, ..., which are NaN at
+    the steps between two evaluations. Dimensionless: see `sctraj.flow.flow_matching.Fit`.
 
     Raises
     ------
     KeyError
         No such flow.
     ValueError
-        A closed-form field, which is not trained.
+        The field is a closed-form one, which is not trained.
     """
     from .flow.flow_matching import EVALUATE_EVERY
 
@@ -124,36 +125,36 @@ def trajectories(
     genes: Sequence[str] | None = None,
     key: str = _adata.FLOW,
 ) -> pd.DataFrame:
-    """Return every cell's trajectory, also out of a store on disk, in the representation or as trends of genes.
+    """Return cells' trajectories, in the representation or as trends of genes; also from a store on disk.
 
     Parameters
     ----------
     adata
         Annotated data with trajectories by `sctraj.tl.trajectories`.
     rows
-        Cells to return: their numbers or their names, in the order wanted, or a mask of n_obs booleans, such as
+        Cells to return: their row numbers or names, in the order wanted, or a mask of n_obs booleans, such as
         ``adata.obs["time"] == 2``; all if None.
     genes
-        Genes to decode to, by their names, where the flow is in ``X``, in ``obsm["X_pca"]`` or in what was standardised
-        from that. Values are what the components hold of them, and vary less than measured ones; of what they do not
-        hold the mean is that of the cells in `adata`, so choose by `rows` rather than hand over a part.
+        Names of genes to decode to, if the flow is in ``X``, in ``obsm["X_pca"]`` or in a standardised form of that.
+        Decoded values have only the variation that the components hold, so they vary less than measured ones. The rest
+        is set to its mean over the cells in `adata`; so choose cells by `rows` rather than pass a part of them.
     key
         Name of the flow.
 
     Returns
     -------
-    One row per cell and time (index ``cell``, ``time``), d columns in units of the representation, or one per gene in
-    the units of ``X``.
+    One row per cell and time (index ``cell``, ``time``); d columns in units of the representation, or one column per
+    gene in the units of ``X``.
 
     Raises
     ------
     KeyError
         No trajectories, or no cells or genes of these names.
     IndexError
-        Numbers of cells that are not there.
+        Row numbers that do not exist.
     ValueError
         `rows` that are neither numbers nor names nor a mask of n_obs booleans; cells with other times or coordinates
-        than at the fit; a flow from which there is no way back to genes.
+        than at the fit; a flow that cannot be decoded to genes.
     """
     _check(adata, key)
     chosen = slice(None) if rows is None else row_numbers(adata, rows)
@@ -167,7 +168,7 @@ def trajectories(
 
 
 def _way_to_genes(adata: AnnData, key: str, genes: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
-    """Return what takes points of a flow ``(n, d)`` to the genes' values ``(n, n_genes)``."""
+    """Return a function from points of a flow ``(n, d)`` to the genes' values ``(n, n_genes)``."""
     use_rep = str(_adata.stored(adata, key)["params"]["use_rep"])
     if use_rep == "X":
         columns = _adata.gene_numbers(adata, genes)
@@ -182,7 +183,7 @@ def _way_to_genes(adata: AnnData, key: str, genes: Sequence[str]) -> Callable[[n
 
 
 def fates(adata: AnnData, *, key: str = _adata.FLOW) -> pd.DataFrame:
-    """Return every cell's probabilities of the groups that it ends in, or came from.
+    """Return every cell's probability of ending in, or having come from, each group.
 
     Parameters
     ----------
@@ -209,7 +210,7 @@ def fates(adata: AnnData, *, key: str = _adata.FLOW) -> pd.DataFrame:
 
 
 def representation(adata: AnnData, *, key: str = _adata.FLOW) -> np.ndarray:
-    """Return the cells in the representation that a flow was fitted in, n_obs x d.
+    """Return the cells in the representation in which a flow was fitted.
 
     Parameters
     ----------
@@ -220,13 +221,13 @@ def representation(adata: AnnData, *, key: str = _adata.FLOW) -> np.ndarray:
 
     Returns
     -------
-    n_obs x d, in its own units.
+    n_obs x d, in the representation's own units.
     """
     return _adata.read_rep(adata, str(_adata.stored(adata, key)["params"]["use_rep"]))
 
 
 def leave_one_out(adata: AnnData, *, key: str = _adata.FLOW, metric: str | None = None) -> pd.DataFrame:
-    """Return the distances of restored to held-out snapshots.
+    """Return the distances between restored and held-out snapshots.
 
     Parameters
     ----------
@@ -236,13 +237,13 @@ def leave_one_out(adata: AnnData, *, key: str = _adata.FLOW, metric: str | None 
         Prefix of its slots.
     metric
         One of ``w1``, ``w2``, ``mmd``, ``energy``, ``energy_about_mean``, ``variance_ratio``, ``w1_unweighted``,
-        ``energy_unweighted``; None for all, tidy.
+        ``energy_unweighted``; None for all of them, as a tidy table.
 
     Returns
     -------
-    Tidy (columns ``method``, ``time``, ``seed``, ``metric``, ``value``), or for one metric wide: a row per method
-    or baseline, a column per held-out time (mean over seeds), their mean, and ``sd``, the standard deviation over
-    seeds of the mean over times (NaN for a single seed).
+    A tidy table (columns ``method``, ``time``, ``seed``, ``metric``, ``value``) or, for one metric, a wide one: a row
+    per method or baseline, a column per held-out time (mean over seeds), their mean, and ``sd``, the standard deviation
+    over seeds of the mean over times (NaN for a single seed).
     """
     name = _adata.table_name(key)
     if name not in adata.uns:
@@ -264,7 +265,7 @@ def leave_one_out(adata: AnnData, *, key: str = _adata.FLOW, metric: str | None 
 
 
 def row_numbers(adata: AnnData, rows: Sequence[int] | Sequence[bool] | Sequence[str]) -> np.ndarray:
-    """Return the numbers of the cells that numbers, names or a mask stand for."""
+    """Return the row numbers of the cells given by numbers, names or a mask."""
     asked = np.asarray(rows)
     kind = pd.api.types.infer_dtype(asked, skipna=False) if asked.ndim == 1 else "no row of values"
     if kind == "boolean" and len(asked) == adata.n_obs:
@@ -293,13 +294,13 @@ def row_numbers(adata: AnnData, rows: Sequence[int] | Sequence[bool] | Sequence[
 
 
 def _check(adata: AnnData, key: str) -> None:
-    """Raise a ValueError where cells are not those of the flow, if it is still there to tell."""
+    """Raise a ValueError if the cells are not those of the flow; skip the check if the flow was deleted."""
     if _adata.is_flow(adata.uns.get(key)):
         _adata.check_some_cells(adata, key)
 
 
 def written(adata: AnnData, name: str, writer: str) -> Any:
-    """Return a matrix in ``obsm`` as it is; where it is not there say who writes it."""
+    """Return a matrix in ``obsm``; if it is missing, raise a KeyError that names the function that writes it."""
     if name not in adata.obsm:
         raise KeyError(f'No adata.obsm["{name}"]. Call sctraj.{writer}(adata) first, or pass its key.')
     value: Mapping[str, Any] | Any = adata.obsm[name]

@@ -1,4 +1,4 @@
-"""Distances between two clouds of cells: arrays in, one float out, or of large clouds an estimate with its error."""
+"""Distances between two clouds of cells: arrays in, one float out; for large clouds, an estimate with its error."""
 
 from .flow.distance import (
     energy_distance,

@@ -1,4 +1,4 @@
-"""Data sets: simulated, with the truth known; published, downloaded when first asked for; the user's own."""
+"""Data sets: simulated ones with known truth, published ones that are downloaded on first use, and the user's own."""
 
 import lazy_loader as _lazy
 

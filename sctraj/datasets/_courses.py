@@ -1,4 +1,4 @@
-"""Families of simulated time courses, each hard in its own way, with the truth known."""
+"""Families of simulated time courses with known truth, each difficult in its own way."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +15,9 @@ from ._simulated import _checked_times
 
 Family = Literal["branching", "cycle", "fast-phase", "crossing", "high-dimensional", "switch"]
 
-_STEP = 0.02  # of the midpoint rule, in days, at most
-_AT_ONCE = 2**13  # cells that a processor moves
-_SURPLUS = 4  # simulated cells per cell drawn, from which those with more mass are drawn more often
+_STEP = 0.02  # largest step of the midpoint rule, in days
+_AT_ONCE = 2**13  # cells that one processor moves at once
+_SURPLUS = 4  # simulated cells per drawn cell; those with more mass are drawn more often
 _MIN_CELLS = 3  # per snapshot
 # root mean squares of the sample effects of size 1: in mean gaps, in log mass, in standard deviations of the noise
 _AGE, _PREFERENCE, _SHIFT = 0.1, 0.5, 0.25
@@ -29,14 +29,14 @@ def _no_growth(t: float, z: NDArray) -> NDArray:
 
 @dataclass(frozen=True)
 class _Course:
-    """The law of one family: latent states z (n x k), how they move, grow and diffuse, and how they are observed."""
+    """The model of one family: how latent states z (n x k) move, grow and diffuse, and how they are observed."""
 
     times: tuple[float, ...]  # in days; the population starts at 0
     start: Callable[[int, np.random.Generator], NDArray]
     velocity: Callable[[float, NDArray], NDArray]  # with diffusion, the drift
-    noise: NDArray  # standard deviation of what is added to each observed dimension
+    noise: NDArray  # standard deviation of the noise in each observed dimension
     growth: Callable[[float, NDArray], NDArray] = _no_growth  # log mass change rate
-    diffusion: float = 0.0  # a length per root of time
+    diffusion: float = 0.0  # length per square root of time
     curvature: float = 0.0  # amplitude of the waves of the surface on which the latent states are observed
 
 
@@ -50,30 +50,32 @@ def simulated_course(
 ) -> ad.AnnData:
     """Simulate snapshots of a population with one of several kinds of dynamics.
 
-    Every snapshot has its own cells, drawn in proportion to the mass along their paths, and the same number of them
-    (or one more), as after a fixed load of a sequencer: numbers of cells tell nothing about growth. A random isometry
-    puts the latent states into the observed space, where each dimension gets its own normal noise.
+    Every snapshot has its own cells, drawn in proportion to the mass along their paths. All snapshots have the same
+    number of cells (or one more), as with a fixed load of a sequencer, so that numbers of cells say nothing about
+    growth. A random isometry maps the latent states into the observed space, where each dimension gets its own normal
+    noise.
 
     Parameters
     ----------
     family
-        ``"branching"``: two fates part; one grows, the other dwindles. ``"cycle"``: cells run round a ring.
-        ``"fast-phase"``: slow, then a quick turn, then slow, at uneven times. ``"crossing"``: two lineages swap
-        sides through each other, told apart by a marker. ``"high-dimensional"``: the branching course with a third
-        coordinate, on a surface that bends into 6 of 50 dimensions, under more noise. ``"switch"``: two genes that
-        repress each other and a clock that drives them apart, all with intrinsic noise.
+        ``"branching"``: two fates part; one grows, the other dwindles. ``"cycle"``: cells move round a ring.
+        ``"fast-phase"``: slow movement, then a quick turn, then slow movement again, at uneven times. ``"crossing"``:
+        two lineages pass through each other and swap sides; a marker tells them apart. ``"high-dimensional"``: the
+        branching course with a third coordinate, on a surface that bends into 6 of 50 dimensions, with more noise.
+        ``"switch"``: two genes that repress each other and a clock that drives them apart, all with intrinsic noise.
     n_cells
-        Number of cells of all snapshots together, at least 3 a snapshot.
+        Total number of cells in all snapshots; at least 3 per snapshot.
     times
-        Times of the snapshots in days, two or more, strictly increasing. The population starts at 0, the first
-        snapshot is then or later. Each family has its own by default.
+        Times of the snapshots in days, two or more, strictly increasing. The population starts at 0, and the first
+        snapshot is taken then or later. By default, each family has its own times.
     sample_effects
-        How much snapshots differ beyond their time, as cultures and animals do; 0 is not at all. At 1 a sample's age
-        is off by a tenth of the mean gap (but never below 0), its parts are over- and under-sampled by a factor of
-        about 1.5, and all its cells are shifted together by a quarter of the noise in every observed dimension.
-        These are standard deviations, in proportion to `sample_effects` (of the factor, its logarithm).
+        How much snapshots differ in ways other than their time, as cultures and animals do; 0 means not at all. At 1, a
+        sample's age is off by a tenth of the mean gap (but never below 0), parts of it are over- or under-sampled by a
+        factor of about 1.5, and all its cells are shifted together by a quarter of the noise in every observed
+        dimension. These are standard deviations (for the factor, of its logarithm) and proportional to
+        `sample_effects`.
     rng
-        Seed or generator. The isometry depends on it too.
+        Seed or generator. The isometry depends on it as well.
 
     Returns
     -------
@@ -81,12 +83,12 @@ def simulated_course(
 
     - `X` and `obsm["X_pca"]`, float32: the observed coordinates
     - `obsm["X_latent"]`, float32, in 2 or 3 dimensions: the states without noise and shift
-    - `obsm["drift_latent"]`, float32: their drift at the snapshot's time, per day; where nothing diffuses (all but
-      ``"switch"``) it is their velocity
+    - `obsm["drift_latent"]`, float32: their drift at the snapshot's time, per day; without diffusion (all families
+      except ``"switch"``) this is their velocity
     - `obs["time"]`, float64, in days
-    - `obs["growth_rate"]`, float64: the true log mass change rate, per day; 0 but for ``"branching"`` and
+    - `obs["growth_rate"]`, float64: the true log mass change rate, per day; 0 except for ``"branching"`` and
       ``"high-dimensional"``
-    - `varm["latent_axes"]`, float64: the isometry, a column for each latent dimension, then those they bend into
+    - `varm["latent_axes"]`, float64: the isometry, with a column for each latent dimension, then those they bend into
     - `uns["simulation"]`: the arguments
 
     Raises
@@ -135,7 +137,7 @@ def simulated_course(
 def _checked_course(
     family: Family, n_cells: int, times: Sequence[float] | None, sample_effects: float
 ) -> tuple[_Course, NDArray[np.float64]]:
-    """The family's course and the times of the snapshots."""
+    """Return the family's course and the times of the snapshots."""
     if family not in get_args(Family):
         raise ValueError(f"family must be one of {', '.join(get_args(Family))}, found {family!r}. Choose one of these.")
     course = _COURSES[family]
@@ -156,14 +158,14 @@ def _checked_course(
 
 
 def _snapshot(course: _Course, n: int, t: float, preference: float, rng: np.random.Generator) -> NDArray:
-    """Latent states, n x k, of cells drawn in proportion to their mass at ``t``; some places may be preferred."""
+    """Draw cells in proportion to their mass at ``t``, with a possible preference for some places; states n x k."""
     z, log_mass = _moved(course, course.start(_SURPLUS * n, rng), 0.0, t, rng)
-    # a random plane wave over the latent states, about 4 of their standard deviations long: which parts were caught
+    # a random plane wave over the latent states, about 4 of their standard deviations long: which parts are preferred
     wave = rng.standard_normal(z.shape[1]) / z.std(0)
     log_mass += preference * np.sqrt(2) * np.sin(z @ wave + rng.uniform(0, 2 * np.pi))
     mass = np.exp(log_mass - log_mass.max())
-    # Without replacement cell i is drawn with chance 1 - exp(-c p_i), for large n. So p_i = mass_i would favour light
-    # cells, and p_i = -log(1 - chance_i) is right. Only strong sample effects need the bound.
+    # Without replacement, cell i is drawn with probability 1 - exp(-c p_i) for large n. So p_i = mass_i would favour
+    # light cells, and p_i = -log(1 - chance_i) is correct. Only strong sample effects need the bound.
     chance = np.minimum(n * mass / mass.sum(), 0.99)
     p = -np.log1p(-chance)
     return z[rng.choice(len(z), n, replace=False, p=p / p.sum())]
@@ -172,8 +174,8 @@ def _snapshot(course: _Course, n: int, t: float, preference: float, rng: np.rand
 def _moved(
     course: _Course, z: NDArray, t0: float, t1: float, rng: np.random.Generator
 ) -> tuple[NDArray, NDArray[np.float64]]:
-    """Latent states, n x k, at ``t1`` of cells at ``z`` at ``t0``, and the log mass that each gained; either way."""
-    if not course.diffusion and len(z) > _AT_ONCE:  # each cell goes its own way, whoever goes along
+    """Move cells at ``z`` from ``t0`` to ``t1``, either way; return their states, n x k, and gains of log mass."""
+    if not course.diffusion and len(z) > _AT_ONCE:  # cells move independently of each other
         with ThreadPoolExecutor(joblib.cpu_count()) as threads:
             cells = np.array_split(z, len(z) // _AT_ONCE + 1)
             parts = list(threads.map(lambda some: _moved(course, some, t0, t1, rng), cells))
@@ -182,7 +184,7 @@ def _moved(
     steps = int(np.ceil(abs(t1 - t0) / _STEP))
     for k in range(steps):
         now, h = t0 + k * (t1 - t0) / steps, (t1 - t0) / steps
-        half = z + h / 2 * course.velocity(now, z)  # the midpoint rule, second order where nothing diffuses
+        half = z + h / 2 * course.velocity(now, z)  # the midpoint rule, second order without diffusion
         z = z + h * course.velocity(now + h / 2, half)
         log_mass += h * course.growth(now + h / 2, half)
         if course.diffusion:
@@ -191,13 +193,13 @@ def _moved(
 
 
 def _isometry(course: _Course, k: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Random orthonormal columns, d x k for the latent states or, where they fit, d x 2k for their bend too."""
+    """Draw orthonormal columns, d x k for the latent states or, if they fit, d x 2k to include their bend."""
     d = len(course.noise)
     return np.linalg.qr(rng.standard_normal((d, 2 * k if d >= 2 * k else k)))[0]
 
 
 def _seen(course: _Course, latent: NDArray, axes: NDArray) -> NDArray:
-    """Put latent states into the observed space, bent by ``curvature``."""
+    """Map latent states into the observed space, bent by ``curvature``."""
     k = latent.shape[1]
     observed = latent @ axes.T[:k]
     if course.curvature:
@@ -206,25 +208,25 @@ def _seen(course: _Course, latent: NDArray, axes: NDArray) -> NDArray:
 
 
 def carried(adata: ad.AnnData, time: float, to: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Move a simulated snapshot's cells to another time by the true dynamics: what a perfect field makes of them.
+    """Move a simulated snapshot's cells to another time by the true dynamics, as a perfect field would.
 
     Every cell keeps its own noise and its sample's shift.
 
     Parameters
     ----------
     adata
-        From `simulated_course`, of a family in which nothing diffuses.
+        From `simulated_course`, of a family without diffusion.
     time, to
-        The snapshot's time and the other one, earlier or later, in days.
+        The snapshot's time and the other time, earlier or later, in days.
 
     Returns
     -------
-    Observed coordinates ``(n, d)`` and by how much each cell's mass has been multiplied, ``(n,)``.
+    Observed coordinates ``(n, d)`` and the factor by which each cell's mass has changed, ``(n,)``.
 
     Raises
     ------
     ValueError
-        If the family diffuses: its cells have no one place to go to.
+        If the family has diffusion, so that its cells have no unique destination.
     """
     course = _COURSES[adata.uns["simulation"]["family"]]
     if course.diffusion:
@@ -233,7 +235,7 @@ def carried(adata: ad.AnnData, time: float, to: float) -> tuple[NDArray[np.float
         )
     own = (adata.obs["time"] == time).to_numpy()
     latent, axes = adata.obsm["X_latent"][own].astype(np.float64), adata.varm["latent_axes"]
-    there, log_mass = _moved(course, latent, time, to, np.random.default_rng(0))  # which draws nothing
+    there, log_mass = _moved(course, latent, time, to, np.random.default_rng(0))  # nothing is drawn from it
     return adata.obsm["X_pca"][own] - _seen(course, latent, axes) + _seen(course, there, axes), np.exp(log_mass)
 
 
@@ -256,7 +258,7 @@ def _branching_growth(t: float, z: NDArray) -> NDArray:
     return 0.35 * np.tanh(2 * z[:, 1])
 
 
-# --- cycle: a ring of radius 1.5 that attracts, once round in 7 days
+# --- cycle: an attracting ring of radius 1.5, once round in 7 days
 def _cycle_start(n: int, rng: np.random.Generator) -> NDArray:
     angle, radius = 0.5 * rng.standard_normal(n), 1.5 + 0.1 * rng.standard_normal(n)
     return radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
@@ -274,12 +276,12 @@ def _fast_start(n: int, rng: np.random.Generator) -> NDArray:
 
 
 def _fast_velocity(t: float, z: NDArray) -> NDArray:
-    burst = 2.2 * np.exp(-(((t - 2.0 + 0.5 * z[:, 0]) / 0.4) ** 2))  # those ahead turn earlier
+    burst = 2.2 * np.exp(-(((t - 2.0 + 0.5 * z[:, 0]) / 0.4) ** 2))  # cells that are ahead turn earlier
     spread = 0.25 * z[:, 2]
     return np.stack([np.full(len(z), 0.3), burst, spread], 1)
 
 
-# --- crossing: z = (progress, side, marker); lineages swap sides, the marker tells them apart
+# --- crossing: z = (progress, side, marker); lineages swap sides, and the marker tells them apart
 def _crossing_start(n: int, rng: np.random.Generator) -> NDArray:
     lineage = np.where(rng.random(n) < 0.5, 1.0, -1.0)
     z = np.array([0.25, 0.25, 0.2]) * rng.standard_normal((n, 3))

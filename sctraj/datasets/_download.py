@@ -1,4 +1,4 @@
-"""Files from elsewhere: downloaded once, resumed where a download broke off, and checked whenever they are read."""
+"""Download files once, resume interrupted downloads, and verify files whenever they are read."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from filelock import FileLock, Timeout
 
 from .._log import logger
 
-ENVIRONMENT = "SCTRAJ_DATA"  # the cache folder, where no argument names one
+ENVIRONMENT = "SCTRAJ_DATA"  # the cache folder, if no argument names one
 BLOCK = 2**20  # bytes of a file read at once
-PIECE = 2**14  # bytes of an answer read at once: as many at most are lost where it breaks off
-ATTEMPTS = 5  # at one file; each after the first goes on where the one before broke off
-PATIENCE = 30.0  # seconds without an answer after which a server counts as gone
-# Mendeley Data turns away what does not look like a browser
+PIECE = 2**14  # bytes of a response read at once; at most so many are lost if it breaks off
+ATTEMPTS = 5  # per file; each one continues where the previous one broke off
+PATIENCE = 30.0  # seconds without a response after which a server counts as gone
+# Mendeley Data rejects clients that do not look like a browser
 USER_AGENT = "Mozilla/5.0 (compatible; sctraj)"
 
 
 @dataclass(frozen=True)
 class Source:
-    r"""A file elsewhere.
+    r"""A file to download.
 
     Attributes
     ----------
     name
-        Of the file in the cache folder.
+        Name of the file in the cache folder.
     url
-        Where it is.
+        Its address.
     known
-        What its content is known by: ``"sha256:..."``, or ``"git:..."``, the id of a git blob: the SHA-1 of
+        Hash of its content: ``"sha256:..."``, or ``"git:..."``, the id of a git blob, which is the SHA-1 of
         ``b"blob <size>\0"`` and the content.
     """
 
@@ -48,32 +48,33 @@ class Source:
 def fetched(source: Source, *, cache: str | os.PathLike[str] | None, progress: bool) -> Path:
     """Return the path of a file in the cache folder, downloading it if it is not there.
 
-    What is there already is checked too. A download goes to ``<name>.part`` beside it, is checked there and then moved,
-    so that under its own name a file is always whole. Of several processes one downloads and the others wait.
+    A file that is already there is verified too. A download goes to ``<name>.part`` in the same folder and is moved
+    once it has been verified, so that a file under its final name is always complete. If several processes need a
+    file, one downloads it and the others wait.
 
     Parameters
     ----------
     source
         The file.
     cache
-        Its folder; by default the environment variable ``SCTRAJ_DATA``, or else the user's cache folder.
+        The cache folder; by default the environment variable ``SCTRAJ_DATA``, or else the user's cache folder.
     progress
         Whether to show a progress bar.
 
     Raises
     ------
     ConnectionError
-        If it cannot be downloaded; what has arrived is kept, and the next call goes on from there.
+        If it cannot be downloaded; what has arrived is kept, and the next call continues from there.
     ValueError
-        If it is another file, in the cache folder or at its source.
+        If the file in the cache folder, or at its source, has another content.
     """
     path = cache_folder(cache) / source.name
     if path.is_file():
         return _checked(path, source)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(path):
-        # pooch takes what another process has brought meanwhile. It is told no hash: a git id is none that it knows,
-        # and a download is checked before it is handed over
+        # pooch uses a file that another process has downloaded meanwhile. It is given no hash, because it does not know
+        # git ids, and a download is verified before it is handed over
         manager = pooch.create(
             path=path.parent, base_url="", registry={source.name: None}, urls={source.name: source.url}
         )
@@ -81,13 +82,13 @@ def fetched(source: Source, *, cache: str | os.PathLike[str] | None, progress: b
 
 
 def cache_folder(cache: str | os.PathLike[str] | None) -> Path:
-    """Return the folder that downloads go to: the argument, the environment variable, or the user's cache folder."""
+    """Return the folder for downloads: the argument, the environment variable, or the user's cache folder."""
     chosen = cache or os.environ.get(ENVIRONMENT) or pooch.os_cache("sctraj")
     return Path(chosen).expanduser().resolve()
 
 
 class _alone:
-    """Hold a file's place in the cache folder; other processes wait for it, and are told so."""
+    """Lock a file's place in the cache folder; other processes wait for it, and log that they do."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -105,11 +106,11 @@ class _alone:
 
 
 class Resuming:
-    """A downloader for pooch that goes on where the last one broke off (pooch's own starts anew).
+    """A downloader for pooch that continues where the last one broke off (pooch's own starts over).
 
-    The part that has arrived lies beside the file's place as ``<name>.part``, and its ETag, the server's name for that
-    version of the content, as ``<name>.part.etag``. A server that knows no ranges, or has another version by now, sends
-    all of it. Whatever comes together is checked before it is handed over, and thrown away if it is another file.
+    The part that has arrived is stored next to the file's place as ``<name>.part``, and its ETag, the server's name for
+    that version of the content, as ``<name>.part.etag``. A server that does not support ranges, or has another version
+    by now, sends the whole file. The result is verified before it is handed over, and deleted if its content is wrong.
     """
 
     def __init__(self, path: Path, source: Source, *, progress: bool) -> None:
@@ -118,14 +119,14 @@ class Resuming:
         self.etag = path.with_name(f"{path.name}.part.etag")
 
     def __call__(self, url: str, output_file: str | os.PathLike[str], manager: Any) -> None:
-        """Bring the file at ``url`` to ``output_file``."""
+        """Download the file at ``url`` to ``output_file``."""
         for attempt in range(ATTEMPTS):
             before = self.arrived
             try:
                 self._go_on(url)
                 break
             except requests.RequestException as error:
-                # a server that broke off is asked again, one that gave nothing is not
+                # try again after an interrupted download, but not if nothing arrived
                 if self.arrived <= before or attempt == ATTEMPTS - 1:
                     raise ConnectionError(self._by_hand(error)) from error
         found = identity(self.part, self.source.known)
@@ -141,7 +142,7 @@ class Resuming:
 
     @property
     def arrived(self) -> int:
-        """Number of bytes that are here."""
+        """Number of bytes that have arrived."""
         return self.part.stat().st_size if self.part.is_file() else 0
 
     @property
@@ -160,15 +161,15 @@ class Resuming:
         self.etag.unlink(missing_ok=True)
 
     def _go_on(self, url: str) -> None:
-        """Ask for what is missing and append it; raise if not all of it comes."""
+        """Request what is missing and append it; raise if it does not arrive completely."""
         start = self.arrived
-        # the server's bytes as they are: ranges of a compressed stream would be of no use
+        # request the bytes uncompressed, because ranges of a compressed stream would be useless
         headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
         known = self.etag.read_text() if self.etag.is_file() else ""
         if start:
             headers["Range"] = f"bytes={start}-"
             if known and not known.startswith("W/"):
-                headers["If-Range"] = known  # RFC 9110, 13.1.5: the range if it is still that version, else all of it
+                headers["If-Range"] = known  # RFC 9110, 13.1.5: the range if the version is the same, else all
         with requests.get(url, headers=headers, stream=True, timeout=PATIENCE) as response:
             if start and not self._continues(response, start, known):
                 start = 0
@@ -176,7 +177,7 @@ class Resuming:
                     self._forget()
                     return self._go_on(url)
             elif start and response.status_code == requests.codes.requested_range_not_satisfiable:
-                return None  # all of it is here
+                return None  # it is complete
             response.raise_for_status()
             length = None if "Content-Encoding" in response.headers else response.headers.get("Content-Length")
             total = None if length is None else start + int(length)
@@ -190,12 +191,12 @@ class Resuming:
 
     @staticmethod
     def _continues(response: requests.Response, start: int, known: str) -> bool:
-        """Say whether an answer goes on from the byte ``start`` of the version of which a part is here."""
+        """Return whether a response continues from byte ``start`` of the version that has partly arrived."""
         contained = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", ""))
         if response.status_code == requests.codes.requested_range_not_satisfiable:
             return contained is not None and contained[2] == str(start)
         if response.status_code != requests.codes.partial_content:
-            # an error is no reason to start anew: raise_for_status speaks of it
+            # an error is no reason to start over; raise_for_status reports it
             return response.status_code >= 400
         same = not known or response.headers.get("ETag", known) == known
         return same and contained is not None and contained[1] == str(start)
@@ -204,7 +205,7 @@ class Resuming:
         if not self.progress:
             yield from blocks
             return
-        from tqdm.auto import tqdm  # warns where a notebook lacks its widgets: only whom it concerns
+        from tqdm.auto import tqdm  # imported here, as it warns in notebooks that lack its widgets
 
         with tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=self.source.name) as bar:
             for block in blocks:
@@ -213,7 +214,7 @@ class Resuming:
 
 
 def identity(path: Path, like: str) -> str:
-    """Return what a file's content is known by, in the manner of ``like``: ``"sha256:..."`` or ``"git:..."``."""
+    """Return the hash of a file's content, of the same kind as ``like``: ``"sha256:..."`` or ``"git:..."``."""
     manner = like.partition(":")[0]
     digest = hashlib.sha256() if manner == "sha256" else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     with path.open("rb") as file:

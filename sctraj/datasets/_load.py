@@ -1,4 +1,4 @@
-"""The user's own files: npz, csv and h5ad to one layout."""
+"""Read the user's own files, npz, csv or h5ad, into one layout."""
 
 from __future__ import annotations
 
@@ -33,18 +33,19 @@ def load(
     Parameters
     ----------
     path
-        The file; its ending says what it is. An npz holds one array per name, all of the same n_obs, and no Python
-        objects. A csv holds one cell per line, with a header; a first column without a name holds the cells' names.
+        The file; its extension determines the format. An npz holds one array per name, all with the same n_obs, and no
+        Python objects. A csv holds one cell per line, with a header; if its first column has no name, that column
+        holds the cells' names.
     time_key
         Where the times are: an array ``(n_obs,)`` of the npz, a column of the csv, or of `obs`.
     use_rep
         Where the coordinates are: an array ``(n_obs, d)`` of the npz or a key of `obsm`; by default ``"X_pca"``, or
-        the only one there. Of a csv: the columns' names, or what the names of numbered columns begin with
-        (``"PC"`` for PC1, PC2, ...); by default the only such run of columns. Numbered columns come in their order.
+        the only one that exists. For a csv: the columns' names, or the prefix of numbered columns (``"PC"`` for PC1,
+        PC2, ...); by default the only such series of columns. Numbered columns are taken in numerical order.
     velocity_key
-        Where velocities in these coordinates are, in the manner of `use_rep`; none by default.
+        Where the velocities in these coordinates are, specified like `use_rep`; none by default.
     mapping
-        From the labels found at `time_key` to real times; needed where these are text that is no number.
+        From the labels found at `time_key` to real times; needed if the labels are text other than numbers.
 
     Returns
     -------
@@ -54,15 +55,15 @@ def load(
     - `obsm["X_pca"]`, n_obs x d, float32: the coordinates
     - `obsm["velocity_pca"]`, n_obs x d, float32: the velocities, if asked for
 
-    and all else of an h5ad, or the other columns of a csv in `obs`.
+    and everything else in an h5ad, or the other columns of a csv in `obs`.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is of another kind or cannot be read, has no such array or column (the message lists those it
-        has), shapes do not fit, or a time or coordinate is missing or not finite.
+        If the file has another format or cannot be read; if it has no such array or column (the message lists those
+        that it has); if shapes do not match; or if a time or coordinate is missing or not finite.
 
     Examples
     --------
@@ -89,7 +90,7 @@ def load(
 
 
 def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray]:
-    """Read arrays of an npz by their names; Python objects, which could run anything, are refused."""
+    """Read arrays of an npz by name; Python objects are refused, because loading them could run any code."""
     with _opened(path) as file:
         if missing := [name for name in names if name not in file.files]:
             raise ValueError(f"expected {_listed(missing)} in {path}, found {_listed(file.files)}")
@@ -105,7 +106,7 @@ def _opened(path: Path) -> np.lib.npyio.NpzFile:
 
 
 def _array(file: np.lib.npyio.NpzFile, name: str) -> NDArray | None:
-    """Return an array of an npz, or None for one of Python objects."""
+    """Return an array of an npz, or None if it holds Python objects."""
     try:
         return file[name]
     except ValueError:
@@ -164,12 +165,12 @@ def _from_h5ad(path: Path, time_key: str, use_rep: str | Sequence[str] | None, v
         raise ValueError(f"expected {_listed(missing)} in obsm of {path}, found {_listed(adata.obsm)}")
     if key != "X_pca" and "X_pca" in adata.obsm:
         logger.warning(f'obsm["X_pca"] of {path} is replaced by {key!r}')
-        adata.varm.pop("PCs", None)  # which belong to the former
+        adata.varm.pop("PCs", None)  # they belong to the previous "X_pca"
     return _with_cells(adata, adata.obsm[key], adata.obsm[velocity_key] if velocity_key else None, path)
 
 
 def _with_cells(adata: ad.AnnData, cells: ArrayLike, velocity: ArrayLike | None, path: Path) -> ad.AnnData:
-    """Put coordinates and velocities where they belong, after a look at them."""
+    """Check coordinates and velocities, and put them in their slots."""
     for key, values in (("X_pca", cells), ("velocity_pca", velocity)):
         if values is None:
             continue
@@ -186,7 +187,7 @@ def _with_cells(adata: ad.AnnData, cells: ArrayLike, velocity: ArrayLike | None,
 
 
 def _columns(table: pd.DataFrame, wanted: str | Sequence[str] | None, time_key: str, path: Path) -> list[str]:
-    """Return the columns that hold coordinates: as named, or numbered ones by what their names begin with."""
+    """Return the columns that hold coordinates: those named, or numbered ones with a given prefix."""
     if wanted is not None and not isinstance(wanted, str):
         if missing := [name for name in wanted if name not in table]:
             raise ValueError(f"expected columns {_listed(missing)} in {path}, found {_listed(table.columns)}")
@@ -200,7 +201,7 @@ def _columns(table: pd.DataFrame, wanted: str | Sequence[str] | None, time_key: 
         wanted = _the_only(
             list(runs), f"runs of numbered columns in {path}, whose columns are {_listed(table.columns)}"
         )
-    # "PC" takes "PC1" and, where there are no such, "PC_1" or "PC 1"
+    # "PC" matches "PC1" or, if there are none such, "PC_1" or "PC 1"
     found = next((runs[p] for p in (wanted, f"{wanted}_", f"{wanted} ", f"{wanted}-") if p in runs), None)
     if found is None:
         raise ValueError(

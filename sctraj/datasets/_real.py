@@ -1,4 +1,4 @@
-"""Published time courses, downloaded from where their authors put them."""
+"""Published time courses, downloaded from where their authors deposited them."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _DAYS = (2.0, 3.0, 4.0, 7.0)  # of the two courses from Kaggle
 
 
 def embryoid_body(*, cache: str | os.PathLike[str] | None = None, progress: bool = True) -> ad.AnnData:
-    """Embryoid bodies over 27 days, five snapshots: the benchmark file of TrajectoryNet, downloaded once.
+    """Load embryoid bodies over 27 days, five snapshots: the benchmark file of TrajectoryNet, downloaded once.
 
-    Human embryonic stem cells that differentiate, sampled in windows of three days (Moon et al. 2019); principal
-    components and RNA velocity as published with TrajectoryNet (Tong et al. 2020), on which TrajectoryNet, OT-CFM and
-    others report. The content is checked against its id in that git repository.
+    Differentiating human embryonic stem cells, sampled in windows of three days (Moon et al. 2019), with principal
+    components and RNA velocity as published with TrajectoryNet (Tong et al. 2020). TrajectoryNet, OT-CFM and others
+    report results on these. The content is checked against its id in that git repository.
 
     Parameters
     ----------
@@ -54,17 +54,17 @@ def embryoid_body(*, cache: str | os.PathLike[str] | None = None, progress: bool
 
     - `obsm["X_pca"]`, n_obs x 100, float32: principal components, as in the file (not standardised)
     - `obsm["velocity_pca"]`, n_obs x 100, float32: RNA velocity in these components, per its own unit of time
-    - `obs["time"]`, float64: 0, 1, 2, 3, 4, the published benchmarks' clock, in steps of 6 days
+    - `obs["time"]`, float64: 0, 1, 2, 3, 4, as in the published benchmarks, in steps of 6 days
     - `obs["day"]`, ordered categorical: the windows, "Day 00-03" to "Day 24-27"; for real days
       ``sctraj.pp.parse_time(adata, "day", window="midpoint")``
-    - `uns["dataset"]`: name, address, what the content is known by, and reference
+    - `uns["dataset"]`: name, address, hash of the content, and reference
 
     Raises
     ------
     ConnectionError
         If the file is not in the cache folder and cannot be downloaded; the message says where to put it.
     ValueError
-        If the file is another one, or is not laid out as above.
+        If the file has another content, or is not laid out as above.
     """
     path = fetched(EMBRYOID_BODY, cache=cache, progress=progress)
     # "delta_embedding", also in the file, is the velocity in two PHATE coordinates (TrajectoryNet, dataset.py)
@@ -87,11 +87,11 @@ def embryoid_body(*, cache: str | os.PathLike[str] | None = None, progress: bool
 
 
 def cite(*, cache: str | os.PathLike[str] | None = None, progress: bool = True) -> ad.AnnData:
-    """Blood stem cells on days 2, 3, 4 and 7, CITE-seq: as published with OT-CFM, downloaded once (1.2 GB).
+    """Load blood stem cells on days 2, 3, 4 and 7, CITE-seq: as published with OT-CFM, downloaded once (1.2 GB).
 
-    One donor's cells of the Open Problems competition of 2022 (Kaggle, "Multimodal Single-Cell Integration"), selected
-    and reduced by Tong et al. (2023) and published as Mendeley Data hhny5ff7yj, version 1. The content is checked
-    against its SHA-256. Genes stay in the downloaded file, which ``anndata.read_h5ad`` reads.
+    One donor's cells from the Open Problems competition of 2022 (Kaggle, "Multimodal Single-Cell Integration"),
+    selected and reduced by Tong et al. (2023) and published as Mendeley Data hhny5ff7yj, version 1. The content is
+    checked against its SHA-256. The genes remain in the downloaded file, which ``anndata.read_h5ad`` can read.
 
     Parameters
     ----------
@@ -108,23 +108,23 @@ def cite(*, cache: str | os.PathLike[str] | None = None, progress: bool = True) 
     - `obsm["X_pca"]`, float32: principal components, as in the file (not standardised)
     - `obs["time"]`, float64: the real days
     - `obs`: the file's own columns (`day` and others)
-    - `uns["dataset"]`: name, address, what the content is known by, and reference
+    - `uns["dataset"]`: name, address, hash of the content, and reference
 
     Raises
     ------
     ConnectionError
         If the file is not in the cache folder and cannot be downloaded; the message says where to put it.
     ValueError
-        If the file is another one, or is not laid out as above.
+        If the file has another content, or is not laid out as above.
     """
     path = fetched(CITE, cache=cache, progress=progress)
     return _read_course(path, _described("cite", CITE, "Tong et al. 2023"))
 
 
 def multiome(*, cache: str | os.PathLike[str] | None = None, progress: bool = True) -> ad.AnnData:
-    """Blood stem cells on days 2, 3, 4 and 7, Multiome: as published with OT-CFM, downloaded once (1.1 GB).
+    """Load blood stem cells on days 2, 3, 4 and 7, Multiome: as published with OT-CFM, downloaded once (1.1 GB).
 
-    The RNA of the other technology of the competition that :func:`cite` is from.
+    These are the RNA measurements by the other technology in the competition that :func:`cite` comes from.
 
     Parameters
     ----------
@@ -136,21 +136,21 @@ def multiome(*, cache: str | os.PathLike[str] | None = None, progress: bool = Tr
 
     Returns
     -------
-    AnnData as of :func:`cite`.
+    AnnData laid out as that of :func:`cite`.
 
     Raises
     ------
     ConnectionError
         If the file is not in the cache folder and cannot be downloaded; the message says where to put it.
     ValueError
-        If the file is another one, or is not laid out as expected.
+        If the file has another content, or is not laid out as expected.
     """
     path = fetched(MULTIOME, cache=cache, progress=progress)
     return _read_course(path, _described("multiome", MULTIOME, "Tong et al. 2023"))
 
 
 def _read_course(path: Path, description: dict[str, str]) -> ad.AnnData:
-    """Read cells and principal components of one of the two courses from Kaggle, and no genes."""
+    """Read the cells and principal components, but not the genes, of one of the two courses from Kaggle."""
     try:
         whole = ad.read_h5ad(path, backed="r")
     except Exception as error:

@@ -11,12 +11,12 @@ from scipy import sparse
 
 # The landscape. z = (p, b): progress along the lineage and the side of the branch, in arbitrary latent units.
 _DRIFT_END, _DRIFT_EXTRA, _DRIFT_DECAY = 0.45, 0.45, 3.0  # progress per unit of time; its excess at t = 0 decays
-_SPLIT, _SPLIT_WIDTH = 1.2, 0.25  # the progress at which the ridge between the fates rises, and how gradually it does
+_SPLIT, _SPLIT_WIDTH = 1.2, 0.25  # the progress at which the ridge between the fates rises, and how gradually
 _PARTING, _RIDGE = 0.5, 0.25  # how fast the fates move apart per unit of time, and the half-width of the ridge
 _GROWTH_MEAN, _GROWTH_CONTRAST = 0.15, 0.08  # per unit of time; fate B divides faster than fate A
-_START_SD = 0.22  # of the progenitors around the origin
-_COMMITTED = 0.6  # |b| beyond which a cell is called by its fate
-_STEP = 0.05  # of RK4; the error over the default times is below 1e-6
+_START_SD = 0.22  # standard deviation of the progenitors around the origin
+_COMMITTED = 0.6  # |b| beyond which a cell is labelled by its fate
+_STEP = 0.05  # step of RK4; the error over the default times is below 1e-6
 _MIN_CELLS = 3  # per snapshot
 _DISPERSION, _MEAN_COUNT, _LIBRARY_SD = 0.03, 6.0, 0.2  # of the negative binomial counts
 _SWITCH = 2.2  # half the width of a gene's response, in latent units
@@ -32,17 +32,17 @@ def simulated_differentiation(
 ) -> ad.AnnData:
     """Simulate snapshots of a population that differentiates into two fates and grows.
 
-    Progenitors progress along p until a ridge rises between them, and part to its sides, b < 0 (fate A) and b > 0
-    (fate B), by the deterministic flow of :func:`differentiation_velocity`; they differ only by where they start. Mass
-    grows by :func:`differentiation_growth`, faster in fate B. Every snapshot has its own cells, drawn in proportion to
-    the mass along their paths, and the numbers of cells of the snapshots follow the population's mass.
+    Progenitors progress along p until a ridge rises between them, and then part to its sides, b < 0 (fate A) and b > 0
+    (fate B). They follow the deterministic flow of :func:`differentiation_velocity` and differ only in where they
+    start. Mass grows by :func:`differentiation_growth`, faster in fate B. Every snapshot has its own cells, drawn in
+    proportion to the mass along their paths, and its number of cells follows the population's mass.
 
     Parameters
     ----------
     n_cells
-        Number of cells of all snapshots together; each snapshot has at least 3.
+        Total number of cells in all snapshots; each snapshot has at least 3.
     times
-        Times of the snapshots in days, strictly increasing. The progenitors start at the first. The defaults are
+        Times of the snapshots in days, strictly increasing. The progenitors start at the first one. The defaults are
         unevenly spaced and span the branching, which happens at about day 2.
     n_genes
         Number of genes.
@@ -60,7 +60,7 @@ def simulated_differentiation(
     - `obsm["X_latent"]`, n_obs x 2, float32: the true state (p, b)
     - `obsm["velocity_latent"]`, n_obs x 2, float32: its true velocity, per day
     - `obsm["X_pca"]`, n_obs x n_pcs, with `varm["PCs"]` and `uns["pca"]`: principal components of `X`
-    - `obs["time"]`, float64, in days; `obs["day"]`, ordered categorical: the same as text ("D0", "D2.5")
+    - `obs["time"]`, float64, in days; `obs["day"]`, ordered categorical: the same times as text ("D0", "D2.5")
     - `obs["fate"]`, categorical: "progenitor" while abs(b) <= 0.6, then "A" or "B"
     - `obs["growth_rate"]`, float64: the true log mass change rate, per day
     - `uns["simulation"]`: the arguments, and the population's `mass` at each time relative to the first
@@ -108,9 +108,9 @@ def simulated_differentiation(
         layers={"counts": sparse.csr_matrix(counts, dtype=np.float32)},
         uns={"simulation": arguments | {"mass": mass}},
     )
-    import scanpy as sc  # takes seconds to load, and courses do without
+    import scanpy as sc  # takes seconds to load, and courses do not need it
 
-    # a full decomposition in float64: close eigenvalues of the noise would turn the last components in float32
+    # a full decomposition in float64: in float32, close eigenvalues of the noise would rotate the last components
     sc.pp.pca(adata, n_comps=n_pcs, svd_solver="full", dtype="float32")
     adata.X = adata.X.astype(np.float32)
     params = adata.uns["pca"]["params"]
@@ -119,11 +119,12 @@ def simulated_differentiation(
 
 
 def differentiation_velocity(t: ArrayLike, z: ArrayLike) -> NDArray[np.float64]:
-    r"""True velocity of :func:`simulated_differentiation`.
+    r"""Compute the true velocity of :func:`simulated_differentiation`.
 
     The field is a gradient, so it has no rotation: :math:`f(t, z) = -\nabla U(t, z)` with the landscape
-    :math:`U(t, p, b) = -c(t)\, p - k\, a(p)\, w \log\cosh(b / w)`: a slope that flattens in time, :math:`c(t)`, and a
-    ridge of half-width :math:`w` along b = 0 that rises from nothing, :math:`a = 0`, to its end height, :math:`a = 1`.
+    :math:`U(t, p, b) = -c(t)\, p - k\, a(p)\, w \log\cosh(b / w)`. It consists of a slope :math:`c(t)` that flattens
+    in time and a ridge of half-width :math:`w` along b = 0 that rises from zero, :math:`a = 0`, to its final height,
+    :math:`a = 1`.
 
     Parameters
     ----------
@@ -146,7 +147,7 @@ def differentiation_velocity(t: ArrayLike, z: ArrayLike) -> NDArray[np.float64]:
 
 
 def differentiation_growth(t: ArrayLike, z: ArrayLike) -> NDArray[np.float64]:
-    """True growth of :func:`simulated_differentiation`: the log mass change rate, which does not depend on time.
+    """Compute the true growth of :func:`simulated_differentiation`, the log mass change rate, constant in time.
 
     Parameters
     ----------
@@ -187,7 +188,7 @@ def _check_sizes(n_cells: int, n_times: int, n_genes: int, n_pcs: int) -> None:
 
 
 def _flow(z: NDArray, t0: float, t1: float) -> tuple[NDArray, NDArray]:
-    """States at t1 of cells at z (n x 2) at t0, and the log of the mass (n) that each has become, by RK4."""
+    """Move cells at z (n x 2) from t0 to t1 by RK4; return their states and the log of the mass (n) each has become."""
     log_mass = np.zeros(len(z))
     n_steps = int(np.ceil((t1 - t0) / _STEP))
     for i in range(n_steps):
@@ -210,7 +211,7 @@ def _progenitors(n: int, rng: np.random.Generator) -> NDArray:
 
 
 def _population_mass(times: NDArray, rng: np.random.Generator, n: int = 2000) -> NDArray:
-    """Mass at each time, relative to the first: the mean of exp(int g dt) over `n` progenitors."""
+    """Compute the mass at each time relative to the first: the mean of exp(int g dt) over `n` progenitors."""
     z, log_mass, mass = _progenitors(n, rng), np.zeros(n), [1.0]
     for t0, t1 in pairwise(times):
         z, gained = _flow(z, t0, t1)
@@ -220,7 +221,7 @@ def _population_mass(times: NDArray, rng: np.random.Generator, n: int = 2000) ->
 
 
 def _snapshot_sizes(n_cells: int, mass: NDArray) -> NDArray[np.int64]:
-    """Numbers of cells in proportion to the mass, above the least, that add up to `n_cells`."""
+    """Return numbers of cells that sum to `n_cells`: the minimum plus a share in proportion to the mass."""
     spare = n_cells - _MIN_CELLS * len(mass)
     ends = np.rint(spare * np.concatenate([[0.0], np.cumsum(mass) / mass.sum()])).astype(np.int64)
     return _MIN_CELLS + np.diff(ends)
