@@ -1,4 +1,4 @@
-"""The package's logger: its lines are shown until the user sets up logging of their own."""
+"""The package's logger, whose lines are shown unless the user sets up logging."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 class _UntilConfigured(logging.Handler):
-    """Writes to stderr as long as the root logger has no handler, so that no line is shown twice."""
+    """A handler that writes to stderr only while the root logger has none, so that no line is shown twice."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not logging.getLogger().handlers:
@@ -17,5 +17,5 @@ class _UntilConfigured(logging.Handler):
 logger = logging.getLogger("sctraj")
 if not logger.handlers:
     logger.addHandler(_UntilConfigured())
-    if logger.level == logging.NOTSET:  # else the user was here first
+    if logger.level == logging.NOTSET:  # otherwise the user has set a level already
         logger.setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""How much memory there is, and how much of it arrays take."""
+"""How much memory is available, and how much of it arrays take."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 
 
 def available_memory() -> int | None:
-    """Return the bytes of memory that can be had without swapping, where the system says so.
+    """Return the bytes of memory available without swapping, or None if the system does not say.
 
-    From psutil where it is installed, else from the system: on some only the memory's whole size can be had.
+    The number comes from psutil if it is installed, otherwise from the system; some systems report only the total.
     """
     try:
         import psutil
@@ -25,5 +25,5 @@ def available_memory() -> int | None:
 
 
 def size_of(shape: Sequence[int], dtype: str) -> int:
-    """Bytes of an array."""
+    """Return the size of an array in bytes."""
     return math.prod(shape) * np.dtype(dtype).itemsize

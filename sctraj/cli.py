@@ -1,4 +1,4 @@
-"""The command line: fit, benchmark, plot. Options, types and defaults are those of the functions called."""
+"""The command line: fit, benchmark, plot. Options, types and defaults are those of the functions that are called."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ PLOTS: dict[str, tuple[str, dict[str, str]]] = {
     "leave-one-out": ("leave_one_out", {"kind": "distances"}),
     "map": ("leave_one_out", {"kind": "map"}),
 }
-# the commands that write what a plot misses, by the function that its error says to call
+# the commands that write what a plot lacks, by the function that the plot's error recommends
 WRITERS = {
     "tl.fit_flow": "sctraj fit IN -o OUT",
     "tl.trajectories": "sctraj fit IN -o OUT --trajectories",
     "tl.leave_one_out": "sctraj benchmark IN -o FOLDER, and plot FOLDER/benchmark.h5ad",
 }
-NEEDS_PYTHON = {"module", "copy"}  # arguments that a command line cannot give
+NEEDS_PYTHON = {"module", "copy"}  # arguments that cannot be given on a command line
 
 
 # --- options from signatures ---------------------------------------------------------------------------------------
 class Several(click.ParamType):
-    """Values with commas between them."""
+    """Values separated by commas."""
 
     name = "A,B,..."
 
@@ -51,7 +51,7 @@ class Several(click.ParamType):
 
 
 def click_type(hint: Any) -> click.ParamType:
-    """Return the first member of a type hint that can be typed on a command line."""
+    """Return the click type of the first member of a type hint that can be given on a command line."""
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for member in members:
         if get_origin(member) is Literal:
@@ -72,20 +72,20 @@ def described(function: Callable[..., Any]) -> dict[str, str]:
 
 
 def options(*functions: Callable[..., Any], skip: Iterable[str] = (), only: Iterable[str] | None = None) -> list:
-    """Turn the parameters of functions, but for the AnnData, into options; of two with one name the later counts.
+    """Turn the parameters of functions, except the AnnData, into options; of two with the same name, the later counts.
 
     Parameters
     ----------
     functions
-        With annotated parameters, each with a default.
+        Functions with annotated parameters, all of which have defaults.
     skip, only
-        Names to leave out; names to take.
+        Names to leave out, and names to which to restrict the options.
     """
     left_out = {*NEEDS_PYTHON, *skip}
     made: dict[str, click.Option] = {}
     helps: dict[str, str] = {}
     for function in functions:
-        # "As in ..." refers to a function read before
+        # "As in ..." refers to a function that was read earlier
         helps |= {name: text for name, text in described(function).items() if not text.startswith("As in")}
         for name, parameter in list(inspect.signature(function).parameters.items())[1:]:
             if name in left_out or (only is not None and name not in only) or parameter.kind is parameter.VAR_KEYWORD:
@@ -105,15 +105,15 @@ def options(*functions: Callable[..., Any], skip: Iterable[str] = (), only: Iter
 
 
 def as_options(message: str, flags: Mapping[str, str]) -> str:
-    """Say an error about arguments in terms of a command's options, ``flags`` by the arguments' names."""
+    """Rewrite an error about arguments in terms of a command's options; ``flags`` maps arguments to options."""
     parse = r'[Cc]all sctraj\.pp\.parse_time\(adata, "(.+?)"\) first and pass the column it writes'
     if "column" in flags:
         message = re.sub(parse, lambda found: f'Read them with {flags["column"]} "{found[1]}"', message)
     for name, flag in flags.items():
-        # key="value", and names that are no words by themselves
+        # key="value", and names that are not ordinary words
         message = re.sub(rf"(?<![\w-]){name}=(True|False)", _switch(flag), message)
         message = re.sub(rf"""(?<![\w-]){name}=(['"]?)([\w.-]+)\1""", rf"{flag} \2", message)
-        if "_" in name:  # but in the name of a file
+        if "_" in name:  # except in the name of a file
             message = re.sub(rf"(?<![\w/-]){name}\b(?!['\"=/]|\.\w)", flag, message)
     return message
 
@@ -123,9 +123,9 @@ def _switch(flag: str) -> Callable[[re.Match[str]], str]:
 
 
 class Verb(click.Command):
-    """A command whose options are read from signatures when they are asked for, and not when sctraj starts.
+    """A command whose options are read from signatures when they are needed, and not when sctraj starts.
 
-    An expected error ends it with one line on stderr and exit code 1; --debug shows the traceback instead.
+    An expected error ends it with one line on stderr and exit code 1; with --debug, the traceback is shown instead.
     """
 
     def __init__(self, *args: Any, reads: Callable[[], list[click.Option]], **kwargs: Any) -> None:
@@ -133,7 +133,7 @@ class Verb(click.Command):
         self._reads: Callable[[], list[click.Option]] | None = reads
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Return the command's own parameters and those read."""
+        """Return the command's own parameters and those read from signatures."""
         if self._reads is not None:
             self.params += self._reads()
             self.params.append(
@@ -179,7 +179,7 @@ def read(path: Path) -> AnnData:
 
 
 def check_output(path: Path, *suffixes: str) -> None:
-    """Raise if a file cannot be written, before anything is computed."""
+    """Raise if a file cannot be written; called before anything is computed."""
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"Expected an output file that ends in {' or '.join(suffixes)}, found {path}.")
     if path.is_dir() or not path.parent.is_dir():
@@ -188,17 +188,17 @@ def check_output(path: Path, *suffixes: str) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raise if there cannot be a folder of that name."""
+    """Raise if no folder can be made under that name."""
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"Expected a folder to write to, new or there already, found a file: {path}.")
 
 
 def prepare(adata: AnnData, *, time_key: str, column: str | None, pca: int | None, **reading: Any) -> None:
-    """Read times from text and compute principal components, where asked for."""
+    """Read times from text and compute principal components, if requested."""
     if column is not None:
         try:
             pp.parse_time(adata, column, key_added=time_key, **reading)
-        except ValueError as error:  # on a command line --key-added names the flow
+        except ValueError as error:  # on a command line, --key-added is the name of the flow
             raise ValueError(str(error).replace("key_added", "--time-key")) from error
     if pca is None:
         return
@@ -208,7 +208,7 @@ def prepare(adata: AnnData, *, time_key: str, column: str | None, pca: int | Non
         raise ValueError('Expected no principal components for --pca, found obsm["X_pca"]. Leave --pca out.')
     import scanpy as sc
 
-    # in float64: in float32 the last components depend on the machine
+    # in float64, because in float32 the last components depend on the machine
     sc.pp.pca(adata, n_comps=pca, svd_solver="full", dtype="float32")
     params = adata.uns["pca"]["params"]
     adata.uns["pca"]["params"] = {k: v for k, v in params.items() if v is not None}  # older anndata cannot write None
@@ -222,7 +222,7 @@ def preparing(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--parse-time", "column", metavar="COLUMN", help=help_time)(command)
 
 
-READING = {"unit", "window"}  # options of reading times from labels
+READING = {"unit", "window"}  # options for reading times from labels
 A_FILE = click.Path(path_type=Path)
 
 
@@ -247,7 +247,7 @@ def fit_command(
     ctx: click.Context, /, source: Path, output: Path, trajectories: bool, column: str | None, pca: int | None,
     unit: str | None, window: str, **arguments: Any,
 ) -> None:  # fmt: skip
-    """Fit a flow to the cells of IN (h5ad) and write them with it."""
+    """Fit a flow to the cells of IN (h5ad), and write the cells together with the flow."""
     if column is None:
         _refuse(_given(ctx) & READING, "without --parse-time")
     check_output(output, ".h5ad")
@@ -281,9 +281,9 @@ PUBLISHED = (
     "Run the published protocol on embryoid bodies, Cite and Multiome, as far as they can be had, and put the "
     "published values beside ours."
 )
-# options of the one run that units of a grid take too, beside the settings of a method
+# options of a single run that units of a grid take too, in addition to a method's settings
 OF_UNITS = ("time_key", "use_rep", "methods", "start", "n_seeds", "rng", "device")
-GRID_ALONE = ("tasks", "strict", "bootstraps", "threads", "labels")  # and these are a grid's
+GRID_ALONE = ("tasks", "strict", "bootstraps", "threads", "labels")  # options of a grid only
 
 
 @main.command("benchmark", cls=Verb, reads=_benchmark_options)
@@ -297,14 +297,14 @@ def benchmark_command(
     ctx: click.Context, /, source: Path | None, output: Path | None, grid: Path | None, published: bool,
     column: str | None, pca: int | None, unit: str | None, window: str, n_dims: int, **arguments: Any,
 ) -> None:  # fmt: skip
-    """Leave every interior snapshot of IN (h5ad; the simulated example if not given) out in turn, and restore it.
+    """Leave out every interior snapshot of IN (h5ad; by default the simulated example) in turn, and restore it.
 
-    With --grid, --published, --tasks, --strict, --bootstraps, --labels, --threads, --jobs, --dask or --plan, from the
-    first snapshot, or with a method of yours (--methods module:function, looked for in the current folder too), the
-    work goes in units through worker processes and can be resumed: FOLDER then gets benchmark.csv, wide.csv,
-    summary.csv, paired.csv and report.html.
+    With --grid, --published, --tasks, --strict, --bootstraps, --labels, --threads, --jobs, --dask or --plan, with
+    --start first, or with a method of your own (--methods module:function, which is also searched for in the current
+    folder), the work is divided into units, which worker processes compute and which can be resumed. FOLDER then gets
+    benchmark.csv, wide.csv, summary.csv, paired.csv and report.html.
     """
-    sys.path.append(str(Path.cwd()))  # as "python -m sctraj" has it; workers are told
+    sys.path.append(str(Path.cwd()))  # as with "python -m sctraj"; workers are told
     if output is not None:
         check_folder(output)
     where: dict[str, Any] = {} if output is None else {"folder": output}
@@ -337,7 +337,7 @@ def benchmark_command(
     if not units:
         if n_dims != 0:
             key = inspect.signature(pp.standardize).parameters["key_added"].default
-            key += "_benchmark" * (key in adata.obsm and key not in adata.uns)  # another's, which stays
+            key += "_benchmark" * (key in adata.obsm and key not in adata.uns)  # not ours, so it is kept
             pp.standardize(adata, arguments["use_rep"], n_dims=n_dims, key_added=key)
             arguments["use_rep"] = key
         benchmark.run(adata, **where, **arguments)
@@ -354,20 +354,20 @@ def benchmark_command(
 
 
 def _given(ctx: click.Context) -> set[str]:
-    """Return the names of the options that were given."""
+    """Return the names of the options that the user gave."""
     default = (click.core.ParameterSource.DEFAULT, None)
     return {name for name in ctx.params if ctx.get_parameter_source(name) not in default}
 
 
 def _refuse(names: Iterable[str], where: str) -> None:
-    """Raise a usage error for options that would be without effect."""
+    """Raise a usage error for options that would have no effect."""
     for name in sorted(names):
         shown = "IN" if name == "source" else f"--{name.replace('_', '-')}"
         raise click.UsageError(f"{shown} has no meaning {where}.")
 
 
 def _plot_options() -> list[click.Option]:
-    drawn = (pl.leave_one_out, pl.loss, pl.trajectories, pl.velocity)  # what they share is described by the last
+    drawn = (pl.leave_one_out, pl.loss, pl.trajectories, pl.velocity)  # shared options are described by the last one
     return options(*drawn, only=("basis", "color", "metric", "method", "key"))
 
 
@@ -380,7 +380,7 @@ KINDS = "velocity: arrows; stream: streamlines; leave-one-out: distances over ti
 @click.option("--kind", type=click.Choice(list(PLOTS)), default=next(iter(PLOTS)), show_default=True, help=KINDS)
 @click.pass_context
 def plot_command(ctx: click.Context, /, source: Path, output: Path, kind: str, **arguments: Any) -> None:
-    """Draw the cells of IN (h5ad), as written by fit or benchmark."""
+    """Plot the cells of IN (h5ad), as written by fit or benchmark."""
     check_output(output, ".png", ".pdf", ".svg")
     verb, fixed = PLOTS[kind]
     draw = getattr(pl, verb)

@@ -1,7 +1,7 @@
-"""The AnnData boundary: every slot name, and all that is read from or written to an AnnData.
+"""The AnnData boundary: all slot names, and everything that is read from or written to an AnnData.
 
-The AnnData may be in memory, backed by a file, or lazy (dask arrays, and columns that are read when asked for): of it
-only the representation, the names and the columns needed are read.
+The AnnData may be in memory, backed by a file, or lazy (dask arrays, and columns that are read on request). Only the
+representation, the names and the required columns are read.
 """
 
 from .cells import (

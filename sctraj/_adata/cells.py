@@ -1,4 +1,4 @@
-"""Cells out of an AnnData: names, times, prior growth rates and a representation, checked, as snapshots."""
+"""Read cells from an AnnData: names, times, prior growth rates and a representation, checked, as snapshots."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _TIME_NAME = re.compile(
     r"(?:^|[\W_])(?:real)?(?:time|day|hour|week|month|age|stage|date|hp[fi]|dp[fic])s?(?:point)?s?(?:$|[\W_\d])", re.I
 )
 
-SMALLEST_SNAPSHOT = 3  # cells: fewer have no spread to speak of
+SMALLEST_SNAPSHOT = 3  # cells; fewer have no meaningful extent
 SLAB = 2**24  # numbers read, checked or hashed at once
-FURTHEST = 1e4  # times the cells' extent that they may be from the origin
+FURTHEST = 1e4  # largest distance of cells from the origin, in units of their extent
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Snapshots and where their cells stand.
+    """Snapshots, and the positions of their cells in the AnnData.
 
     Attributes
     ----------
@@ -60,7 +60,7 @@ def read_column(adata: AnnData, name: str) -> pd.Series:
 
 
 def holds_numbers(column: pd.Series) -> bool:
-    """Whether a column, or its categories, are real numbers."""
+    """Return whether a column, or its categories, are real numbers."""
     kind, types = _kind(column), pd.api.types
     return types.is_numeric_dtype(kind) and not types.is_bool_dtype(kind) and not types.is_complex_dtype(kind)
 
@@ -77,7 +77,7 @@ def _slabs(shape: Sequence[int]) -> Iterator[slice]:
 
 
 def _in_memory(values: Any, use_rep: str) -> np.ndarray:
-    """Return an array, sparse matrix, DataFrame or what can be read as one, dense; lazy ones slab by slab."""
+    """Return an array, sparse matrix, DataFrame or array-like as a dense array; lazy ones are read slab by slab."""
     if not hasattr(values, "dask"):
         if hasattr(values, "to_memory"):  # backed sparse, lazy DataFrame
             values = values.to_memory()
@@ -97,7 +97,7 @@ def _in_memory(values: Any, use_rep: str) -> np.ndarray:
 def read_rep(adata: AnnData, use_rep: str) -> np.ndarray:
     """Return a representation as a dense, finite n_obs x d array; ``"X"`` is the matrix itself.
 
-    No copy of what is dense, in memory and in this machine's byte order; of what is not, one.
+    Not a copy if it is dense, in memory and in this machine's byte order already; otherwise a new array.
     """
     values: Any = adata.X if use_rep == "X" else adata.obsm.get(use_rep)
     if values is None:
@@ -109,7 +109,7 @@ def read_rep(adata: AnnData, use_rep: str) -> np.ndarray:
             advice += ' Call scanpy.pp.pca(adata), which writes "X_pca", or pass use_rep="X" for the matrix itself.'
         raise KeyError(f'No representation "{use_rep}" in adata.obsm; {advice}')
     values = _in_memory(values, use_rep)
-    if not values.dtype.isnative:  # of a file from another machine: torch takes none
+    if not values.dtype.isnative:  # from a file written on another machine; torch accepts only native byte order
         values = values.astype(values.dtype.newbyteorder("="))
     if values.ndim != 2 or values.dtype.kind not in "fiub" or len(values) == 0:
         raise ValueError(
@@ -129,12 +129,12 @@ def read_rep(adata: AnnData, use_rep: str) -> np.ndarray:
 
 
 def looks_like_time(name: str) -> bool:
-    """Whether a column could hold times, by its name."""
+    """Return whether a column could hold times, by its name."""
     return _TIME_NAME.search(str(name)) is not None
 
 
 def missing_time(adata: AnnData, time_key: str) -> KeyError:
-    """Return the error for a time column that is not there, naming those that look like one."""
+    """Return the error for a missing time column, which names the columns that look like one."""
     looks = [str(name) for name in adata.obs if looks_like_time(str(name))]
     there = looks or [str(name) for name in adata.obs]
     label = "columns that look like times" if looks else "there are"
@@ -168,7 +168,7 @@ def read_rates(adata: AnnData, growth_key: str) -> np.ndarray:
 
 
 def read_groups(adata: AnnData, groupby: str) -> pd.Series:
-    """Return the groups of the cells, categorical, missing ones as NaN."""
+    """Return the groups of the cells as a categorical column, with NaN for missing ones."""
     if groupby not in adata.obs:
         there = _some(adata.obs, 20) or "none"
         raise KeyError(f'No column "{groupby}" in adata.obs; there are: {there}. Pass one of them as groupby.')
@@ -185,7 +185,7 @@ def read_groups(adata: AnnData, groupby: str) -> pd.Series:
 
 
 def _numbers(adata: AnnData, name: str, what: str, *, of_another_kind: str, not_finite: str) -> np.ndarray:
-    """Return a column of ``obs`` as float64; where it cannot be, raise a ValueError that ends in one of the advices."""
+    """Return a column of ``obs`` as float64; if that fails, raise a ValueError that ends with the given advice."""
     column = read_column(adata, name)
     if not holds_numbers(column):
         raise ValueError(
@@ -208,16 +208,16 @@ def read_snapshots(adata: AnnData, time_key: str, use_rep: str, *, least: int, g
     Parameters
     ----------
     least
-        Number of snapshots needed.
+        Minimum number of snapshots.
     growth_key
         Column of prior growth rates, if there is one.
 
     Raises
     ------
     KeyError
-        If the column or the representation is not there.
+        If a column or the representation is missing.
     ValueError
-        If either cannot be used; the message says what was expected, what was found, and what to do.
+        If one of them cannot be used; the message says what was expected, what was found, and what to do.
     """
     import torch
 
@@ -227,7 +227,7 @@ def read_snapshots(adata: AnnData, time_key: str, use_rep: str, *, least: int, g
     times, values = read_times(adata, time_key), read_rep(adata, use_rep)
     _check_coordinates(values, use_rep)
     unique, index = _by_time(times, time_key, least)
-    points = tuple(torch.from_numpy(values[rows]) for rows in index)  # copies: the AnnData's own stay its own
+    points = tuple(torch.from_numpy(values[rows]) for rows in index)  # copies, not shared with the AnnData
     growth: tuple[torch.Tensor, ...] = ()
     if growth_key is not None:
         rates = read_rates(adata, growth_key)
@@ -236,7 +236,7 @@ def read_snapshots(adata: AnnData, time_key: str, use_rep: str, *, least: int, g
 
 
 def _check_names(adata: AnnData) -> None:
-    """Raise a ValueError where cells share a name."""
+    """Raise a ValueError if cells share a name."""
     if not adata.obs_names.is_unique:
         twice = adata.obs_names[adata.obs_names.duplicated()]
         raise ValueError(
@@ -246,7 +246,7 @@ def _check_names(adata: AnnData) -> None:
 
 
 def _check_coordinates(values: np.ndarray, use_rep: str) -> None:
-    """Raise a ValueError for coordinates in which cells cannot be moved, in single precision."""
+    """Raise a ValueError if cells cannot be moved in these coordinates in single precision."""
     if values.dtype not in (np.float32, np.float64):
         raise ValueError(
             f'Expected float32 or float64 in "{use_rep}", found {values.dtype}: integers overflow or are raw counts, '
@@ -269,7 +269,7 @@ def _check_coordinates(values: np.ndarray, use_rep: str) -> None:
 
 
 def _by_time(times: np.ndarray, time_key: str, least: int) -> tuple[tuple[float, ...], tuple[np.ndarray, ...]]:
-    """Return the snapshots' times, increasing, and each one's rows in their own order; raise for too few."""
+    """Return the snapshots' times, increasing, and each one's rows in their order; raise if there are too few."""
     unique, which = np.unique(times, return_inverse=True)
     if len(unique) < least:
         raise ValueError(
@@ -287,11 +287,11 @@ def _by_time(times: np.ndarray, time_key: str, least: int) -> tuple[tuple[float,
 
 
 def fingerprint_of(adata: AnnData, times: np.ndarray, values: np.ndarray) -> str:
-    """Return what tells whether cells, by names, times and coordinates, are the same in the same order."""
+    """Return a hash of the cells' names, times and coordinates, and of their order."""
     digest = _of_names(adata)
     digest.update(times.tobytes())
     for rows in _slabs(values.shape):
-        digest.update(np.ascontiguousarray(values[rows]).data)  # a copy only of slabs out of order
+        digest.update(np.ascontiguousarray(values[rows]).data)  # copies only slabs that are not contiguous
     return digest.hexdigest()[:32]
 
 
@@ -304,12 +304,12 @@ def _of_names(adata: AnnData) -> hashlib._Hash:
 
 
 def names_digest(adata: AnnData) -> str:
-    """Return what tells whether these are the same cells in the same order, by their names."""
+    """Return a hash of the cells' names and their order."""
     return _of_names(adata).hexdigest()[:32]
 
 
 def write_by_cell(cells: Cells, values: Sequence[np.ndarray | None], dtype: type = np.float32) -> np.ndarray:
-    """Put snapshot-wise arrays ``(n_k, ...)`` into one in the AnnData's order; NaN where a snapshot has None."""
+    """Merge snapshot-wise arrays ``(n_k, ...)`` into one in the AnnData's order, with NaN if a snapshot has None."""
     shape = next(v.shape[1:] for v in values if v is not None)
     out = np.full((cells.n_obs, *shape), np.nan, dtype=dtype)
     for rows, value in zip(cells.index, values, strict=True):

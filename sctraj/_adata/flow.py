@@ -1,4 +1,4 @@
-"""A fitted flow in an AnnData: written, read back, and held against the cells that it belongs to."""
+"""Write a fitted flow to an AnnData, read it back, and check that it belongs to the cells."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
     from ..flow.vector_field import VectorField
 
-FEW = 256  # cells whose stored velocities are computed again, to see whether they belong to a flow
-APART = 2e-3  # relative difference of velocities beyond rounding, be it that of coordinates kept in float16
+FEW = 256  # cells whose stored velocities are computed again to check whether they belong to a flow
+APART = 2e-3  # tolerated relative difference of velocities, which covers rounding, also of coordinates kept in float16
 
 
 @dataclass(frozen=True)
 class StoredFlow:
-    """A fitted flow as it stands in ``uns``: its parameters, its field, and the cells it belongs to."""
+    """A fitted flow as stored in ``uns``: its parameters, its field, and the cells it belongs to."""
 
     params: Mapping[str, Any]
     vector_field: VectorField
@@ -42,7 +42,7 @@ def write_flow(
     validation_loss: np.ndarray,
     cells: Cells,
 ) -> None:
-    """Write ``uns[key]``: arrays, numbers and text only."""
+    """Write ``uns[key]``, which holds only arrays, numbers and text."""
     adata.uns[key] = {
         "params": dict(params),
         "weights": dict(weights),
@@ -73,12 +73,12 @@ def stored(adata: AnnData, key: str) -> dict[str, Any]:
 
 
 def read_flow(adata: AnnData, key: str, *, module: Any = None) -> StoredFlow:
-    """Return a fitted flow, having checked that it was fitted on these cells in this representation.
+    """Return a fitted flow after checking that it was fitted on these cells in this representation.
 
     Raises
     ------
     KeyError
-        If there is none.
+        If there is no such flow.
     ValueError
         If it was fitted on other cells or another representation.
     """
@@ -100,7 +100,7 @@ def _field_of(flow: Mapping[str, Any], module: Any = None) -> VectorField:
 
 
 def _other_cells(adata: AnnData, key: str, module: Any) -> ValueError:
-    """Return the error for a flow of other cells, which says in what they differ."""
+    """Return the error for a flow of other cells, which says how they differ."""
     params = stored(adata, key)["params"]
     if adata.n_obs != int(params["n_obs"]):
         found = f"{adata.n_obs} cells"
@@ -119,11 +119,11 @@ def _other_cells(adata: AnnData, key: str, module: Any) -> ValueError:
 
 
 def check_cells(adata: AnnData, key: str) -> None:
-    """Raise a ValueError where cells, all or a part of those fitted, have other times or coordinates than at the fit.
+    """Raise a ValueError if cells, all or a part of those fitted, have other times or coordinates than at the fit.
 
-    All of them in their order have the flow's fingerprint. Of others the times must be the flow's, and the velocities
-    stored at a few of them those that the flow's own field has at their times and coordinates. Cells without a
-    velocity, and of a field that is a user's module all coordinates of a part, are taken as they are.
+    All cells in their original order must have the flow's fingerprint. Otherwise, their times must be among the flow's,
+    and the velocities stored at a few of them must equal those of the flow's own field at their times and coordinates.
+    Not checked are cells without a velocity and, if the field is a user's module, the coordinates of a part.
     """
     flow = stored(adata, key)
     params = flow["params"]
@@ -133,7 +133,7 @@ def check_cells(adata: AnnData, key: str) -> None:
         or time_key not in adata.obs
         or not holds_numbers(adata.obs[time_key])
     ):
-        return  # what is missing is said by who reads it
+        return  # whatever reads a missing item will report it
     times, values = read_column(adata, time_key).astype(np.float64).to_numpy(), read_rep(adata, use_rep)
     whole = adata.n_obs == int(params["n_obs"])
     if whole and np.isfinite(times).all() and fingerprint_of(adata, times, values) == str(flow["fingerprint"]):
@@ -142,10 +142,10 @@ def check_cells(adata: AnnData, key: str) -> None:
 
 
 def check_some_cells(adata: AnnData, key: str) -> None:
-    """Raise a ValueError where some cells have other times or coordinates than at the fit, by their velocities alone.
+    """Raise a ValueError if some cells have other times or coordinates than at the fit, judged by velocities only.
 
-    For what is called often. Where the times are gone, or the representation is, or is not in memory, cells are taken
-    as they are.
+    This is for functions that are called often. Nothing is checked if the times or the representation are missing, or
+    if the representation is not in memory.
     """
     params = stored(adata, key)["params"]
     use_rep, time_key = str(params["use_rep"]), str(params["time_key"])
@@ -165,7 +165,7 @@ def _check_velocities(adata: AnnData, key: str) -> None:
 
 
 def _velocities_belong(adata: AnnData, key: str, module: Any) -> bool | None:
-    """Whether times are the flow's and stored velocities its field's at the cells; None where that cannot be told."""
+    """Return whether times are the flow's and stored velocities those of its field; None if that is unknown."""
     import torch
 
     flow = stored(adata, key)
@@ -189,14 +189,14 @@ def _velocities_belong(adata: AnnData, key: str, module: Any) -> bool | None:
 
 
 def read_trajectories(adata: AnnData, key: str, rows: Any = slice(None)) -> np.ndarray:
-    """Return trajectories ``(n, n_times, d)``, of all or some rows, from ``obsm`` or the store that ``uns`` names.
+    """Return trajectories ``(n, n_times, d)`` of all or some rows, from ``obsm`` or the store named in ``uns``.
 
     Raises
     ------
     KeyError
         If there are none.
     ValueError
-        If the store is not there, or holds another flow's trajectories or other cells.
+        If the store is missing, or holds the trajectories of another flow or of other cells.
     """
     name, flow = TRAJECTORIES.format(key=key), adata.uns.get(key)
     if name in adata.obsm:

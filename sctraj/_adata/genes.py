@@ -1,4 +1,4 @@
-"""The way from a flow's representation back to genes."""
+"""Decode a flow's representation to genes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from anndata import AnnData
 
-CLOSE = 1e-2  # of the largest component, by which those that are computed again may differ
+CLOSE = 1e-2  # tolerated difference of recomputed components, relative to the largest one
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class Decoder:
     Attributes
     ----------
     genes
-        Their numbers in ``var``, ``(g,)``.
+        Their positions in ``var``, ``(g,)``.
     mean
         Their values at the origin of the representation, ``(g,)``.
     loadings
-        ``(g, d)``.
+        Change of the genes per unit of each coordinate, ``(g, d)``.
     held
-        What share of their variance the components hold; None where scanpy has not written it.
+        Share of their variance that the components hold; None if scanpy has not written it.
     """
 
     genes: np.ndarray
@@ -40,7 +40,7 @@ class Decoder:
         return (points.astype(np.float64) @ self.loadings.T + self.mean).astype(np.float32)
 
     def only(self, adata: AnnData, names: Sequence[str]) -> Decoder:
-        """Return the decoder of some genes, in the order of their names."""
+        """Return the decoder for some genes, in the order of the given names."""
         numbers = gene_numbers(adata, names)
         rows = {gene: row for row, gene in enumerate(self.genes)}
         if left := [name for name, gene in zip(names, numbers) if gene not in rows]:
@@ -53,7 +53,7 @@ class Decoder:
 
 
 def gene_numbers(adata: AnnData, names: Sequence[str]) -> np.ndarray:
-    """Return the genes' numbers in ``var``, in the order of their names; raise a KeyError for others."""
+    """Return the genes' positions in ``var``, in the order of the names; raise a KeyError for unknown names."""
     twice = {*adata.var_names[adata.var_names.duplicated()]} & {*names}
     if twice:
         raise ValueError(
@@ -68,10 +68,10 @@ def gene_numbers(adata: AnnData, names: Sequence[str]) -> np.ndarray:
 
 
 def read_decoder(adata: AnnData, use_rep: str) -> tuple[Decoder | None, str]:
-    """Return the way back from scanpy's principal components, standardised or not, or in words why there is none.
+    """Return the decoder for scanpy's principal components, standardised or not, or text that says why there is none.
 
-    scanpy keeps no means, so they are computed again from ``X``; that ``(X - mean) PCs`` gives ``X_pca`` is checked, up
-    to the mean of ``X_pca``, which is not zero where cells were left out after the PCA.
+    scanpy does not store the means, so they are computed again from ``X``. It is checked that ``(X - mean) PCs`` gives
+    ``X_pca``, up to the mean of ``X_pca``, which is not zero if cells were left out after the PCA.
 
     Raises
     ------
@@ -91,7 +91,7 @@ def read_decoder(adata: AnnData, use_rep: str) -> tuple[Decoder | None, str]:
     loadings, centre = loadings[genes], scores.mean(axis=0)
     mean, reason = _mean_behind(adata.X, genes, loadings, scores - centre)
     if mean is None:
-        if standardised:  # of components alone genes are expected, and to do without them is to be said
+        if standardised:  # of unscaled components the user expects genes, and must ask to do without
             return None, reason
         raise ValueError(
             f"Expected X and varm['PCs'] to reproduce obsm['X_pca'], to decode cells to genes; found: {reason} "
@@ -108,7 +108,7 @@ def read_decoder(adata: AnnData, use_rep: str) -> tuple[Decoder | None, str]:
 def _mean_behind(
     matrix: Any, genes: np.ndarray, loadings: np.ndarray, deviations: np.ndarray
 ) -> tuple[np.ndarray | None, str]:
-    """Return the genes' means ``(g,)``, if about them ``X`` has the components' ``deviations``, or why it has not."""
+    """Return the genes' means ``(g,)`` if ``X`` about them gives the components' ``deviations``, or why it does not."""
     if matrix is None or loadings.shape[1] != deviations.shape[1]:
         return None, "X is missing or PCs has fewer components than X_pca"
     if len(deviations) < 2:

@@ -1,4 +1,4 @@
-"""The names of all slots, and what may be written to."""
+"""The names of all slots, and checks of what may be overwritten."""
 
 from __future__ import annotations
 
@@ -13,21 +13,19 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 TIME = "time"  # obs: real time, float64; uns: unit, source column, mapping
-FLOW = "flow"  # default `key_added`: uns[key] and the prefix of what follows
+FLOW = "flow"  # default `key_added`: uns[key] and the prefix of the following slots
 VELOCITY = "{key}_velocity"  # obsm: n_obs x d float32, per unit time, in use_rep units
-GROWTH = "{key}_growth"  # obs: float32, log mass change per unit time relative to the population's; where it grows
+GROWTH = "{key}_growth"  # obs: float32, log mass change per unit time relative to the population's; if it has growth
 VELOCITY_SD = "{key}_velocity_sd"  # obs: float32, spread of the members' velocities; with more than one member
 TRAJECTORIES = "{key}_trajectories"  # obsm: n_obs x n_times x d float32; the times in uns[key]["trajectory_times"]
 STORE = "trajectory_store"  # uns[key]: folder of the zarr group that holds trajectories and weights instead of obsm
-STORE_ID = "trajectory_store_id"  # uns[key]: the group's own, which tells whether another flow's took its place
+STORE_ID = "trajectory_store_id"  # uns[key]: identifier of that group, by which a replacement is recognised
 W1 = "{key}_w1"  # obsm: DataFrame n_obs x methods; NaN at the first and last snapshot
 RESTORED = "{key}_restored"  # obsm: n_obs x d float32; NaN at the first and last snapshot
-FATES = "{key}_fates"  # obsm: n_obs x groups float32; which groups in uns[key]["fates"]
-WEIGHTS = (
-    "{key}_trajectory_weights"  # obsm: n_obs x n_times float32, mass relative to its snapshot's mean; where it grows
-)
+FATES = "{key}_fates"  # obsm: n_obs x groups float32; names of the groups in uns[key]["fates"]
+WEIGHTS = "{key}_trajectory_weights"  # obsm: n_obs x n_times float32, mass relative to the snapshot's mean; with growth
 LEAVE_ONE_OUT = "leave_one_out"  # uns: tidy DataFrame; prefixed with "{key}_" when key is not FLOW
-PROTOCOL = "{table}_protocol"  # uns: how that table came about; {table} is the name above
+PROTOCOL = "{table}_protocol"  # uns: how that table was obtained; {table} is the name above
 
 
 def table_name(key: str) -> str:
@@ -36,7 +34,7 @@ def table_name(key: str) -> str:
 
 
 def check_key(key: str) -> None:
-    """Raise a ValueError for a name that h5ad and zarr cannot hold."""
+    """Raise a ValueError for a name that h5ad and zarr cannot store."""
     if not key or "/" in key:
         raise ValueError(
             f'key_added must be a name without "/" (h5ad and zarr read it as a folder), not {key!r}. Pass another.'
@@ -44,9 +42,9 @@ def check_key(key: str) -> None:
 
 
 def check_flow_key(adata: AnnData, key: str, use_rep: str) -> None:
-    """Raise a ValueError for a name that cannot be stored, or under which something else than a flow is held.
+    """Raise a ValueError for a name that cannot be stored, or is used for something else than a flow.
 
-    Or under which a fit would write over its own representation.
+    Also for one under which a fit would overwrite its own representation.
     """
     check_anndata(adata)
     check_key(key)
@@ -62,19 +60,19 @@ def check_flow_key(adata: AnnData, key: str, use_rep: str) -> None:
 
 
 def is_flow(value: Any) -> bool:
-    """Whether an entry of ``uns`` is a fitted flow."""
+    """Return whether an entry of ``uns`` is a fitted flow."""
     return isinstance(value, Mapping) and "weights" in value and "params" in value
 
 
 def is_protocol(value: Any) -> bool:
-    """Whether an entry of ``uns`` says how a leave-one-out table came about."""
+    """Return whether an entry of ``uns`` is the protocol of a leave-one-out table."""
     return isinstance(value, Mapping) and "held_out_times" in value
 
 
 def check_table_key(adata: AnnData, key: str, use_rep: str) -> None:
-    """Raise a ValueError for a name that cannot be stored, or of whose slots one holds what no leave-one-out wrote.
+    """Raise a ValueError for a name that cannot be stored, or whose slots hold something else than a leave-one-out.
 
-    Or is the representation itself.
+    Also for one that has the representation itself in a slot.
     """
     check_key(key)
     _check_kept(use_rep, key, (W1, RESTORED))
@@ -84,7 +82,7 @@ def check_table_key(adata: AnnData, key: str, use_rep: str) -> None:
 
 
 def _check_kept(use_rep: str, key: str, slots: Sequence[str]) -> None:
-    """Raise a ValueError for a representation that would be written over, or removed."""
+    """Raise a ValueError for a representation that would be overwritten or removed."""
     if use_rep in [slot.format(key=key) for slot in slots]:
         raise ValueError(
             f'Expected a representation that stays as it is, found "{use_rep}", which is written here. Copy it to '
@@ -93,7 +91,7 @@ def _check_kept(use_rep: str, key: str, slots: Sequence[str]) -> None:
 
 
 def _refuse_others(adata: AnnData, names: Sequence[str]) -> None:
-    """Raise a ValueError where slots hold something, though nothing says that sctraj wrote it."""
+    """Raise a ValueError if slots are in use without a record that sctraj wrote them."""
     places = {"obs": adata.obs, "obsm": adata.obsm, "uns": adata.uns}
     found = [f'adata.{place}["{name}"]' for name in names for place, held in places.items() if name in held]
     if found:
@@ -104,7 +102,7 @@ def _refuse_others(adata: AnnData, names: Sequence[str]) -> None:
 
 
 def is_ours(adata: AnnData, name: str) -> bool:
-    """Whether a matrix in ``obsm`` is what a flow or leave-one-out wrote, rather than a representation."""
+    """Return whether a matrix in ``obsm`` was written by a flow or leave-one-out, rather than a representation."""
     keys = {str(key) for key in adata.uns if is_flow(adata.uns[key])}
     keys |= {key.removesuffix(LEAVE_ONE_OUT)[:-1] or FLOW for key in adata.uns if key.endswith(LEAVE_ONE_OUT)}
     slots = (VELOCITY, TRAJECTORIES, WEIGHTS, FATES, W1, RESTORED)
@@ -112,17 +110,17 @@ def is_ours(adata: AnnData, name: str) -> bool:
 
 
 def check_anndata(adata: object) -> None:
-    """Raise a TypeError for what is no AnnData, such as the path of one."""
+    """Raise a TypeError for anything other than an AnnData, such as a path."""
     if not hasattr(adata, "obsm") or not hasattr(adata, "uns"):
         read = " Read the file first: anndata.read_h5ad(path)." if isinstance(adata, (str, os.PathLike)) else ""
         raise TypeError(f"Expected an AnnData, found {type(adata).__name__}.{read}")
 
 
 def check_own(adata: AnnData, *, copy: bool) -> None:
-    """Raise a ValueError, before any work, where `own` could not return anything to write to.
+    """Raise a ValueError, before any work, if `own` could not return an AnnData to write to.
 
-    A backed AnnData itself can be written to (new slots stay in memory until it is saved); a copy of it, or of a view
-    of it, would need a file of its own. A TypeError for what is no AnnData.
+    A backed AnnData itself can be written to (new slots stay in memory until it is saved), but a copy of it, or of a
+    view of it, would need a file of its own. Anything other than an AnnData raises a TypeError.
     """
     check_anndata(adata)
     if adata.isbacked and (copy or adata.is_view):
@@ -134,7 +132,7 @@ def check_own(adata: AnnData, *, copy: bool) -> None:
 
 
 def own(adata: AnnData, *, copy: bool) -> AnnData:
-    """Return what may be written to: the copy asked for, or the AnnData itself, a view made actual with a warning."""
+    """Return the AnnData to write to: a copy if requested, otherwise itself; a view is made actual with a warning."""
     check_own(adata, copy=copy)
     if copy:
         return adata.copy()
@@ -145,10 +143,10 @@ def own(adata: AnnData, *, copy: bool) -> AnnData:
 
 
 def drop_column(adata: AnnData, column: str) -> None:
-    """Take a column out of ``obs``, where it is there."""
+    """Remove a column from ``obs``, if it is there."""
     if column not in adata.obs:
         return
     if isinstance(adata.obs, pd.DataFrame):
         del adata.obs[column]
-    else:  # lazy: a dataset, which has no deletion of its own
+    else:  # lazy: a dataset without deletion in place
         adata.obs = adata.obs.ds.drop_vars(column)

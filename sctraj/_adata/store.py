@@ -1,4 +1,4 @@
-"""Trajectories in a zarr group on disk: put in their place whole, and read back for the cells they belong to."""
+"""Store trajectories in a zarr group on disk, complete or not at all, and read them for the cells they belong to."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OURS = {"sctraj": "trajectories"}  # attribute of a group, without which it is n
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise where there is no zarr, or a folder that holds something else than earlier trajectories."""
+    """Raise if zarr is not installed, or if the folder holds something else than earlier trajectories."""
     try:
         import zarr
     except ImportError as error:
@@ -31,7 +31,7 @@ def check_replaceable(path: Path) -> None:
     if path.exists():
         try:
             ours = dict(zarr.open_group(str(path), mode="r").attrs).items() >= OURS.items()
-        except (OSError, KeyError, ValueError):  # zarr's own errors are ValueErrors or OSErrors, by its version
+        except (OSError, KeyError, ValueError):  # zarr's own are ValueErrors or OSErrors, by its version
             ours = False
         if not ours:
             raise ValueError(
@@ -42,17 +42,17 @@ def check_replaceable(path: Path) -> None:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Any]:
-    """Give a new zarr group beside a folder, and put it in the folder's place once it is complete."""
+    """Provide a new zarr group next to a folder, and replace the folder by it once it is complete."""
     import zarr
 
-    path = path.resolve()  # a link stays one
+    path = path.resolve()  # so that a symbolic link is kept
     new, old = (path.with_name(f".{path.name}.{uuid4().hex}.{what}") for what in ("part", "old"))
     try:
         group = zarr.open_group(str(new), mode="w")
         group.attrs.update(OURS)
         yield group
         if path.exists():
-            path.rename(old)  # no folder can be put in the place of a full one
+            path.rename(old)  # a folder cannot be renamed onto one that is not empty
         try:
             new.rename(path)
         except OSError:
@@ -65,14 +65,14 @@ def replaced(path: Path) -> Iterator[Any]:
 
 
 def add_array(group: Any, name: str, shape: tuple[int, ...], dtype: str) -> Any:
-    """Make an array in a group, in chunks of whole rows."""
+    """Create an array in a group, in chunks of whole rows."""
     create = getattr(group, "create_array", None) or group.create_dataset  # zarr 3, zarr 2
     rows = min(shape[0], max(1, CHUNK // size_of(shape[1:], dtype)))
     return create(name, shape=shape, chunks=(rows, *shape[1:]), dtype=dtype)
 
 
 def read_stored(adata: AnnData, key: str, where: str, identity: Any, rows: Any) -> np.ndarray:
-    """Return trajectories, of all or some rows, from the group of a flow; raise a ValueError where it is another's."""
+    """Return trajectories of all or some rows from a flow's group; raise a ValueError if it is not this flow's."""
     import zarr
 
     try:
@@ -94,7 +94,7 @@ def read_stored(adata: AnnData, key: str, where: str, identity: Any, rows: Any) 
             f"AnnData that this one is a part of. Take the rows from that one."
         )
     names = names_digest(adata)
-    if group.attrs.get("cells", names) != names:  # older stores have none
+    if group.attrs.get("cells", names) != names:  # older stores lack this attribute
         raise ValueError(
             f"Expected the trajectories of these {adata.n_obs} cells in {where}, found others, or the same ones in "
             f"another order. Take the rows from the AnnData they were computed for."
