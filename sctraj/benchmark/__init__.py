@@ -1,4 +1,4 @@
-"""Methods x tasks x data sets x seeds: computed in units that can be resumed, with tables and a report."""
+"""Benchmarks of methods x tasks x data sets x seeds, computed in units that can be resumed; tables and a report."""
 
 import lazy_loader as _lazy
 

@@ -1,4 +1,4 @@
-"""A course as a benchmark reads it, and its folds, each with its kept cells in the space that methods work in."""
+"""A course as a benchmark reads it, and its folds, each with its kept cells in the space where methods work."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Course:
-    """All cells: what `evaluate` reads.
+    """All cells of a course, as `evaluate` reads them.
 
     Attributes
     ----------
     times, index
-        Of the snapshots, with their rows.
+        Times of the snapshots, and the rows of their cells.
     points
         Coordinates in the common space, ``(n_obs, d)``.
     raw, n_dims, recipe
-        Expression, components to take and the recipe of the common space; None where units are not strict.
+        Expression, number of components and the recipe of the common space; None if units are not strict.
     labels
-        Label of each cell as a number, and how many there are; None without labels.
+        Label of each cell as a number, and the number of labels; None without labels.
     """
 
     times: tuple[float, ...]
@@ -46,7 +46,7 @@ class Course:
 
     @cached_property
     def snapshots(self) -> tuple[torch.Tensor, ...]:
-        """Cells in the common space, float32: to all folds the same tensors, by which couplings are known again."""
+        """Cells in the common space, float32; all folds get the same tensors, by which couplings are recognised."""
         return tuple(_single(self.points[rows]) for rows in self.index)
 
 
@@ -76,7 +76,7 @@ def read_course(
 
 
 def read_labels(adata: AnnData, name: str | None) -> tuple[NDArray[np.intp], int] | None:
-    """Return the label of each cell as a number, and how many there are; None where no column is named."""
+    """Return the label of each cell as a number, and the number of labels; None if no column is named."""
     if name is None:
         return None
     if name not in adata.obs:
@@ -91,16 +91,16 @@ def read_labels(adata: AnnData, name: str | None) -> tuple[NDArray[np.intp], int
 
 @dataclass(frozen=True)
 class Prepared:
-    """A fold in its own space: what methods are given, and how to get there.
+    """A fold in its own space: the cells that methods are given, and the recipe of the space.
 
     Attributes
     ----------
     fold
-        The rows.
+        The rows of its cells.
     snapshots
         Kept cells, float32.
     recipe
-        Fitted on the kept cells alone; None where the representation is given.
+        Fitted on the kept cells only; None if the representation is given.
     """
 
     fold: Fold
@@ -109,7 +109,7 @@ class Prepared:
 
 
 def prepare(course: Course, fold: Fold) -> Prepared:
-    """Put a fold's kept cells into the space that methods work in; held-out cells are not looked at."""
+    """Map a fold's kept cells into the space where methods work, without using the held-out cells."""
     if course.raw is None:
         whole = dict(zip(course.times, zip(course.index, course.snapshots)))
         recipe, kept = None, []

@@ -1,4 +1,4 @@
-"""One unit of a benchmark: a method on a task of a data set, all folds and seeds of it, as a table of distances."""
+"""One unit of a benchmark: all folds and seeds of a method on a task of a data set, as a table of distances."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Unit:
-    """A whole planned batch: what is computed, stored and resumed at once.
+    """One planned batch, which is computed, stored and resumed as a whole.
 
     Attributes
     ----------
@@ -36,15 +36,15 @@ class Unit:
     task
         Name of a task in ``TASKS``.
     method
-        A name (`_methods.known`), or "package.module:function".
+        Name of a method (`_methods.known`), or "package.module:function".
     settings
         Keyword arguments of the method, sorted.
     strict
-        Whether the representation is fitted anew in every fold, on the kept cells alone.
+        Whether the representation is fitted anew in every fold, on the kept cells only.
     start
-        What is moved to the held-out time: "both" sides, the snapshot "before", or the "first".
+        Which snapshots are moved to the held-out time: those on "both" sides, the one "before", or the "first".
     seeds
-        One fit of every fold each.
+        For each of them, every fold is fitted once.
     """
 
     data: str
@@ -57,7 +57,7 @@ class Unit:
 
     @property
     def label(self) -> str:
-        """The method as tables call it: with its settings, where it has any, so that no two are averaged."""
+        """Name of the method in tables, with its settings if there are any, so that different ones are not averaged."""
         told = ", ".join(f"{name}={value}" for name, value in self.settings)
         return f"{self.method} ({told})" if told else self.method
 
@@ -73,15 +73,14 @@ def evaluate(
     device: str = "cpu",
     bootstraps: int = 0,
 ) -> pd.DataFrame:
-    """Restore everything that a unit holds out, and measure how far off the restorations are.
+    """Restore all snapshots that a unit holds out, and measure how far off the restorations are.
 
-    All folds and seeds of one of sctraj's own methods are trained in one batch. Where a unit is strict, every fold has
-    a space of its own, fitted on its kept cells (log-normalisation where X holds counts, highly variable genes,
-    scaling, ``n_dims`` principal components, standardisation), in which methods work and held-out cells
-    are only projected.
-    Distances are taken there ("own") and, restored points carried over through the genes, in the space of all cells
-    ("common"; see `_representation.to_common` for what that loses). Where it is not, the representation has seen the
-    held-out cells, and "common" is all there is.
+    All folds and seeds of one of sctraj's own methods are trained in one batch. If a unit is strict, every fold has a
+    space of its own, fitted on its kept cells (log-normalisation if X holds counts, highly variable genes, scaling,
+    ``n_dims`` principal components, standardisation). Methods work in this space, and held-out cells are only projected
+    into it. Distances are measured there ("own") and, after the restored points are carried over through the genes, in
+    the space of all cells ("common"; see `_representation.to_common` for what that loses). If a unit is not strict, the
+    representation has seen the held-out cells, and "common" is the only space.
 
     Parameters
     ----------
@@ -90,42 +89,43 @@ def evaluate(
     adata
         Annotated cells; for a strict unit with counts or log-expression in X.
     time_key
-        Column of ``obs`` with real times, numbers.
+        Column of ``obs`` with real times, as numbers.
     use_rep
         Representation of a unit that is not strict: a key of ``obsm``, or ``"X"``.
     n_dims
-        Strict: principal components; None for as many as `use_rep` has dimensions. Not strict: the first so many
-        dimensions of `use_rep`, standardised over all cells (the published protocol); None for `use_rep` as it is.
+        Strict: number of principal components; None for as many as `use_rep` has dimensions. Not strict: number of
+        leading dimensions of `use_rep`, standardised over all cells (the published protocol); None for `use_rep` as it
+        is.
     labels
         Column of ``obs`` with cell types, for the error of the composition.
     device
         Where to train: "cpu", "cuda", ...
     bootstraps
-        Half-samples of the cells behind each interval (see `_uncertainty`); 0 for none. ``sinkhorn`` has the first
-        few alone.
+        Number of half-samples of the cells for each interval (see `_uncertainty`); 0 for none. ``sinkhorn`` is computed
+        for the first few only.
 
     Returns
     -------
-    Tidy: ``data``, ``task``, ``method`` (with its settings), ``strict``, ``start``, ``held_out`` (real time), ``seed``,
-    ``space`` ("own", "common"), ``metric``, ``value``, ``error`` (standard error of a distance that was estimated; nan
-    where exact), ``bootstrap`` (-1 for the estimate from all cells).
+    Tidy table with columns ``data``, ``task``, ``method`` (with its settings), ``strict``, ``start``, ``held_out``
+    (real time), ``seed``, ``space`` ("own", "common"), ``metric``, ``value``, ``error`` (standard error of an estimated
+    distance; nan if it is exact) and ``bootstrap`` (-1 for the estimate from all cells).
 
-    ``w1``, ``w2``, ``mmd`` (squared, unbiased), ``energy`` (unbiased), ``energy_about_mean`` (both clouds about their
-    own means: what is off in shape), ``sinkhorn`` (divergence; nan where its
-    iterations do not converge, as with cells far from all others), ``variance_ratio``,
-    weighted by the restoration's masses; ``w1_unweighted``, ``energy_unweighted``; ``composition``, total variation
-    between the label shares of the restored cells (those of the kept cells nearest to each) and of the held-out cells;
-    ``gene_mean`` and ``gene_variance``, root mean square over genes of the error of log-expression's mean (against the
-    cells as measured) and variance (against the held-out cells seen through the same components: a restoration in d
-    dimensions has no other variance).
+    Metrics weighted by the restoration's masses: ``w1``, ``w2``, ``mmd`` (squared, unbiased), ``energy`` (unbiased),
+    ``energy_about_mean`` (both clouds centred at their own means: the error in shape), ``sinkhorn`` (divergence; nan if
+    its iterations do not converge, as with cells far from all others) and ``variance_ratio``. Unweighted:
+    ``w1_unweighted`` and ``energy_unweighted``. ``composition`` is the total variation between the label shares of the
+    restored cells (those of the kept cells nearest to each) and of the held-out cells. ``gene_mean`` and
+    ``gene_variance`` are the root mean square over genes of the error in the mean of log-expression (compared with the
+    cells as measured) and in its variance (compared with the held-out cells seen through the same components, since a
+    restoration in d dimensions has no other variance).
 
     Raises
     ------
     KeyError
         No such column or representation.
     ValueError
-        A task that the course is too short for or that the start does not suit; no seed; a strict unit of data without
-        expression; a method that is not known, or gives back what cannot be used.
+        A course that is too short for the task; a start that does not suit it; no seed; a strict unit of data without
+        expression; a method that is unknown, or returns something that cannot be used.
     TypeError
         Settings that a method does not have.
     """
@@ -134,7 +134,7 @@ def evaluate(
     course = read_course(adata, time_key, use_rep, n_dims, labels, strict=unit.strict)
     task.check(len(course.times), unit.start)
     rows: list[dict[str, object]] = []
-    known: dict[object, list[dict[str, object]]] = {}  # what does not depend on the seed is measured once
+    known: dict[object, list[dict[str, object]]] = {}  # results that do not depend on the seed are measured once
     for one in restorations(unit, course, task, device=device):
         half = None if one.half is None else one.half.tobytes()
         key = (one.number, one.split, one.cloud.points.tobytes(), one.cloud.mass.tobytes(), half)
@@ -152,7 +152,7 @@ def evaluate(
 def check(
     unit: Unit, adata: AnnData, *, use_rep: str, n_dims: int | None, bootstraps: int, labels: str | None = None
 ) -> None:
-    """Raise what `evaluate` would raise, as far as it can be known at a glance: before anything is computed."""
+    """Raise the errors of `evaluate` that can be recognised quickly, before anything is computed."""
     find_task(unit.task)
     if not unit.seeds or len(set(unit.seeds)) < len(unit.seeds):
         raise ValueError(f"expected at least one seed, each once, found {unit.seeds}")
@@ -172,7 +172,7 @@ def restorations(unit: Unit, course: Course, task: Task, *, device: str) -> list
     """Restore every held-out snapshot with every seed, in the folds' own spaces."""
     splits = unit.seeds if task.by_seed else (0,)
     prepared = {s: [prepare(course, fold) for fold in task.folds(course.times, course.index, s)] for s in splits}
-    # queries of one fold follow each other, so that what they share is computed once
+    # queries of one fold are consecutive, so that what they share is computed once
     work = [
         (n, seed, prepared[seed if task.by_seed else 0][n])
         for n in range(len(prepared[splits[0]]))

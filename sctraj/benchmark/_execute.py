@@ -1,4 +1,4 @@
-"""Units handed out to workers, stored when they are done, and reported on."""
+"""Hand out units to workers, store them when they are done, and report progress."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
     from ._evaluate import Unit
 
-POLL = 0.5  # seconds between looks at what another run has in hand
+POLL = 0.5  # seconds between checks of units that another run is computing
 
 
 @dataclass
 class Progress:
-    """What is done, and an estimate of the time left that says "unknown" until a unit of this run has shown its pace.
+    """Units done, and an estimate of the time left, which is "unknown" until a first unit of this run has been timed.
 
     Attributes
     ----------
     jobs
-        All of this run.
+        All jobs of this run.
     say
-        Takes a line.
+        Function that is given each line.
     """
 
     jobs: Sequence[Job]
@@ -44,7 +44,7 @@ class Progress:
     failed: int = 0
 
     def finished(self, job: Job, seconds: float | None, flying: Mapping[str, float], workers: int) -> None:
-        """Say how far the run is; ``flying`` are the seconds that units in hand have taken so far."""
+        """Report the progress of the run; ``flying`` are the seconds that current units have taken so far."""
         self.done.add(job.key)
         if seconds is not None:
             self.measured, self.planned = self.measured + seconds, self.planned + job.work
@@ -57,7 +57,7 @@ class Progress:
         self.say(f"{len(self.done)} of {len(self.jobs)} units, {share:.0%} of the planned work{failed}")
 
     def left(self, flying: Mapping[str, float], workers: int) -> float | None:
-        """Return the seconds still to go, or None as long as nobody can know."""
+        """Return the seconds left, or None as long as they cannot be estimated."""
         if not self.planned:
             return None
         pace = self.measured / self.planned
@@ -66,7 +66,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Return a length of time for people."""
+    """Return a duration as readable text."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {unit}"
@@ -85,26 +85,26 @@ def execute(
 ) -> None:
     """Compute every unit that is not stored; afterwards each is either stored or recorded as failed.
 
-    A unit is claimed when it is handed out. One that another run has claimed is left to that run, and taken over if the
-    other ends without having stored it. A unit that a process dies of is tried once more, alone, so that no other is
-    blamed.
+    A unit is claimed when it is handed out. A unit that another run has claimed is left to that run, and taken over if
+    that run ends without having stored it. If a process dies, the unit is tried once more, alone, so that no other unit
+    is blamed.
 
     Parameters
     ----------
     jobs
-        In the order in which to start them.
+        Jobs, in the order in which to start them.
     store
-        Where finished ones are.
+        Where finished units are stored.
     cells
-        By data set.
+        Cells of each data set.
     evaluate
-        Computes a unit's rows; it travels to the workers.
+        Function that computes a unit's rows; it is sent to the workers.
     workers
-        Processes on this machine.
+        Number of processes on this machine.
     dask
-        Address of a scheduler, or "local", instead.
+        Address of a scheduler to use instead, or "local".
     say
-        Takes lines about the progress.
+        Function that is given lines about the progress.
     """
     progress = Progress(jobs, say)
     todo: list[Job] = []
@@ -132,7 +132,7 @@ def execute(
 
 def _record_death(job: Job, store: Store, progress: Progress) -> None:
     claim = store.claim(job.key)
-    if claim is None:  # another run is at it; it will see for itself
+    if claim is None:  # another run is computing it, and will find out by itself
         return
     text = "its process was killed twice, the second time alone; most often memory has run out"
     store.fail(job.key, _record(job, Outcome(None, 0.0, text)))
@@ -144,7 +144,7 @@ def _record_death(job: Job, store: Store, progress: Progress) -> None:
 def _drain(
     jobs: Iterable[Job], workers: Any, store: Store, evaluate: Evaluate, progress: Progress
 ) -> tuple[list[Job], list[Job]]:
-    """Work through units until none is left or a process dies; return those not done and those in hand at a death."""
+    """Compute units until none is left or a process dies; return those not done and those being computed at a death."""
     queue, died = deque(jobs), []
     flying: dict[Future, tuple[Job, FileLock, float]] = {}
     try:
@@ -175,7 +175,7 @@ def _hand_out(
     queue: deque[Job], flying: dict[Future, tuple[Job, FileLock, float]], pool: Pool, store: Store, evaluate: Evaluate,
     progress: Progress,
 ) -> None:  # fmt: skip
-    """Claim units and hand them to free workers; what another run has in hand goes to the end of the queue."""
+    """Claim units and hand them to free workers; those claimed by another run go to the end of the queue."""
     for _ in range(len(queue)):
         if len(flying) >= pool.size():
             return
@@ -183,7 +183,7 @@ def _hand_out(
         claim = store.claim(job.key)
         if claim is None:
             queue.append(job)
-        elif store.has(job.key):  # by another run, meanwhile
+        elif store.has(job.key):  # stored by another run in the meantime
             claim.release()
             progress.finished(job, None, {}, pool.size())
         else:
@@ -202,7 +202,7 @@ def _outcome(future: Future) -> Outcome:
         return future.result()
     except BrokenProcessPool:
         raise
-    except Exception as error:  # of the cluster: a worker that died at every try, a scheduler that is gone
+    except Exception as error:  # from the cluster: a worker that died at every try, or a lost scheduler
         return Outcome(None, 0.0, f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
@@ -225,7 +225,7 @@ def _record(job: Job, outcome: Outcome) -> dict[str, Any]:
 
 
 def described(unit: Unit) -> str:
-    """Return one line that says which unit it is."""
+    """Return one line that identifies a unit."""
     settings = "".join(f", {name}={value}" for name, value in unit.settings)
     space = "strict" if unit.strict else "published"
     return f"{unit.data}, {unit.task}, {unit.method}{settings}, {space}, from {unit.start}, {len(unit.seeds)} seed(s)"

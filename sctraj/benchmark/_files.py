@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and tables as text whose numbers read back as the same bits."""
+"""Write files completely or not at all, and tables as text from which numbers are read back bit for bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pandas as pd
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Put a file in its place that is complete and on the disk: a kill at any moment leaves the old one or the new."""
+    """Write a file such that a kill at any moment leaves either the old or the new one complete on the disk."""
     part = path.with_name(f".{path.stem}.{uuid4().hex}.part")
     try:
         with part.open("x", encoding="utf-8", newline="") as file:
@@ -31,7 +31,7 @@ def write_durably(path: Path, text: str) -> None:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to, and put that file in its place once it is complete: never half a file."""
+    """Provide a path next to `path` to write to, and move that file to `path` once it is complete."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
@@ -41,7 +41,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def to_text(table: pd.DataFrame, *, typed: bool = True) -> str:
-    """Write a table as csv whose header names each column's type, if asked, and whose numbers read back bit for bit."""
+    """Write a table as csv, with column types in the header if `typed`, such that numbers read back bit for bit."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     kinds = [_kind(table[name]) for name in table]
@@ -52,11 +52,11 @@ def to_text(table: pd.DataFrame, *, typed: bool = True) -> str:
 
 
 def from_text(text: str) -> pd.DataFrame:
-    """Read what `to_text` has written."""
+    """Read a table that `to_text` has written."""
     header, *rows = csv.reader(io.StringIO(text, newline=""))
     names, kinds = zip(*(column.rsplit(":", 1) for column in header)) if header else ((), ())
     columns = list(zip(*rows)) if rows else [()] * len(names)
-    # by position first: two columns may have one name
+    # by position first, since two columns may have the same name
     table = pd.DataFrame({k: _read(column, kind) for k, (column, kind) in enumerate(zip(columns, kinds))})
     table.columns = pd.Index(names, dtype=object)
     return table
@@ -72,10 +72,10 @@ def _kind(column: pd.Series) -> str:
 
 def _written(column: pd.Series, kind: str) -> list[str]:
     if kind == "json":
-        return [json.dumps(value, default=lambda one: one.item()) for value in column]  # numpy's own numbers
+        return [json.dumps(value, default=lambda one: one.item()) for value in column]  # for numpy's number types
     if kind == "str":
         return list(column)
-    return [repr(value) for value in column.tolist()]  # Python's own numbers, whose repr reads back exactly
+    return [repr(value) for value in column.tolist()]  # Python numbers, whose repr reads back exactly
 
 
 def _read(values: Iterable[str], kind: str) -> Any:

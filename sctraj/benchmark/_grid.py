@@ -1,4 +1,4 @@
-"""What a benchmark computes: data sets x tasks x methods x settings x seeds, from a TOML file or from arguments."""
+"""Define a benchmark: data sets x tasks x methods x settings x seeds, from a TOML file or from arguments."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SIMULATED = "simulated"
 RECIPE = "recipe"
 PUBLISHED = {"embryoid-body": "embryoid_body", "cite": "cite", "multiome": "multiome"}
 NAMES = (*FAMILIES, SIMULATED, *PUBLISHED)
-# of a TOML file's keys, and of those that describe a data set
+# types of a TOML file's keys, and of those that describe a data set
 KINDS: dict[str, tuple[type, ...]] = {
     "data": (list,), "tasks": (list,), "methods": (list,), "settings": (dict,), "seeds": (int, list),
     "strict": (bool, list), "starts": (list,), "references": (bool,), "bootstraps": (int,), "device": (str,),
@@ -46,24 +46,24 @@ WORDS = {list: "a list", dict: "a table", int: "a whole number", float: "a numbe
 
 @dataclass(frozen=True)
 class Data:
-    """Where cells come from, and how they are read.
+    """A data set: where its cells come from, and how they are read.
 
     Attributes
     ----------
     name
-        What tables call them.
+        Name of the data set in tables.
     source
-        A data set's name, or a path.
+        Name of a built-in data set, or a path.
     arguments
-        Of the simulation, such as the number of cells.
+        Arguments of the simulation, such as the number of cells.
     time_key, use_rep, labels
-        Columns and representation: real times; coordinates; cell types, where there are any.
-        As `use_rep`, "recipe" stands for the strict form's own recipe, fitted on all cells: the published form then
-        differs from the strict one by nothing but what it has seen.
+        Column of real times; representation; column of cell types, if there is one. If `use_rep` is "recipe", the
+        strict form's own recipe is fitted on all cells: the published form then differs from the strict one only in
+        which cells the representation has seen.
     n_dims
-        Dimensions to judge in, standardised; 0 is the representation as it is.
+        Number of dimensions to judge in, standardised; 0: the representation as it is.
     times
-        From the labels at `time_key` to real times, where these are text.
+        From the labels at `time_key` to real times, if the labels are text.
     index_clock
         Replace the times by 0, 1, 2, ..., as the published protocol does.
     """
@@ -84,14 +84,14 @@ class Data:
         Raises
         ------
         ConnectionError, FileNotFoundError, KeyError, ValueError
-            If they cannot be had, or are not as described.
+            If they cannot be obtained, or are not as described.
         """
         adata = self._read()
         labelled = Path(self.source).suffix == ".h5ad" and (bool(self.times) or _is_text(adata.obs[self.time_key]))
         return self._on_clock(adata, labelled=labelled)
 
     def given(self, adata: AnnData) -> AnnData:
-        """Return cells that were read already on the clock that is asked for: themselves, or a copy of other times."""
+        """Return cells that were read already with the requested times: themselves, or a copy with other times."""
         return self._on_clock(adata.copy(), labelled=bool(self.times)) if self.times or self.index_clock else adata
 
     def _on_clock(self, adata: AnnData, *, labelled: bool) -> AnnData:
@@ -110,7 +110,7 @@ class Data:
         return adata
 
     def ready(self, adata: AnnData) -> AnnData:
-        """Return cells that have the representation: themselves, or where it is the recipe a copy with it."""
+        """Return cells with the representation: the cells themselves or, if it is the recipe, a copy that has it."""
         if self.use_rep not in ("X", RECIPE, *adata.obsm) and adata.X is not None and adata.n_vars:
             there = ", ".join(adata.obsm) or "none"
             raise KeyError(
@@ -158,21 +158,20 @@ class Data:
 
 @dataclass(frozen=True)
 class Grid:
-    """Units to compute, in order, and how.
+    """Units to compute, in order, and how to compute them.
 
     Attributes
     ----------
     data
-        The data sets that the units speak of.
+        The data sets that the units refer to.
     units
-        Each of its own kind.
+        The units, all different.
     bootstraps
-        Half-samples of the cells behind each interval; 0 is none.
+        Number of half-samples of the cells for each interval; 0 for none.
     device
         Where to compute: "cpu", "cuda", ...
     threads
-        Of one unit. Sums come out differently in their last bits with other numbers, so this is part of what a
-        stored unit is known by.
+        Threads per unit. The last bits of sums depend on this number, so it is part of the key of a stored unit.
     """
 
     data: tuple[Data, ...]
@@ -194,7 +193,7 @@ class Grid:
 
 
 def known_settings() -> tuple[str, ...]:
-    """Return the settings of sctraj's own methods: those of a fit."""
+    """Return the names of the settings of sctraj's own methods, which are those of a fit."""
     return tuple(own_settings(OWN[0], {}))
 
 
@@ -212,36 +211,36 @@ def make_grid(
     device: str = "cpu",
     threads: int = 1,
 ) -> Grid:
-    """Multiply everything out, data first and settings last.
+    """Make a grid of all combinations, with data in the outermost and settings in the innermost loop.
 
     Parameters
     ----------
     data, tasks, methods
-        What is combined.
+        What to combine.
     settings
-        For all methods, or under a method's name for it alone; of several values each is tried.
+        Settings for all methods or, under a method's name, for that method only; of several values, each is tried.
     seeds
-        Their number, or themselves. All seeds of a unit are trained together.
+        Number of seeds, or the seeds themselves. All seeds of a unit are trained together.
     strict
         Whether the representation is refitted without the held-out snapshot; both in turn if both are given.
     starts
-        What is moved to the held-out time: "both" sides, the snapshot "before", or the "first". A task that can
-        start from none of these starts from the first that it can.
+        Which snapshots are moved to the held-out time: those on "both" sides, the one "before", or the "first". A task
+        for which none of these is possible uses its first possible start.
     references
-        Add the baselines and the noise reference, which skill is measured against.
+        Add the baselines and the noise reference, relative to which skill is measured.
     bootstraps, device, threads
         As in `Grid`.
 
     Raises
     ------
     ValueError
-        If there is no such task, method, setting or start, or nothing to compute.
+        If a task, method, setting or start does not exist, or there is nothing to compute.
     """
     _check("task", tasks, tuple(TASKS))
     _check("method", [name for name in methods if ":" not in name], known(), least=0)
     _distinct("methods", methods)
     for name in methods:
-        find_method(name)  # "package.module:function" must be there before anything is computed
+        find_method(name)  # "package.module:function" must be found before anything is computed
     _check("start", starts, STARTS)
     own, shared = {}, {}
     for name, value in (settings or {}).items():
@@ -258,7 +257,7 @@ def make_grid(
         raise ValueError(f"expected seeds, at least one whole number of at least 0, found {seeds}")
     if not data:
         raise ValueError("expected at least one data set, found none")
-    # a cluster may have what this machine has not
+    # a cluster may have GPUs that this machine lacks
     where = device if device.startswith("cuda") else str(pick_device(device))
     units = []
     for one, task, leak_free in itertools.product(data, tasks, which):
@@ -274,17 +273,18 @@ def read_grid(path: str | Path) -> Grid:
     """Read a grid from a TOML file.
 
     ``data`` and ``methods`` are lists; ``tasks``, ``seeds``, ``strict``, ``starts``, ``references``, ``bootstraps``,
-    ``device`` and ``threads`` are as in `make_grid` and may be left out. A data set is a name, a path as seen from the
-    file's folder, or a table (``[[data]]``) with that as ``source`` and any of ``name``, ``time_key``, ``use_rep``,
-    ``labels``, ``n_dims``, ``times`` and, of a simulated one, the simulation's arguments. ``[settings]`` holds settings
-    for sctraj's own methods, ``[settings.METHOD]`` for one method; a list of values means each in turn.
+    ``device`` and ``threads`` are as in `make_grid` and may be left out. A data set is a name, a path relative to the
+    file's folder, or a table (``[[data]]``) with one of these as ``source`` and any of ``name``, ``time_key``,
+    ``use_rep``, ``labels``, ``n_dims``, ``times`` and, for a simulated one, the simulation's arguments. ``[settings]``
+    holds settings for sctraj's own methods, ``[settings.METHOD]`` those for one method; of a list of values, each is
+    used in turn.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it is no TOML, or says what cannot be understood; the message names what could be said.
+        If it is not TOML, or has content that is not understood; the message names the possibilities.
     """
     path = Path(path)
     if not path.is_file():
@@ -310,7 +310,7 @@ def data_of(said: str | Mapping[str, Any], folder: Path = Path()) -> Data:
     Raises
     ------
     ValueError
-        If the description has an unknown key or there is no such data set.
+        If the description has an unknown key, or there is no such data set.
     """
     told: dict[str, Any] = dict(said) if isinstance(said, Mapping) else {"source": said}
     if not isinstance(told.get("source"), str):
@@ -343,7 +343,7 @@ def _possible(task: str, starts: Sequence[str]) -> Sequence[str]:
 
 
 def _with_references(task: str, methods: Sequence[str], references: bool) -> Sequence[str]:
-    # beyond the last snapshot there is no next one to copy
+    # for extrapolation there is no next snapshot to copy
     added = [name for name in REFERENCES if not (name == "next" and task == "extrapolation")]
     return list(dict.fromkeys([*methods, *(added if references else [])]))
 
@@ -364,7 +364,7 @@ def _is_text(values: pd.Series) -> bool:
 
 
 def _check_kind(name: str, value: Any, kinds: tuple[type, ...], where: str) -> None:
-    """Raise a ValueError for a value from a TOML file that is of none of these kinds; no number is a truth value."""
+    """Raise a ValueError if a value from a TOML file has none of these types; a boolean does not count as a number."""
     whole = float in kinds and type(value) is int
     if not (whole or isinstance(value, kinds)) or (isinstance(value, bool) and bool not in kinds):
         raise ValueError(f"expected {' or '.join(WORDS[kind] for kind in kinds)} for {name}{where}, found {value!r}")
@@ -377,7 +377,7 @@ def _distinct(what: str, values: Sequence[Any]) -> Sequence[Any]:
 
 
 def _check(what: str, found: Sequence[str], known: Sequence[str], *, least: int = 1, where: str = "") -> None:
-    """Raise a ValueError for names that there are not, saying which there are."""
+    """Raise a ValueError for unknown names that lists the known ones."""
     for name in found:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)

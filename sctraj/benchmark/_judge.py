@@ -1,4 +1,4 @@
-"""A restoration beside what was observed: their distances in each space, from all cells and from half-samples."""
+"""Compare a restoration with the observed cells: distances in each space, from all cells and from half-samples."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ METRICS = (
     "w1", "w2", "mmd", "energy", "energy_about_mean", "sinkhorn", "variance_ratio",
     "w1_unweighted", "energy_unweighted",
 )  # fmt: skip
-GENES = ("gene_mean", "gene_variance")  # where points can be decoded: strict, in the fold's own space
-COMPOSITION = "composition"  # where there are labels
-POINT = -1  # the bootstrap of an estimate from all cells
-EPSILON = 0.05  # of the Sinkhorn divergence, times the squared median distance among the observed cells
-DIVERGENCES = 8  # half-samples that the divergence is taken of: it takes longer than all other distances together
-NEIGHBOURS = 5  # kept cells nearest to a restored one, whose labels are taken for its own
+GENES = ("gene_mean", "gene_variance")  # if points can be decoded: strict units, in the fold's own space
+COMPOSITION = "composition"  # if there are labels
+POINT = -1  # value of `bootstrap` for an estimate from all cells
+EPSILON = 0.05  # for the Sinkhorn divergence, in squared median distances among the observed cells
+DIVERGENCES = 8  # half-samples for the divergence, which takes longer than all other distances together
+NEIGHBOURS = 5  # nearest kept cells, whose labels are assigned to a restored cell
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,16 @@ class Restored:
     prepared
         The fold.
     number
-        Of the fold in the task, and of the held-out snapshot in the fold.
+        Numbers of the fold in the task, and of the held-out snapshot in the fold.
     seed
-        The unit's.
+        Seed of the unit.
     cloud
         The restoration.
     half
-        Noise reference: which of the held-out cells stand for the restoration, ``(m,)``; the others are the observed
-        ones.
+        For the noise reference: which of the held-out cells stand for the restoration, ``(m,)``; the others are the
+        observed ones.
     split
-        Seed that the fold itself depends on; 0 where it depends on none.
+        Seed that the fold itself depends on; 0 if it depends on none.
     """
 
     prepared: Prepared
@@ -68,7 +68,7 @@ class Restored:
         return self.prepared.fold.held_out_times[self.number[1]]
 
     def spaces(self, course: Course) -> Iterator[tuple[str, Judge]]:
-        """Yield the spaces to judge in, each with what to judge."""
+        """Yield the spaces in which to judge, each with the clouds to compare."""
         fold, recipe = self.prepared.fold, self.prepared.recipe
         rows, kept = fold.held_out[self.number[1]], np.concatenate(fold.kept)
         if recipe is not None:
@@ -85,24 +85,24 @@ class Restored:
 
 @dataclass(frozen=True)
 class Judge:
-    """A restoration and what was observed, in one space.
+    """A restoration and the observed cells, in one space.
 
     Attributes
     ----------
     restored, mass
-        ``(n, d)`` and ``(n,)``.
+        Restored cells ``(n, d)`` and their masses ``(n,)``.
     observed
-        ``(m, d)``.
+        Observed cells ``(m, d)``.
     shares, true_labels
-        Of each restored cell the shares of the labels, ``(n, L)``, and the held-out cells' labels, ``(m, L)``; None
+        Shares of the labels for each restored cell, ``(n, L)``, and the held-out cells' labels, ``(m, L)``; None
         without labels.
     genes
-        Restored, measured, and held-out cells seen through the components: log-expression ``(., g)``; None where
-        points cannot be decoded.
+        Log-expression ``(., g)`` of restored cells, of measured cells, and of held-out cells seen through the
+        components; None if points cannot be decoded.
     parts
-        How many restored cells come from each snapshot that was moved.
+        Number of restored cells from each snapshot that was moved.
     width
-        Median distance among all observed cells, of the noise reference among those of its observed half: kernel and
+        Median distance among all observed cells (for the noise reference, among its observed half), so that kernel and
         entropy are the same for all half-samples.
     """
 
@@ -116,7 +116,7 @@ class Judge:
     width: float
 
     def half(self, restored: NDArray[np.intp], observed: NDArray[np.intp]) -> Judge:
-        """Return what is left of these rows; every snapshot that was moved keeps its share of the mass."""
+        """Restrict to these rows; every snapshot that was moved keeps its share of the mass."""
         mass = np.zeros_like(self.mass)
         mass[restored] = self.mass[restored]
         for part in np.split(np.arange(len(mass)), np.cumsum(self.parts)[:-1]):
@@ -135,7 +135,7 @@ class Judge:
 
     @classmethod
     def of(cls, one: Restored, course: Course, observed: Array, near: Array, points: Array) -> Judge:
-        """Put together what is judged; ``near`` are the kept cells in the same space."""
+        """Assemble what is to be judged; ``near`` are the kept cells in the same space."""
         fold, recipe = one.prepared.fold, one.prepared.recipe
         rows = fold.held_out[one.number[1]]
         others = np.ones(len(rows), bool) if one.half is None else ~one.half
@@ -146,7 +146,7 @@ class Judge:
             k = min(NEIGHBOURS, len(near))
             nearest = KDTree(near).query(points, k=k)[1].reshape(len(points), k)
             shares, true_labels = kept[nearest].mean(axis=1), np.eye(n_labels)[codes[rows]][others]
-        if recipe is not None and points is one.cloud.points:  # own space: others have left it
+        if recipe is not None and points is one.cloud.points:  # only in the own space
             assert course.raw is not None
             measured = recipe.expression(course.raw[rows])[others]
             genes = recipe.decode(points), measured, recipe.decode(observed[others])
@@ -162,7 +162,7 @@ class _Value(NamedTuple):
 
 
 def measure(judge: Judge, one: Restored, bootstraps: int) -> Iterator[dict[str, object]]:
-    """Yield metrics from all cells, and from half-samples of them."""
+    """Yield metrics from all cells and from half-samples of them."""
     for b in range(POINT, bootstraps):
         part = judge if b == POINT else judge.half(*half_sample(one, len(judge.observed), b))
         for metric, (value, error) in _distances(part, divergence=b < DIVERGENCES).items():
@@ -172,7 +172,7 @@ def measure(judge: Judge, one: Restored, bootstraps: int) -> Iterator[dict[str, 
 def _distances(judge: Judge, *, divergence: bool) -> dict[str, _Value]:
     x, y, mass, width = judge.restored, judge.observed, judge.mass, judge.width
     uneven = np.ptp(mass) >= 1e-12
-    # all pairs are met once for the distances that are means over them, under both weightings
+    # one pass over all pairs serves all distances that are means over pairs, with both weightings
     pairwise, about_mean = estimated_pairwise(
         x, y, bandwidth=width, weights_x=[mass, None] if uneven else [mass], weights_y=None, rng=0, within_y=None
     )
@@ -205,7 +205,7 @@ def _distances(judge: Judge, *, divergence: bool) -> dict[str, _Value]:
 def _divergence(x: Array, y: Array, epsilon: float, mass: Array) -> float:
     try:
         return sinkhorn_divergence(x, y, epsilon=epsilon, weights_x=mass)
-    except RuntimeError:  # not converged: the other distances are none the worse
+    except RuntimeError:  # not converged, which does not affect the other distances
         return float("nan")
 
 
@@ -222,10 +222,10 @@ def _rms(x: Array) -> float:
 def half_sample(one: Restored, m: int, b: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Draw half of the restored and half of the ``m`` observed cells, without replacement; return their rows.
 
-    Which cells of a snapshot are drawn depends on the snapshot and on ``b`` alone: all methods and seeds meet the same
-    ones, and so do folds, in one of which it is held out and in another moved. Of each snapshot that was moved half is
-    drawn; where nobody knows which those were, restored cells count as those of the snapshot before, by their number.
-    The noise reference's two sides are those of its cells that are drawn of the held-out snapshot.
+    Which cells of a snapshot are drawn depends only on the snapshot and on ``b``. All methods and seeds thus get the
+    same cells, and so do folds, whether the snapshot is held out or moved. Half of each snapshot that was moved is
+    drawn; if it is not known which snapshots these were, restored cells count, by their position, as those of the
+    snapshot before. The two sides of the noise reference are restricted to the cells drawn from the held-out snapshot.
     """
     fold = one.prepared.fold
     times = sorted({*fold.times, *fold.held_out_times})
@@ -242,13 +242,13 @@ def half_sample(one: Restored, m: int, b: int) -> tuple[NDArray[np.intp], NDArra
 
 
 def _pair(drawn: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Return the rows drawn; the first two where there are fewer, which have no distance among each other."""
+    """Return the rows drawn or, if there are fewer than two, the first two, since one cell has no distances within."""
     rows = np.flatnonzero(drawn)
     return rows if len(rows) > 1 else np.arange(2)
 
 
 def random_half(n: int, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Choose half of ``n``, rounded down, at random; return which, ``(n,)``."""
+    """Choose half of ``n`` items at random, rounded down; return a mask ``(n,)``."""
     chosen = np.zeros(n, bool)
     chosen[rng.permutation(n)[: n // 2]] = True
     return chosen

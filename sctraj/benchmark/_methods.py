@@ -1,7 +1,8 @@
 """The methods that a benchmark compares: sctraj's own, baselines, and any callable, by name.
 
-A method is a callable ``(snapshots, time, rng, **settings) -> points`` or ``-> (points, weights)``: kept `Snapshots`,
-the real time to restore, a numpy Generator; points ``(n, d)``, weights ``(n,)``. It sees nothing of the held-out cells.
+A method is a callable ``(snapshots, time, rng, **settings) -> points`` or ``-> (points, weights)``. It is given the
+kept `Snapshots`, the real time to restore and a numpy Generator, and returns points ``(n, d)`` and, optionally, weights
+``(n,)``. It sees nothing of the held-out cells.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from ..tl._seeds import member_seeds
 
 Method = Callable[..., Any]
 Setting = str | int | float | bool
-REFERENCES = (*BASELINES, NOISE_REFERENCE)  # what every table holds beside the methods
+REFERENCES = (*BASELINES, NOISE_REFERENCE)  # included in every table in addition to the methods
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class Cloud:
     Attributes
     ----------
     parts
-        How many of the points come from each snapshot that was moved, in order.
+        Number of points from each snapshot that was moved, in order.
     origins
-        The times of these snapshots, whose cells the points are, in their order; empty where nobody knows.
+        Times of these snapshots, whose cells the points are, in their order; empty if they are not known.
     """
 
     points: NDArray[np.float64]
@@ -58,7 +59,7 @@ class Cloud:
 
 @dataclass(frozen=True)
 class Query:
-    """What one member of a batch is asked for: snapshots to learn from, times to restore, and a seed."""
+    """The task of one member of a batch: snapshots to learn from, times to restore, and a seed."""
 
     snapshots: Snapshots
     times: tuple[float, ...]
@@ -70,17 +71,17 @@ _REGISTERED: dict[str, Method] = {}
 
 
 def register(name: str, method: Method) -> None:
-    """Make a callable known to the benchmark under a name, in this process.
+    """Register a callable as a method of the benchmark under a name, in this process.
 
-    Processes that are started anew do not know it, so that `run_grid` refuses it: for them give the method as
+    Newly started processes do not know it, so `run_grid` refuses it; there, specify the method as
     "package.module:function" instead.
 
     Parameters
     ----------
     name
-        Of no built-in method, and without ":".
+        Name other than those of built-in methods, and without ":".
     method
-        See the module.
+        The callable; for its form see the module's docstring.
 
     Raises
     ------
@@ -102,12 +103,12 @@ def known() -> tuple[str, ...]:
 
 
 def is_known_here_alone(name: str) -> bool:
-    """Whether a method can be found in this process and not in one that is started anew."""
+    """Return whether a method can be found in this process but not in a newly started one."""
     return name in _REGISTERED or name.startswith("__main__:")
 
 
 def find_method(name: str) -> Method | None:
-    """Return a method's callable by its name or as "package.module:function"; None for sctraj's own and the noise's."""
+    """Find a callable by name or "package.module:function"; None for sctraj's own methods and the noise reference."""
     if name in METHODS or name == NOISE_REFERENCE:
         return None
     if name in _BASELINES:
@@ -136,13 +137,13 @@ def call(
     *,
     name: str,
 ) -> list[Cloud]:
-    """Ask a callable for each of a query's times, and check what comes back."""
+    """Call a method for each of a query's times, and check what it returns."""
     clouds = []
     for time in query.times:
-        # copies: what a method does to its cells in place must not reach the next time, seed or judge
+        # copies, so that in-place changes by a method do not affect the next time, seed or judgement
         answer = method(deepcopy(query.snapshots), time, rng, **settings)
         points, weights = answer if isinstance(answer, tuple) else (answer, None)
-        # the first two baselines are whole snapshots
+        # the first two baselines are copies of whole snapshots
         copied = dict(zip(BASELINES, neighbours(query.snapshots, time))).get(name)
         origins = () if copied is None else (query.snapshots.times[copied],)
         clouds.append(replace(_checked(points, weights, query.snapshots.dimension, name), origins=origins))
@@ -179,7 +180,7 @@ _BASELINES: dict[str, Method] = {name: _without_a_model(name) for name in BASELI
 
 # --- settings
 def check_settings(name: str, settings: Mapping[str, Setting]) -> None:
-    """Raise a TypeError or ValueError for settings that a method, by its name, cannot be called with."""
+    """Raise a TypeError or ValueError for settings with which the named method cannot be called."""
     method = find_method(name)
     if method is not None:
         try:
@@ -195,7 +196,7 @@ def check_settings(name: str, settings: Mapping[str, Setting]) -> None:
 
 
 def own_settings(method: str, settings: Mapping[str, Setting]) -> dict[str, Any]:
-    """Return all settings of one of sctraj's own methods, those not given as `sctraj.tl.leave_one_out` has them."""
+    """Return all settings of one of sctraj's own methods, with the defaults of `sctraj.tl.leave_one_out`."""
     names = ("field", "path", "sigma", "block", *(f.name for f in fields(Training) if f.name != "module"))
     unknown = [name for name in settings if name not in names]
     if unknown:
@@ -206,7 +207,7 @@ def own_settings(method: str, settings: Mapping[str, Setting]) -> dict[str, Any]
         kind, words = (str, "text") if setting in ("field", "path") else ((int, float), "a number")
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
             raise TypeError(f"expected {words} for {setting} of {method}, found {value!r}")
-    # what follows is for its errors alone
+    # the following calls serve only to raise their errors
     check_field(complete["field"], None)
     Plans(complete["block"])
     Training(module=None, **{f.name: complete[f.name] for f in fields(Training) if f.name != "module"})
@@ -220,8 +221,8 @@ def restore_own(
 ) -> list[list[Cloud]]:
     """Restore all times of all queries by one of sctraj's own methods, trained as ONE batch.
 
-    Queries with the same snapshots must follow each other. Couplings of folds that share an interval's tensors are
-    computed once. A closed-form field that does not depend on a seed is put together once for them.
+    Queries with the same snapshots must be consecutive. Couplings are computed once for folds that share an interval's
+    tensors. A closed-form field that does not depend on a seed is computed once for such queries.
     """
     chosen = own_settings(method, settings)
     field, path, sigma, block = (chosen.pop(name) for name in ("field", "path", "sigma", "block"))
@@ -229,13 +230,13 @@ def restore_own(
     validate, where = training.patience is not None and field == "neural", pick_device(device)
     problems: list[Problem] = []
     validation: list[Problem] = []
-    member, members = [], []  # which member serves a query; one query of each member
+    member, members = [], []  # the member that serves each query; one query of each member
     plans, known = Plans(block, where), set[int]()
     for group in _by_snapshots(queries):
         seeds = [member_seeds(query.seed, 1)[0] for query in group]
         some = distinct_seeds(field, method, seeds)
         cells = {id(x) for x in group[0].snapshots.points}
-        if not cells & known:  # strict folds, each in a space of its own: no need to keep what is of no use to others
+        if not cells & known:  # strict folds, each in a space of its own: nothing is shared, so nothing need be kept
             plans = Plans(block, where)
         known |= cells
         made = make_problems(
@@ -245,7 +246,7 @@ def restore_own(
         problems += made[0]
         validation += made[1]
         members += group[: len(some)]
-    del plans  # of no use once problems are made
+    del plans  # not needed once the problems are made
     fitted = make_field(field, problems, validation, training, where, progress=False).vector_field
     restored = restore_members(fitted, members, start=start, farther=farther_shares(field, problems))
     return [restored[m] for m in member]
@@ -266,12 +267,13 @@ def restore_members(
 ) -> list[list[Cloud]]:
     """Move kept cells to each member's times, all members at once.
 
-    From the snapshot before (``"before"``) or the first one (``"first"``); or from ``"both"`` sides, where ``farther``
-    is each member's share of snapshots beyond the nearest (`flow.starts`). In the published steps for each interval.
+    They are moved from the snapshot before (``"before"``), from the first one (``"first"``), or from ``"both"`` sides,
+    where ``farther`` is each member's share for snapshots beyond the nearest (`flow.starts`). Each interval is
+    integrated in the published number of steps.
     """
     clouds: list[list[Cloud]] = [[] for _ in queries]
     for n in range(max(len(query.times) for query in queries)):
-        # members with fewer go along once more
+        # members with fewer times are moved to their last one again
         times = [query.times[min(n, len(query.times) - 1)] for query in queries]
         if start == "first":
             gaps = max(sum(t < time for t in query.snapshots.times) for query, time in zip(queries, times))

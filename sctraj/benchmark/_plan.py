@@ -1,4 +1,4 @@
-"""What a grid will take, before anything runs: units, seconds and memory."""
+"""Estimate, before anything runs, what a grid will take: units, seconds and memory."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ if TYPE_CHECKING:
     from ._evaluate import Unit
     from ._grid import Grid
 
-# Seconds on one core of a small machine; the units that a folder holds correct them by one factor.
-FIT = 8e-4  # per member and step, of a batch of 128 pairs and 3 x 64
+# Seconds on one core of a small machine; the units stored in a folder correct all of them by one factor.
+FIT = 8e-4  # per member and step, with a batch of 128 pairs and a network of 3 x 64
 MOVE = 3e-4  # per cell moved through a gap, in 100 steps
 PLAN = 4.5e-7  # per pair of cells that a plan looks at
-PAIRED_ANEW = 3  # times as long where pairs are found by velocity too
+PAIRED_ANEW = 3  # times as long if pairs are found by velocity too
 JUDGE, PAIR = 0.03, 8e-7  # all distances of one restoration in one space: at least, and per pair of cells
-LESS = 0.3  # of that is left without the divergence
-RECIPE = 4e-9  # per cell and squared gene that components are refitted on
+LESS = 0.3  # fraction of that without the divergence
+RECIPE = 4e-9  # per cell and squared number of genes, to refit components
 WARM = 5.0  # until a worker has loaded everything
-IDLE = 600 * 2**20  # bytes of a worker that has loaded everything and holds no cells
-ARRAYS = 6  # of float64, cells x cells of two snapshots, that are alive at once
+IDLE = 600 * 2**20  # bytes that a worker uses with everything loaded but no cells
+ARRAYS = 6  # float64 arrays, cells x cells of two snapshots, that exist at the same time
 
 
 def jobs_of(grid: Grid, cells: Mapping[str, AnnData]) -> list[Job]:
@@ -58,8 +58,8 @@ def jobs_of(grid: Grid, cells: Mapping[str, AnnData]) -> list[Job]:
     Raises
     ------
     KeyError, TypeError, ValueError
-        If data cannot be used for what is asked, or a method cannot be called so, or not by worker processes; before
-        anything is computed.
+        If data cannot be used as requested, or a method cannot be called in this way or not by worker processes; this
+        is raised before anything is computed.
     """
     prints = {
         one.name: fingerprint(cells[one.name], time_key=one.time_key, use_rep=one.use_rep, labels=one.labels)
@@ -85,9 +85,9 @@ def jobs_of(grid: Grid, cells: Mapping[str, AnnData]) -> list[Job]:
 
 
 def _source(method: str) -> str:
-    """Return a hash of the files that a method from elsewhere is named and defined in: changed, other numbers come out.
+    """Return a hash of the files in which an external method is named and defined, since its numbers depend on them.
 
-    What these import is not looked at.
+    The modules that these files import are not included.
     """
     if is_known_here_alone(method):
         raise ValueError(
@@ -104,15 +104,15 @@ def _source(method: str) -> str:
 
 
 def _pace(store: Store | None) -> float:
-    """Return how many times longer than planned the units of a folder took."""
+    """Return the factor by which the units in a folder took longer than planned."""
     records = store.records() if store is not None else []
     return median(one["seconds"] / one["planned"] for one in records) if records else 1.0
 
 
 def estimate(unit: Unit, adata: AnnData, time_key: str, *, n_dims: int, bootstraps: int = 0) -> tuple[float, int]:
-    """Return the seconds and the bytes of memory that a unit is expected to take.
+    """Estimate the seconds and the bytes of memory that a unit will take.
 
-    Of a method from elsewhere only the judging is known.
+    For an external method, only the cost of judging is known.
 
     Raises
     ------
@@ -129,7 +129,7 @@ def estimate(unit: Unit, adata: AnnData, time_key: str, *, n_dims: int, bootstra
     neural = settings.get("field", "neural") == "neural"
     bent = (settings.get("path") or ("hermite" if unit.method == "uot-cfm" else "straight")) == "hermite"
     spaces = 2 if unit.strict else 1
-    # what has no seed is judged once
+    # methods without seeds are judged once
     n_clouds = 1 if unit.method in BASELINES or not neural else n_seeds
     genes = adata.n_vars if adata.X is not None else 0
     for fold in task.folds(times.tolist(), index, unit.seeds[0]):
@@ -140,10 +140,10 @@ def estimate(unit: Unit, adata: AnnData, time_key: str, *, n_dims: int, bootstra
                 f"{NOISE_REFERENCE}, found {min(held_out)} at time {fold.held_out_times[np.argmin(held_out)]:g}; merge "
                 f"or leave out that time, or say references = false in a grid file"
             )
-        a_side = reach(len(sizes)) if bent and neural else 1  # snapshots, at most
+        a_side = reach(len(sizes)) if bent and neural else 1  # largest number of snapshots
         moved, gaps = (2 * a_side, a_side * (a_side + 1)) if unit.start == "both" else (1, 1)
         restored = moved * max(sizes) if unit.method in OWN else max(sizes)
-        # what is larger is met in blocks
+        # larger ones are compared in blocks
         most = max(most, min(restored, LARGEST_EXACT) * min(max(*sizes, *held_out), LARGEST_EXACT))
         if unit.method in OWN:
             plans = PLAN * _pairs(sizes, unit.method, settings.get("block")) * (n_seeds if task.by_seed else 1)
@@ -159,16 +159,16 @@ def estimate(unit: Unit, adata: AnnData, time_key: str, *, n_dims: int, bootstra
 
 
 def _pairs(sizes: Sequence[int], method: str, block: Any) -> float:
-    """Return how many pairs of cells the plans between consecutive snapshots look at."""
+    """Return the number of pairs of cells that the plans between consecutive snapshots involve."""
     side = LARGEST_EXACT
-    if method in ("uot-cfm", "ot-cfm"):  # what is larger is thinned, and met in blocks
+    if method in ("uot-cfm", "ot-cfm"):  # larger snapshots are thinned, and coupled in blocks
         side = int(block or (WHOLE if method == "uot-cfm" else BLOCK))
         sizes = [min(n, max(MOST_CELLS, side)) for n in sizes]
     return sum(math.sqrt(a * b) * min(math.sqrt(a * b), side) for a, b in pairwise(sizes))
 
 
 def _judging(n: int, m: int, bootstraps: int) -> float:
-    """Return the seconds that the distances between ``n`` and ``m`` cells take, with half-samples of them."""
+    """Return the seconds for the distances between ``n`` and ``m`` cells, including their half-samples."""
     pairs = min(n, LARGEST_EXACT) * min(m, LARGEST_EXACT)
     whole, half = JUDGE + PAIR * pairs, JUDGE + PAIR * pairs / 4
     return whole + half * (min(bootstraps, DIVERGENCES) + LESS * max(0, bootstraps - DIVERGENCES))
@@ -180,9 +180,9 @@ def _size(adata: AnnData) -> int:
 
 
 def workers_that_fit(jobs: Sequence[Job], asked: int | None, device: str) -> int:
-    """Return how many processes to start: as many as asked for; else one for each GPU, or for one that is named.
+    """Return the number of processes to start: as requested, or else with CUDA one per GPU, or one if a GPU is named.
 
-    Without GPUs one for each core, as far as memory goes.
+    Without CUDA, it is one per core, as far as memory allows.
     """
     if asked is not None:
         if asked < 1:
@@ -196,7 +196,7 @@ def workers_that_fit(jobs: Sequence[Job], asked: int | None, device: str) -> int
 
 
 def as_text(jobs: Sequence[Job], store: Store | None, workers: int) -> str:
-    """Return the plan as text: a line per unit and what it comes to."""
+    """Return the plan as text: a line per unit, and the total."""
     pace = _pace(store)
     there = [store is not None and store.has(job.key) for job in jobs]
     table = pd.DataFrame(

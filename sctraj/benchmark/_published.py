@@ -1,4 +1,4 @@
-"""The published protocol on the data that it was published with, and the published values beside what comes out."""
+"""The published protocol on the data that it was published with, and published values to compare with."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ._report import points
 if TYPE_CHECKING:
     from anndata import AnnData
 
-# Mean W1 in 5 dimensions, without the spreads over seeds, as collected in the project's note on the protocol: OT-CFM,
-# I-CFM, SB-CFM, [SF]2M and TrajectoryNet after Tong et al. 2023 ("Simulation-free Schroedinger bridges via score and
-# flow matching"), OT-MFM after Kapusniak et al. 2024 ("Metric flow matching"). The note does not say which paper
-# reports Cell-MNN and the interpolation.
+# Mean W1 in 5 dimensions, without the deviations between seeds, as collected in the project's note on the protocol:
+# OT-CFM, I-CFM, SB-CFM, [SF]2M and TrajectoryNet after Tong et al. 2023 ("Simulation-free Schroedinger bridges via
+# score and flow matching"), OT-MFM after Kapusniak et al. 2024 ("Metric flow matching"). The note does not say which
+# paper reports Cell-MNN and the interpolation.
 VALUES: dict[str, dict[str, float]] = {
     "SB-CFM (sigma 1)": {"embryoid-body": 1.221, "cite": 1.067, "multiome": 1.129},
     "I-CFM": {"embryoid-body": 0.872, "cite": 0.965, "multiome": 1.085},
@@ -35,14 +35,14 @@ SAME = {
     "ot-interpolation": "exact OT interpolation, no network",
 }
 METHODS = ("ot-cfm", "i-cfm", "sb-cfm", "uot-cfm")
-SIGMA = {"ot-cfm": 0.1, "i-cfm": 0.1, "sb-cfm": 1.0}  # as published; the default method keeps its own
+SIGMA = {"ot-cfm": 0.1, "i-cfm": 0.1, "sb-cfm": 1.0}  # as published; the default method uses its own default
 INDEX, REAL = "index clock", "real clock"
 
 
 def published_data(names: Sequence[str] = tuple(PUBLISHED)) -> tuple[list[Data], dict[str, AnnData], dict[str, str]]:
-    """Return the published data sets that can be had, on each clock, their cells, and why others cannot be had.
+    """Return the published data sets that are available, with each clock; their cells; and why others are not.
 
-    Embryoid bodies were sampled at even times, so that the index clock is the real one there.
+    Embryoid bodies were sampled at even times, so there the index clock equals the real one.
     """
     data: list[Data] = []
     cells: dict[str, AnnData] = {}
@@ -69,7 +69,7 @@ def published_grid(
     bootstraps: int = 0,
     settings: Mapping[str, Any] | None = None,
 ) -> Grid:
-    """Return the published protocol: 5 standardised dimensions that have seen everything, from the snapshot before."""
+    """Return the published protocol: 5 dimensions standardised over all cells, moving the snapshot before."""
     return make_grid(
         data,
         tasks=("leave-one-out",),
@@ -84,9 +84,9 @@ def published_grid(
 
 
 def beside_published(table: pd.DataFrame) -> pd.DataFrame:
-    """Return mean W1 over held-out times, ± sd over seeds, by method and clock, beside the published values.
+    """Return mean W1 over held-out times, ± sd over seeds, by method and clock, next to the published values.
 
-    These are all there, of data sets that could not be had as well.
+    All published values are included, even for data sets that were not available.
     """
     rows = points(table, "w1")
     rows = rows.assign(method=rows["method"].str.partition(" (")[0])

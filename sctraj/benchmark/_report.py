@@ -1,4 +1,4 @@
-"""What a benchmark writes: wide tables like those of papers, and one page of HTML that needs nothing beside it."""
+"""Reports of a benchmark: wide tables like those in papers, and one self-contained page of HTML."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ._uncertainty import leak
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-METRIC = "energy"  # drawn and compared in pairs: unbiased, where W1 rewards restorations that are shrunk
-PRINTED = ("energy", "w1")  # by held-out time, like papers do; the others fold out
+METRIC = "energy"  # drawn and compared in pairs: it is unbiased, whereas W1 rewards restorations that are shrunk
+PRINTED = ("energy", "w1")  # shown by held-out time, as in papers; the others can be unfolded
 BLOCK = ["data", "task", "strict", "start", "space"]
 MEANINGS = {
     "energy": "energy distance, unbiased",
@@ -33,7 +33,7 @@ MEANINGS = {
     "gene_mean": "means of genes, root mean square error",
     "gene_variance": "variances of genes, root mean square error",
 }
-COLORS = {False: "#b5651d", True: "#1f4e79"}  # told apart by their markers as well
+COLORS = {False: "#b5651d", True: "#1f4e79"}  # markers distinguish them as well
 MARKERS = {False: "o", True: "D"}
 FORMS = {False: "published", True: "strict"}
 
@@ -57,7 +57,7 @@ summary { cursor: pointer; color: #1f4e79; margin: .6rem 0; }
 
 # --- tables --------------------------------------------------------------------------------------------------------
 def points(table: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
-    """Return the point estimates, without bootstraps, of one metric or all."""
+    """Return the point estimates of one metric or all, without bootstraps."""
     kept = table["bootstrap"] < 0
     return table[kept if metric is None else kept & (table["metric"] == metric)]
 
@@ -70,18 +70,18 @@ def wide(table: pd.DataFrame, *, metric: str = METRIC) -> pd.DataFrame:
     table
         Tidy rows.
     metric
-        Which distance.
+        Distance to show.
 
     Returns
     -------
-    DataFrame of text, in the order of the rows: the block's columns, `method`, one column per held-out time (empty
-    where a block has no such time, "-" where a value is not known), and `mean`: over held-out times, ± the standard
+    DataFrame of text, in the order of the rows: the block's columns, `method`, one column per held-out time (empty if
+    a block has no such time, "-" if a value is not known), and `mean`, the mean over held-out times ± the standard
     deviation over seeds of that mean.
     """
     rows = points(table, metric)
     times = sorted(rows["held_out"].unique())
     named = {t: f"{t:g}" for t in times}
-    if len(set(named.values())) < len(times):  # six digits do not tell them apart
+    if len(set(named.values())) < len(times):  # six digits do not distinguish them
         named = {t: repr(float(t)) for t in times}
     out = []
     for names, own in rows.groupby([*BLOCK, "method"], sort=False):
@@ -94,8 +94,8 @@ def wide(table: pd.DataFrame, *, metric: str = METRIC) -> pd.DataFrame:
 def side_by_side(table: pd.DataFrame, *, metric: str = METRIC) -> pd.DataFrame:
     """Return the mean of each method in the published and the strict form, and their difference, the leak.
 
-    Above zero, the published form looks better than the strict one; with its 95 % interval where there are
-    half-samples. They can be compared in the "common" space alone, and there too only where the published form's
+    If the leak is above zero, the published form looks better than the strict one. Its 95 % interval is given if there
+    are half-samples. The forms can be compared only in the "common" space, and only if the published form's
     representation is the strict form's recipe (`Data.use_rep`).
     """
     leaks = leak(table, metric=metric).set_index(["data", "task", "start", "method"])
@@ -118,7 +118,7 @@ def side_by_side(table: pd.DataFrame, *, metric: str = METRIC) -> pd.DataFrame:
 
 
 def _by_seed(rows: pd.DataFrame) -> pd.Series:
-    """Return the mean over held-out times of every seed."""
+    """Return the mean over held-out times for every seed."""
     return rows.groupby("seed")["value"].agg(lambda own: own.mean(skipna=False))
 
 
@@ -126,11 +126,11 @@ def _mean_sd(values: pd.Series) -> str:
     if values.isna().any():  # a divergence that did not converge
         return "-"
     mean = f"{values.mean():.3f}"
-    return mean if np.ptp(values) == 0 else f"{mean} ± {values.std(ddof=1):.3f}"  # what has no seed has no spread
+    return mean if np.ptp(values) == 0 else f"{mean} ± {values.std(ddof=1):.3f}"  # without seeds there is no deviation
 
 
 def as_text(table: pd.DataFrame, *, metric: str = METRIC) -> str:
-    """Return the wide tables for a terminal."""
+    """Return the wide tables as text for a terminal."""
     blocks = []
     for names, own in wide(table, metric=metric).groupby(BLOCK, sort=False):
         data, task, strict, start, space = names
@@ -156,26 +156,26 @@ def html_report(
     failures: Sequence[Mapping[str, str]] = (),
     published: pd.DataFrame | None = None,
 ) -> str:
-    """Return one page that holds its pictures and styles and fetches nothing.
+    """Return one HTML page that contains its pictures and styles and loads nothing else.
 
     Parameters
     ----------
     table
         Tidy rows.
     title
-        Of the page.
+        Title of the page.
     summary, paired
-        As from `_uncertainty`.
+        Tables as returned by `_uncertainty`.
     protocol
-        What was done, by name.
+        Names and values that describe what was done.
     data
         One row per data set, with its fingerprint.
     versions
-        Of the libraries.
+        Versions of the libraries.
     failures
-        With `unit` and `error`.
+        Failed units, with `unit` and `error`.
     published
-        Published numbers beside these, where there are such.
+        Table with published values next to these, if there are any.
     """
     parts = [f"<h1>{html.escape(title)}</h1>"]
     if failures:
@@ -210,7 +210,7 @@ def _of(table: pd.DataFrame | None, data: str, task: str) -> pd.DataFrame:
 
 
 def _section(rows: pd.DataFrame, summary: pd.DataFrame, paired: pd.DataFrame) -> list[str]:
-    """Return what the page says about one data set and task."""
+    """Return the page's section on one data set and task."""
     parts = [_picture(rows, summary)] if len(points(rows, METRIC)) else []
     if rows["strict"].nunique() == 2:
         note = (
@@ -257,7 +257,7 @@ def _blocks(rows: pd.DataFrame, metric: str) -> list[str]:
 
 
 def html_table(table: pd.DataFrame, *, caption: str = "", kind: str = "") -> str:
-    """Return a table as HTML, everything in it escaped."""
+    """Return a table as HTML with all content escaped."""
     text = [not pd.api.types.is_numeric_dtype(table[name]) and not _like_numbers(table[name]) for name in table]
     cell = ["<{0} class='text'>{1}</{0}>" if one else "<{0}>{1}</{0}>" for one in text]
     head = "".join(form.format("th", html.escape(str(name))) for form, name in zip(cell, table))
@@ -283,7 +283,7 @@ def _shown(value: Any) -> str:
 
 
 def _picture(rows: pd.DataFrame, summary: pd.DataFrame) -> str:
-    """Return an image of the means with their intervals, one axes per space and start, the forms beside each other."""
+    """Return an image of the means with intervals, one axes per space and start, with the forms side by side."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -312,7 +312,7 @@ def _picture(rows: pd.DataFrame, summary: pd.DataFrame) -> str:
 
 
 def _draw(ax: Axes, rows: pd.DataFrame, summary: pd.DataFrame, methods: Sequence[str]) -> None:
-    """Draw a point per method and form: the mean over held-out times, its interval, a small one for every seed."""
+    """Draw the mean over held-out times with its interval per method and form, and a small point for every seed."""
     forms = sorted(rows["strict"].unique())
     for form, own in rows.groupby("strict"):
         form = bool(form)

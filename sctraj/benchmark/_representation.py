@@ -1,8 +1,8 @@
 """The recipe from genes to a few dimensions, fitted on some cells and applied to others.
 
-Log-normalised expression, highly variable genes, scaling, principal components, standardisation. In the strict form of
-the benchmark it is fitted in every fold on the kept cells alone (the fold's own space) and once on all cells (the
-common space); held-out cells are only ever projected.
+Its steps are log-normalised expression, highly variable genes, scaling, principal components and standardisation. In
+the strict form of the benchmark, it is fitted in every fold on the kept cells only (the fold's own space) and once on
+all cells (the common space); held-out cells are only ever projected.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from .. import _adata
 if TYPE_CHECKING:
     from anndata import AnnData
 
-TOTAL = 1e4  # counts a cell is scaled to: a fixed number, so that a cell's expression depends on that cell alone
-N_GENES = 2000  # highly variable genes; all, where there are no more
+TOTAL = 1e4  # total counts per cell after scaling; fixed, so that a cell's expression depends only on that cell
+N_GENES = 2000  # highly variable genes; all genes if there are no more
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Genes to coordinates and back.
+    """A map from genes to coordinates and back.
 
     Attributes
     ----------
     counts
-        Whether the cells it was fitted on hold counts, so that cells are log-normalised first.
+        Whether it was fitted on counts, so that cells are log-normalised first.
     genes
         Columns of the genes in use, ``(g,)``.
     mean, std
-        Of log-expression by gene, ``(g,)``.
+        Mean and standard deviation of each gene's log-expression, ``(g,)``.
     components
-        Orthonormal, ``(g, d)``.
+        Orthonormal principal components, ``(g, d)``.
     scale
         Standard deviation of each component, ``(d,)``.
     """
@@ -52,7 +52,7 @@ class Recipe:
     scale: Array
 
     def expression(self, raw: NDArray) -> Array:
-        """Return log-expression of the genes in use, ``(n, g)``, of raw cells ``(n, all genes)``."""
+        """Return log-expression of the genes in use, ``(n, g)``, for raw cells ``(n, all genes)``."""
         return (log_normalised(raw) if self.counts else raw)[:, self.genes].astype(np.float64)
 
     def project(self, raw: NDArray) -> Array:
@@ -60,12 +60,12 @@ class Recipe:
         return ((self.expression(raw) - self.mean) / self.std) @ self.components / self.scale
 
     def decode(self, points: Array) -> Array:
-        """Return log-expression of the genes in use, ``(n, g)``, of points ``(n, d)``; what was left out is 0."""
+        """Return log-expression of the genes in use, ``(n, g)``, for points ``(n, d)``; what was left out is 0."""
         return (points * self.scale) @ self.components.T * self.std + self.mean
 
 
 def fit_recipe(raw: NDArray, n_dims: int, *, n_genes: int = N_GENES) -> Recipe:
-    """Fit the recipe on cells ``(n, all genes)``: counts or log-expression, told apart by these cells alone."""
+    """Fit the recipe on cells ``(n, all genes)``, counts or log-expression; which of these is judged by these cells."""
     counts = holds_counts(raw)
     values = (log_normalised(raw) if counts else raw).astype(np.float64)
     spread = np.ptp(values, axis=0)
@@ -84,7 +84,7 @@ def fit_recipe(raw: NDArray, n_dims: int, *, n_genes: int = N_GENES) -> Recipe:
     g = len(genes)
     variance, components = eigh(scaled.T @ scaled / len(scaled), subset_by_index=[g - n_dims, g - 1])
     variance, components = variance[::-1], components[:, ::-1]
-    # of the two directions of an axis the one in which its largest entry is positive, so that folds agree
+    # orient each axis such that its largest entry is positive, so that folds agree
     components = components * np.sign(components[np.abs(components).argmax(axis=0), range(n_dims)])
     if not variance[-1] > 1e-9 * variance[0]:
         raise ValueError(f"expected {n_dims} components with variance, found fewer; take fewer dimensions")
@@ -92,12 +92,12 @@ def fit_recipe(raw: NDArray, n_dims: int, *, n_genes: int = N_GENES) -> Recipe:
 
 
 def to_common(points: Array, own: Recipe, common: Recipe) -> Array:
-    """Carry points ``(n, d)`` of one recipe's space to another's, through the genes.
+    """Carry points ``(n, d)`` from one recipe's space to another's, through the genes.
 
-    What this loses: a point stands for the genes that its d components predict, so whatever varies in the common space
-    outside the span of the fold's own components is missing (restored cells vary a little less than they should), and
-    so are the genes that are in use in the common space alone, which stay at their common mean. Every restoration
-    loses it, the baselines' and the noise reference's as well.
+    This loses information. A point stands for the genes that its d components predict, so variation in the common space
+    outside the span of the fold's own components is missing (restored cells vary a little less than they should). So is
+    that of genes that are in use only in the common space, which stay at their common mean. Every restoration loses
+    this, including those of the baselines and the noise reference.
     """
     values = np.tile(common.mean, (len(points), 1))
     _, of_common, of_own = np.intersect1d(common.genes, own.genes, assume_unique=True, return_indices=True)
@@ -106,18 +106,18 @@ def to_common(points: Array, own: Recipe, common: Recipe) -> Array:
 
 
 def holds_counts(raw: NDArray) -> bool:
-    """Whether all values are whole numbers, not below zero."""
+    """Return whether all values are non-negative whole numbers."""
     return bool((raw >= 0).all()) and bool((raw == np.round(raw)).all())
 
 
 def log_normalised(counts: NDArray) -> Array:
-    """Return log1p of counts scaled to a total of ``TOTAL`` a cell; nothing in it is fitted."""
+    """Return log1p of counts scaled to a total of ``TOTAL`` per cell; nothing is fitted."""
     total = counts.sum(axis=1, keepdims=True, dtype=np.float64)
     return np.log1p(counts * (TOTAL / np.maximum(total, 1)))
 
 
 def check_expression(adata: AnnData) -> None:
-    """Say why the recipe cannot be fitted anew, where it cannot."""
+    """Raise an error that says why, if the recipe cannot be fitted anew."""
     if adata.n_vars == 0 or adata.X is None:
         raise ValueError(
             "expected expression of genes in X, to fit the representation anew in every fold without the held-out "
@@ -140,7 +140,7 @@ def read_expression(adata: AnnData) -> NDArray:
 
 
 def _highly_variable(values: Array, n_genes: int) -> NDArray[np.intp]:
-    """Return the columns of the most variable genes, dispersion by mean (Satija et al. 2015), as scanpy finds them."""
+    """Return the columns of the most variable genes, by dispersion given the mean (Satija et al. 2015), like scanpy."""
     import anndata as ad
     import scanpy as sc
 

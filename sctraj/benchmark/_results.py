@@ -1,4 +1,4 @@
-"""What comes of a grid's stored units: tables, printed and as files, and the report."""
+"""Print and write the results of a grid's stored units: tables and the report."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def write_results(
     grid: Grid, cells: Mapping[str, AnnData], work: Sequence[Job], store: Store, failures: list[dict[str, str]],
     beside: Callable[[pd.DataFrame], pd.DataFrame] | None, notes: Mapping[str, str],
 ) -> list[str]:  # fmt: skip
-    """Print and write everything that comes of the stored units, in the grid's order; return the files' names.
+    """Print and write the results of the stored units, in the grid's order; return the names of the files.
 
-    What an earlier run has written and this one does not is removed.
+    Files that an earlier run has written and this one does not write are removed.
     """
     files: dict[str, pd.DataFrame] = {}
     done = [store.read(job.key) for job in work if store.has(job.key)]
@@ -62,13 +62,13 @@ def write_results(
     if page is not None:
         write_durably(store.folder / "report.html", page)
         written.append("report.html")
-    for name in set(GRID_FILES) - set(written):  # an earlier run's, of which this one has none
+    for name in set(GRID_FILES) - set(written):  # files of an earlier run that this one does not write
         (store.folder / name).unlink(missing_ok=True)
     return written
 
 
 def _tables(table: pd.DataFrame, beside: Callable[[pd.DataFrame], pd.DataFrame] | None) -> dict[str, pd.DataFrame]:
-    """Return the tidy table and what is made of it, by the names of their files."""
+    """Return the tidy table and those derived from it, by the names of their files."""
     by_time = pd.concat([wide(table, metric=metric).assign(metric=metric) for metric in PRINTED])
     files = {"benchmark": table, "wide": by_time, "summary": summary(table)}
     pairs = _paired(table)
@@ -80,7 +80,7 @@ def _tables(table: pd.DataFrame, beside: Callable[[pd.DataFrame], pd.DataFrame] 
 
 
 def _paired(table: pd.DataFrame) -> pd.DataFrame | None:
-    """Return methods in pairs, metric by metric, or None where there is nothing to pair."""
+    """Return paired comparisons of methods by metric, or None if there is nothing to pair."""
     if table["method"].nunique() < 2:
         return None
     return pd.concat([paired(table, metric=metric) for metric in table["metric"].unique()], ignore_index=True)

@@ -1,4 +1,4 @@
-"""A benchmark from its description to its files: one data set at once, or a grid in units that can be resumed."""
+"""Run a benchmark, from its description to its files: one data set, or a grid in units that can be resumed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FOLDER = "sctraj_benchmark"
-IN_WORDS = {  # what is printed, for whoever has not read a word about it
+IN_WORDS = {  # explanations that are printed for readers without prior knowledge
     "energy": "energy distance, unbiased: 0 on average for two samples of one law",
     "variance_ratio": "variance, restored / observed: 1 is right",
     "w1": "Wasserstein-1 distance, as papers print it",
@@ -53,7 +53,7 @@ def run(
     adata
         Annotated cells, at least three snapshots; the results are written into it as well.
     folder
-        Where the files go; made where it is not there. Files of an earlier run are replaced.
+        Folder for the files, which is made if it does not exist. Files of an earlier run are replaced.
     methods
         As in `sctraj.tl.leave_one_out`.
     options
@@ -62,7 +62,7 @@ def run(
     Raises
     ------
     OSError
-        If the folder cannot be made; before anything is computed.
+        If the folder cannot be made; raised before anything is computed.
     TypeError
         If `sctraj.tl.leave_one_out` has no such argument.
     """
@@ -109,7 +109,7 @@ def _protocol_line(adata: AnnData, key: str) -> str:
 def _draw(adata: AnnData, key: str) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(17, 4.5), layout="constrained")  # of its own: pyplot keeps no hold of it
+    figure = Figure(figsize=(17, 4.5), layout="constrained")  # made without pyplot, which would keep a reference to it
     left, middle, right = figure.subplots(1, 3)
     pl.leave_one_out(adata, metric="energy", key=key, ax=left)
     pl.leave_one_out(adata, metric="w1", key=key, ax=middle)
@@ -133,19 +133,20 @@ def grid_of(
     Parameters
     ----------
     data
-        Where the cells come from.
+        Description of the data set.
     tasks
         What is held out: leave-one-out, leave-two-out, extrapolation, every-2nd, every-4th, cells.
     strict
-        Judge in the strict form too, beside the published one: the representation is fitted anew in every fold, without
-        the held-out cells. With use_rep "recipe" the two differ by nothing else, so that the leak can be read off.
+        Judge in the strict form as well as in the published one: the representation is fitted anew in every fold,
+        without the held-out cells. With use_rep "recipe" the two forms differ in nothing else, so that their difference
+        is the leak.
     start
-        What is moved to the held-out time: "both" sides, the snapshot "before" (as published), or the "first". A
-        task that cannot start there starts from the first of these that it can.
+        Which snapshots are moved to the held-out time: those on "both" sides, the one "before" (as published), or the
+        "first". A task for which this is impossible uses its first possible start in this order.
     bootstraps
-        Half-samples of the cells behind each interval; 0 for none.
+        Number of half-samples of the cells for each interval; 0 for none.
     threads
-        Of one unit. Other numbers give other last bits, so units with other numbers of threads are computed anew.
+        Threads per unit. The last bits of results depend on it, so units are computed anew if it changes.
     others
         The other arguments of `make_grid`.
     """
@@ -167,47 +168,48 @@ def run_grid(
     beside: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Compute a grid's units that are not in the folder, in worker processes, and write tables and a report.
+    """Compute the units of a grid that are not in the folder, in worker processes, and write tables and a report.
 
-    Each unit is stored when it is done. A run that was killed goes on where it stopped when it is called again, with
-    the same table in the end, bit for bit; two runs into one folder share the work. Writes ``benchmark.csv`` (tidy;
-    also ``benchmark.parquet`` where pyarrow is there), ``wide.csv`` (methods x held-out times, mean ± sd over seeds),
-    ``summary.csv``, ``paired.csv`` and ``report.html``; ``failures.csv`` where units failed. Tables and report of an
-    earlier run in the folder are replaced, or removed; its units are kept.
+    Each unit is stored when it is done. If a run was killed, calling it again continues where it stopped and gives the
+    same table in the end, bit for bit; two runs into the same folder share the work. Writes ``benchmark.csv`` (tidy;
+    also ``benchmark.parquet`` if pyarrow is installed), ``wide.csv`` (methods x held-out times, mean ± sd over seeds),
+    ``summary.csv``, ``paired.csv`` and ``report.html``, and ``failures.csv`` if units failed. Tables and report of an
+    earlier run in the folder are replaced or removed; its units are kept.
 
     Parameters
     ----------
     grid
         What to compute.
     folder
-        Where finished units are looked for and everything goes.
+        Folder in which finished units are looked up and everything is written.
     jobs
-        Units at a time; as many as there are cores, as far as memory goes, or GPUs if not given.
+        Number of units to compute at a time; by default one per core, as far as memory allows, or with CUDA one per
+        GPU.
     dask
         Address of a Dask scheduler (tcp://...) whose workers compute, or local for a cluster started for this run.
     plan
-        Print the units with their time and memory, and compute nothing.
+        Print the units with their expected time and memory, and compute nothing.
     cells
-        Data sets that have been read already, by name, with times as in their files: `times` and `index_clock` of the
+        Data sets that have been read already, by name, with times as in their files; `times` and `index_clock` of the
         grid are applied to a copy.
     compute
-        Computes a unit's rows; for tests.
+        Function that computes a unit's rows; for tests.
     beside
-        Puts published values beside the table.
+        Function that adds published values to the table.
     notes
-        More lines of the protocol in the report.
+        Additional lines for the protocol in the report.
 
     Raises
     ------
     OSError, KeyError, TypeError, ValueError
-        If data cannot be read or used, or a method cannot be called as asked, or not by worker processes (`register`
-        makes it known to this one alone); before anything is computed.
+        If data cannot be read or used, or a method cannot be called as requested or not by worker processes
+        (`register` makes it known to this process only); raised before anything is computed.
     RuntimeError
-        If units have failed; after everything else was computed and written.
+        If units have failed; raised after everything else was computed and written.
     """
     begun = time.perf_counter()
     if dask is None and not plan:
-        pick_device(grid.device)  # for its error
+        pick_device(grid.device)  # only to raise its error
     folder, there = Path(folder), dict(cells or {})
     there |= {one.name: one.given(there[one.name]) for one in grid.data if one.name in there}
     there |= {one.name: one.load() for one in grid.data if one.name not in there}
@@ -237,7 +239,7 @@ def run_grid(
 
 
 def _unlike_forms(grid: Grid) -> dict[str, str]:
-    """Say of which data sets the strict and the published form differ by more than what they have seen."""
+    """Return notes on data sets whose strict and published forms differ in more than the cells they have seen."""
     return {
         f"{one.name}: strict beside published": f"the published form is in {one.use_rep}, not in the strict form's own "
         f'recipe, so that they differ by more than the leak; use_rep = "{RECIPE}" makes that their only difference'
@@ -265,24 +267,24 @@ def run_published(
     settings: Mapping[str, Any] | None = None,
     **how: Any,
 ) -> None:
-    """Run the published protocol on the published data sets, and put the published values beside ours.
+    """Run the published protocol on the published data sets, and compare with the published values.
 
-    Five principal components, standardised over all cells; every interior snapshot restored from the one before it; on
-    the index clock, as published, and on real days where these are uneven.
+    The protocol uses five principal components, standardised over all cells, and restores every interior snapshot from
+    the one before it. Times are snapshot indices, as published, and also real days if these are uneven.
 
     Parameters
     ----------
     folder
         As in `run_grid`.
     n_seeds, device, threads, bootstraps, settings
-        Of the grid.
+        As in `Grid` and `make_grid`.
     how
         The other arguments of `run_grid`.
 
     Raises
     ------
     ConnectionError
-        If none of the data sets can be had.
+        If none of the data sets can be obtained.
     """
     data, cells, reasons = published_data()
     for name, reason in reasons.items():

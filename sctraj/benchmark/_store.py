@@ -1,4 +1,4 @@
-"""Finished units on disk: one file each, whole or not there, that reads back as the same bits."""
+"""Store finished units on disk: one file each, complete or absent, that reads back bit for bit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NO_NUMBER_DEPENDS_ON = ("cli.py", "__main__.py", "pl/", "benchmark/_report.py", 
 # --- what a unit's numbers depend on -------------------------------------------------------------------------------
 @lru_cache(maxsize=1)
 def code_hash() -> str:
-    """Return a hash of the package's sources, but for those that only draw and print."""
+    """Return a hash of the package's sources, except those that only draw and print."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         inside = path.relative_to(PACKAGE).as_posix()
@@ -37,7 +37,7 @@ def code_hash() -> str:
 
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
-    """Return the versions of sctraj and of the libraries that its numbers come from."""
+    """Return the versions of sctraj and of the libraries on which its numbers depend."""
     from .. import __version__
 
     used = ("torch", "numpy", "scipy", "POT", "torchdiffeq", "anndata", "scanpy")
@@ -45,12 +45,12 @@ def versions() -> dict[str, str]:
 
 
 def fingerprint(adata: AnnData, *, time_key: str, use_rep: str, labels: str | None = None) -> str:
-    """Return a hash of all that is read from cells: names, times, representation, expression, labels.
+    """Return a hash of everything that is read from cells: names, times, representation, expression, labels.
 
     Raises
     ------
     KeyError, ValueError
-        As `_adata.read_snapshots`, so that data that cannot be used are refused before anything is computed.
+        As for `_adata.read_snapshots`, so that unusable data are refused before anything is computed.
     """
     from .. import _adata
 
@@ -60,7 +60,7 @@ def fingerprint(adata: AnnData, *, time_key: str, use_rep: str, labels: str | No
             there = ", ".join(map(str, adata.obs)) or "none"
             raise KeyError(f'No column "{labels}" in adata.obs; there are: {there}. Pass one of them as labels.')
         digest.update("\n".join(adata.obs[labels].astype(str)).encode())
-    if adata.X is not None and use_rep != "X":  # the strict form refits its components on it
+    if adata.X is not None and use_rep != "X":  # the strict form fits its components to it
         values: Any = adata.X
         parts = (values.indptr, values.indices, values.data) if hasattr(values, "indptr") else (np.asarray(values),)
         for part in parts:
@@ -76,8 +76,8 @@ def key_of(unit: Any, context: Mapping[str, Any]) -> str:
     unit
         A dataclass of numbers, text and tuples.
     context
-        The data's fingerprint and all else that is not the unit's own: how it is judged, on what, with how many
-        threads.
+        The data's fingerprint and everything else that is not part of the unit: how it is judged, on what, with how
+        many threads.
     """
     described = {"unit": vars(unit), "context": dict(context), "versions": versions(), "code": code_hash()}
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:24]
@@ -87,14 +87,14 @@ def key_of(unit: Any, context: Mapping[str, Any]) -> str:
 class Store:
     """A folder of finished units.
 
-    ``units/KEY.csv`` holds a unit's rows, ``units/KEY.json`` what it was and what it took, ``failed/KEY.json`` the
-    error of one that failed, which the next run tries again, and ``claims/KEY.lock`` is locked by the run that has it
-    in hand.
+    ``units/KEY.csv`` holds a unit's rows; ``units/KEY.json`` describes the unit and what it took; ``failed/KEY.json``
+    holds the error of a failed unit, which the next run tries again; and ``claims/KEY.lock`` is locked by the run that
+    is computing the unit.
 
     Parameters
     ----------
     folder
-        Where; made where it is not there.
+        Path of the folder, which is made if it does not exist.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -106,13 +106,13 @@ class Store:
         return self.folder / kind / f"{key}{suffix}"
 
     def has(self, key: str) -> bool:
-        """Whether a unit is finished."""
+        """Return whether a unit is finished."""
         return self._at("units", key, ".csv").is_file()
 
     def claim(self, key: str) -> FileLock | None:
-        """Return the lock of a unit, to be released once it is stored, or None if another run has it in hand.
+        """Return the lock of a unit, to be released once it is stored, or None if another run is computing it.
 
-        The system lets go of it when the process ends, however it ends.
+        The system releases the lock when the process ends, in whatever way.
         """
         lock = FileLock(self._at("claims", key, ".lock"), thread_local=False)
         try:
@@ -124,7 +124,7 @@ class Store:
     def write(self, key: str, table: pd.DataFrame, record: Mapping[str, Any]) -> None:
         """Store a unit whose claim the caller holds."""
         write_durably(self._at("units", key, ".json"), json.dumps(dict(record), indent=1))
-        write_durably(self._at("units", key, ".csv"), to_text(table))  # the last: it says that the unit is finished
+        write_durably(self._at("units", key, ".csv"), to_text(table))  # written last, as it marks the unit as finished
         self._at("failed", key, ".json").unlink(missing_ok=True)
 
     def read(self, key: str) -> pd.DataFrame:
@@ -136,17 +136,17 @@ class Store:
         write_durably(self._at("failed", key, ".json"), json.dumps(dict(record), indent=1))
 
     def failure(self, key: str) -> dict[str, Any] | None:
-        """Return what was recorded of a unit that failed, or None."""
+        """Return the record of a failed unit, or None."""
         path = self._at("failed", key, ".json")
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def records(self) -> list[dict[str, Any]]:
-        """Return what is recorded of every finished unit, of earlier code and data too."""
+        """Return the records of all finished units, including those of earlier code and data."""
         found = sorted((self.folder / "units").glob("*.json"))
         return [json.loads(path.read_text(encoding="utf-8")) for path in found]
 
     def sweep(self, key: str) -> None:
-        """Remove what a killed run left half-written of a unit whose claim the caller holds."""
+        """Remove incomplete files that a killed run left of a unit whose claim the caller holds."""
         for kind in ("units", "failed"):
             for path in (self.folder / kind).glob(f".{key}.*.part"):
                 path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What is kept and what is held out: the tasks of the benchmark, by name."""
+"""The tasks of the benchmark, by name: which cells are kept and which are held out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..flow.hold_out import SMALLEST_HELD_OUT
 
 Start = Literal["both", "before", "first"]
 STARTS = get_args(Start)
-SHARE = 5  # of a snapshot's cells one in so many is held out where single cells are
+SHARE = 5  # one in so many of a snapshot's cells is held out if single cells are
 
 Rows = NDArray[np.intp]
 
@@ -27,11 +27,11 @@ class Fold:
     times
         Real times of the kept snapshots, increasing.
     kept
-        The rows of each.
+        Rows of each kept snapshot.
     held_out_times
         Real times to restore.
     held_out
-        The rows of each; none of them is in ``kept``.
+        Rows of the held-out cells at each; none of them is in ``kept``.
     """
 
     times: tuple[float, ...]
@@ -41,7 +41,7 @@ class Fold:
 
     @property
     def key(self) -> tuple[tuple[float, ...], bytes]:
-        """What tells folds with the same kept cells apart from others."""
+        """Key that is the same for all folds with the same kept cells."""
         return self.times, np.concatenate(self.kept).tobytes()
 
 
@@ -59,12 +59,12 @@ class Task:
     least
         Number of snapshots that a course must have.
     starts
-        What may be moved to the held-out time.
+        Which snapshots may be moved to the held-out time.
     splits
-        From the number of snapshots: which are kept and which held out, fold by fold. In a snapshot that is both, a
-        random fifth of the cells is held out and the rest kept.
+        Function from the number of snapshots to those kept and those held out, fold by fold. If a snapshot is both, a
+        random fifth of its cells is held out and the rest kept.
     needs
-        Why it takes ``least`` snapshots.
+        Why ``least`` snapshots are needed.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Task:
     by_seed: bool = False
 
     def check(self, n_snapshots: int, start: str) -> None:
-        """Raise a ValueError where a course is too short for the task, or the start does not suit it."""
+        """Raise a ValueError if a course is too short for the task, or the start does not suit it."""
         if n_snapshots < self.least:
             raise ValueError(
                 f"expected at least {self.least} snapshots for {self.name} ({self.needs}), found {n_snapshots}; "
@@ -92,9 +92,9 @@ class Task:
         times
             Real times of its snapshots, increasing.
         index
-            The rows of each.
+            Rows of each snapshot.
         seed
-            Of the split, where single cells are held out; the folds of other tasks do not depend on it.
+            Seed of the split if single cells are held out; the folds of other tasks do not depend on it.
         """
         if len(times) < self.least:
             self.check(len(times), self.starts[0])
@@ -111,7 +111,7 @@ class Task:
 
 
 def _split(rows: Rows, time: float, rng: np.random.Generator) -> tuple[Rows, Rows]:
-    """Split a snapshot's rows at random into those to keep and a fifth to hold out, each in its own order."""
+    """Split a snapshot's rows at random into those to keep and a fifth to hold out, each in their original order."""
     n = len(rows) // SHARE
     if n < SMALLEST_HELD_OUT:
         raise ValueError(
@@ -128,7 +128,7 @@ def _but(n: int, held_out: Sequence[int]) -> tuple[list[int], Sequence[int]]:
 
 def _every(step: int) -> _Splits:
     def splits(n: int) -> Sequence[tuple[Sequence[int], Sequence[int]]]:
-        kept = range(0, n, step)  # what comes after the last of these is neither kept nor held out
+        kept = range(0, n, step)  # snapshots after the last of these are neither kept nor held out
         return [(kept, [k for k in range(kept[-1]) if k not in kept])]
 
     return splits

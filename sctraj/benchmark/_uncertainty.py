@@ -1,32 +1,34 @@
-"""How sure a benchmark's numbers are: intervals of means, of differences between methods, and of skill.
+"""The uncertainty of a benchmark's numbers: intervals of means, of differences between methods, and of skill.
 
-Two things vary: the seed of a fit, and which cells were sampled. Held-out times are those of the data; an interval
-speaks of them, not of other times.
+Two things vary: the seed of a fit, and which cells were sampled. The held-out times are fixed: an interval refers to
+the times in the data, not to other times.
 
 Seeds
-    The variance between the seeds' means, over their number.
+    The variance between the seeds' means, divided by their number.
 Cells
-    The variance over half-samples: half of every snapshot's cells, drawn without replacement, the same ones for all
-    methods, seeds and folds, whether they are held out or moved; of a method that does not tell which cells it moved,
-    restored cells count as those of the snapshot before, by their number. For a mean over n cells, the variance of such
-    halves about the whole is that of the mean itself, ``s^2/m (1 - m/n) = s^2/n`` at ``m = n/2``, so that nothing needs
-    rescaling (Shao & Wu 1989).
-    Drawing n with replacement, the naive bootstrap, fails here: cells drawn twice are pairs at distance zero, which
-    pulls the U-statistics (energy, mmd) below their expectation, and it takes W1 from the empirical measure, not from
-    the law, which in many dimensions is a bias larger than the spread that is looked for. A half-sample has no cell
-    twice: U-statistics stay unbiased; W1 is larger between fewer cells, by a bias that is the same for all half-samples
-    and cancels, since only their spread about their own mean counts, which by the central limit theorem of W1 about its
-    expectation falls as n^(-1/2) in any dimension (del Barrio & Loubes 2019). Where two laws are all but the same, the
-    U-statistics are degenerate and halves vary too much (by up to the root of 3): the interval is then too wide, never
-    too narrow. Of W1 it is a little too narrow: between fewer cells W1 has a higher floor and moves less with a shift.
-    The interval of the difference of two methods of one expected W1 held it in .9 of simulations (3 dimensions, 60 and
-    150 cells), that of their energy distances in .945 to .955. What it covers is the distance expected between as many
-    cells as there are; of W1 that is larger than the distance of the laws.
+    The variance over half-samples: half of every snapshot's cells, drawn without replacement, and the same ones for all
+    methods, seeds and folds, whether they are held out or moved. If a method does not say which cells it moved, its
+    restored cells count, by their position, as those of the snapshot before. For a mean over n cells, the variance of
+    such halves about the whole is that of the mean itself, ``s^2/m (1 - m/n) = s^2/n`` at ``m = n/2``, so that no
+    rescaling is needed (Shao & Wu 1989).
+    Drawing n cells with replacement, the naive bootstrap, fails here. Cells drawn twice are pairs at distance zero,
+    which pulls the U-statistics (energy, mmd) below their expectation; and W1 is then measured from the empirical
+    measure, not from the law, which in many dimensions is a bias larger than the variation to be estimated. A
+    half-sample contains no cell twice, so U-statistics stay unbiased. W1 is larger between fewer cells, but this bias
+    is the same for all half-samples and cancels, since only their variation about their own mean counts. By the central
+    limit theorem of W1 about its expectation, this variation falls as n^(-1/2) in any dimension (del Barrio & Loubes
+    2019). If two laws are nearly the same, the U-statistics are degenerate and halves vary too much (by up to the root
+    of 3): the interval is then too wide, never too narrow. For W1 it is a little too narrow, because between fewer
+    cells W1 has a higher floor and responds less to a shift. The interval of the difference between two methods with
+    the same expected W1 covered it in .9 of simulations (3 dimensions, 60 and 150 cells), that of their energy
+    distances in .945 to .955. What an interval covers is the distance expected between as many cells as there are,
+    which for W1 is larger than the distance between the laws.
 
-What half-samples leave out is the fit itself: methods are not trained anew on fewer cells.
+Half-samples do not include the uncertainty of the fit itself: methods are not trained anew on fewer cells.
 
-Both parts are added up, and the interval is Student's, with degrees of freedom after Welch & Satterthwaite: with two
-seeds it is wide. Without half-samples there is no interval; the baselines', which have no seeds, would have no width.
+Both variances are added, and the interval is Student's, with degrees of freedom after Welch & Satterthwaite; with two
+seeds it is wide. Without half-samples, no interval is given, because that of baselines, which have no seeds, would have
+no width.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ PAIRED = [*GROUP, "method", "other", "difference", "low", "high", "n_held_out", 
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Average a benchmark's table, with intervals, skill and, where there are intervals, ranks.
+    """Average a benchmark's table, with intervals, skill and, if there are intervals, ranks.
 
     Parameters
     ----------
@@ -63,16 +65,16 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
     Returns
     -------
-    One row per data set, task, ``strict``, start, space, metric and method: ``mean`` over held-out snapshots, then
-    seeds; ``sd`` between seeds; ``low`` and ``high``, the 95 % interval of the mean; ``skill``, (best baseline -
-    method) / (best baseline - noise reference), 1 where nothing but noise is left and 0 where no better than the
-    baseline that is best on average, with ``skill_low`` and ``skill_high``; nan where there is no best baseline
+    One row per data set, task, ``strict``, start, space, metric and method. ``mean`` is taken over held-out snapshots,
+    then seeds; ``sd`` is that between seeds; ``low`` and ``high`` are the 95 % interval of the mean. ``skill``, with
+    ``skill_low`` and ``skill_high``, is (best baseline - method) / (best baseline - noise reference): 1 if only noise
+    is left, 0 if the method is no better than the baseline that is best on average, and nan if no best baseline is
     clearly above the noise reference. ``rank`` is one more than the number of methods that are better beyond chance,
-    the intervals of all paired differences of a row's group holding at once (Bonferroni): methods that cannot be told
-    apart share a rank. The noise reference has none. Without half-samples intervals, skill's intervals and ranks are
-    nan.
+    with simultaneous intervals of all paired differences in a row's group (Bonferroni); methods that cannot be
+    distinguished share a rank. The noise reference has no rank. Without half-samples, intervals, skill's intervals and
+    ranks are nan.
 
-    Skill and ranks of ``variance_ratio`` are those of the absolute value of its logarithm, 0 being right.
+    Skill and ranks of ``variance_ratio`` are computed from the absolute value of its logarithm, which is ideally 0.
     """
     rows = []
     for group, values in _groups(table):
@@ -88,21 +90,20 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def paired(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
-    """Compare methods two by two on the same folds, seeds and half-samples.
+    """Compare methods in pairs on the same folds, seeds and half-samples.
 
     Parameters
     ----------
     table
         Rows of `evaluate`, of any number of units.
     metric
-        Of ``table["metric"]``.
+        One of the values in ``table["metric"]``.
 
     Returns
     -------
-    One row per data set, task, ``strict``, start, space and pair of methods: ``difference``, ``method`` less
-    ``other``, below zero where ``method`` is better, with its 95 % interval ``low`` to ``high``. Of
-    ``variance_ratio`` it is the difference between absolute logarithms. Each interval holds for itself; of twenty one
-    fails to cover.
+    One row per data set, task, ``strict``, start, space and pair of methods: ``difference`` is ``method`` minus
+    ``other``, below zero if ``method`` is better, with its 95 % interval ``low`` to ``high``. For ``variance_ratio``
+    it is the difference between absolute logarithms. The intervals are not simultaneous: one in twenty fails to cover.
 
     Raises
     ------
@@ -116,7 +117,7 @@ def paired(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
     for group, values in _groups(table[table["metric"] == metric]):
         for (name, one), (other, two) in itertools.combinations(values.items(), 2):
             difference = one.loss.less(two.loss)
-            if difference is None:  # no fold and seed in common
+            if difference is None:  # no common fold and seed
                 continue
             mean, low, high = difference.interval()
             found = {"method": name, "other": other, "difference": mean, "low": low, "high": high}
@@ -125,10 +126,10 @@ def paired(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
 
 
 def leak(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
-    """Return what each method loses when the held-out cells leave the representation, in the common space.
+    """Return what each method loses if the representation has not seen the held-out cells, in the common space.
 
-    One row per data set, task, start and method that stands in both forms: ``leak``, strict less published, with its
-    95 % interval ``low`` to ``high`` (nan without half-samples); both forms meet the same half-samples and seeds.
+    One row per data set, task, start and method that is present in both forms: ``leak`` is strict minus published, with
+    its 95 % interval ``low`` to ``high`` (nan without half-samples). Both forms use the same half-samples and seeds.
     """
     rows = table[(table["metric"] == metric) & (table["space"] == "common")]
     where, out = ["data", "task", "start", "method"], []
@@ -143,14 +144,14 @@ def leak(table: pd.DataFrame, *, metric: str) -> pd.DataFrame:
 # --- one method's numbers in one group
 @dataclass(frozen=True)
 class _Values:
-    """Held-out snapshots x seeds x half-samples, the first of which is the estimate from all cells.
+    """Values of a method: held-out snapshots x seeds x half-samples, of which the first is the estimate from all cells.
 
     Attributes
     ----------
     values
-        ``(F, S, 1 + B)``.
+        The values, ``(F, S, 1 + B)``.
     folds, seeds, halves
-        What the axes stand for; ``halves`` without the first.
+        Labels along the axes; ``halves`` without the first.
     """
 
     values: NDArray[np.float64]
@@ -160,7 +161,7 @@ class _Values:
 
     @property
     def mean(self) -> float:
-        """Over held-out snapshots, then seeds."""
+        """Mean over held-out snapshots, then seeds."""
         return float(self.by_seed.mean())
 
     @property
@@ -170,13 +171,13 @@ class _Values:
 
     @property
     def by_half(self) -> NDArray[np.float64]:
-        """Deviation of each half-sample from the mean half-sample, ``(B,)``; the bias of fewer cells is gone."""
+        """Deviation of each half-sample from their mean, ``(B,)``, in which the bias of fewer cells cancels."""
         halves = self.values[:, :, 1:].mean(axis=(0, 1))
         return halves - halves.mean() if len(halves) else halves
 
     @property
     def sd(self) -> float:
-        """Between seeds; nan of one."""
+        """Standard deviation between seeds; nan if there is only one."""
         return float(self.by_seed.std(ddof=1)) if len(self.seeds) > 1 else float("nan")
 
     @property
@@ -189,12 +190,12 @@ class _Values:
         return _interval(self.mean, self.by_seed, self.by_half, level)
 
     def less(self, other: _Values) -> _Values | None:
-        """Return the difference to another method where both have numbers; None where they have nowhere."""
+        """Return the difference from another method where both have values; None if there is no such place."""
         two = self.matched(other)
         return None if two is None else _Values(two[0].values - two[1].values, *two[0].axes)
 
     def matched(self, *others: _Values) -> tuple[_Values, ...] | None:
-        """Return the methods where all have numbers; None where they have nowhere."""
+        """Restrict methods to where all have values; return None if there is no such place."""
         every = (self, *others)
         axes = [
             tuple(sorted(set(one).intersection(*rest), key=list(one).index))
@@ -211,13 +212,13 @@ class _Values:
 
     @property
     def axes(self) -> tuple[tuple[Hashable, ...], ...]:
-        """Folds, seeds and half-samples."""
+        """Labels of folds, seeds and half-samples."""
         return self.folds, self.seeds, self.halves
 
 
 @dataclass(frozen=True)
 class _Method:
-    """As measured, and as a loss: the less the better."""
+    """A method's values as measured, and as a loss, of which less is better."""
 
     raw: _Values
     loss: _Values
@@ -226,7 +227,7 @@ class _Method:
 def _interval(
     mean: float, by_seed: NDArray[np.float64], by_half: NDArray[np.float64], level: float = LEVEL
 ) -> tuple[float, float, float]:
-    """Return the mean with Student's interval of what varies between seeds and between half-samples."""
+    """Return the mean with Student's interval from the variance between seeds and between half-samples."""
     if len(by_half) < 2:
         return mean, float("nan"), float("nan")
     parts = [(float(by_half.var(ddof=1)), len(by_half) - 1)]
@@ -241,7 +242,7 @@ def _interval(
 
 
 def _groups(table: pd.DataFrame) -> Iterator[tuple[dict[str, object], dict[str, _Method]]]:
-    """Yield each group's columns and its methods' numbers; baselines, which know no start, stand in every one."""
+    """Yield each group's columns and its methods' values; baselines, which have no start, are in every group."""
     where = [c for c in GROUP if c != "start"]
     for key, rows in table.groupby(where, sort=False):
         references = rows[rows["method"].isin([*BASELINES, NOISE_REFERENCE])]
@@ -256,7 +257,7 @@ def _groups(table: pd.DataFrame) -> Iterator[tuple[dict[str, object], dict[str, 
 
 
 def _read(rows: pd.DataFrame, metric: str) -> _Method:
-    """Arrange one method's rows; a time that is held out in several folds counts once for each."""
+    """Arrange one method's rows; a time that is held out in several folds counts once per fold."""
     same = ["held_out", "seed", "bootstrap"]
     rows = rows.assign(fold=list(zip(rows["held_out"], rows.groupby(same).cumcount())))
     wide = rows.pivot(index=["fold", "seed"], columns="bootstrap", values="value").sort_index()
@@ -277,7 +278,7 @@ def _read(rows: pd.DataFrame, metric: str) -> _Method:
 # --- skill and ranks
 def _best_baseline(values: dict[str, _Method]) -> _Values | None:
     there = [values[name].loss for name in BASELINES if name in values]
-    if any(np.isnan(one.mean) for one in there):  # not known, so neither is which is best
+    if any(np.isnan(one.mean) for one in there):  # if a value is unknown, so is which is best
         return None
     return min(there, key=lambda v: v.mean, default=None)
 
@@ -290,9 +291,9 @@ def _skill(method: _Values, base: _Values | None, noise: _Values | None) -> tupl
         return nan, nan, nan
     method, base, noise = matched
     possible = base.less(noise)
-    assert possible is not None  # matched
+    assert possible is not None  # they are matched
     room, low, _ = possible.interval()
-    if not room > 0 or low <= 0:  # nan, without half-samples, is no objection
+    if not room > 0 or low <= 0:  # nan (without half-samples) does not count here
         return nan, nan, nan
     skill = (base.mean - method.mean) / room
 
@@ -304,7 +305,7 @@ def _skill(method: _Values, base: _Values | None, noise: _Values | None) -> tupl
 
 
 def _ranks(values: dict[str, _Method]) -> dict[str, float]:
-    """Return one more than the number of methods that are better beyond chance, all comparisons holding at once."""
+    """Return one more than the number of methods that are better beyond chance, in simultaneous comparisons."""
     names = [name for name in values if name != NOISE_REFERENCE]
     n_pairs = max(1, len(names) * (len(names) - 1) // 2)
     better = dict.fromkeys(names, 0)

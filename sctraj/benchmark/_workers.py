@@ -1,4 +1,4 @@
-"""Worker processes, on this machine by loky or of a Dask cluster: what they are sent, compute and send back."""
+"""Worker processes, on this machine by loky or in a Dask cluster: what they receive, compute and return."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
     from ._evaluate import Unit
 
 Evaluate = Callable[..., "pd.DataFrame"]
-PATIENCE = 60  # seconds in which a cluster must show a first worker
+PATIENCE = 60  # seconds within which a first worker of a cluster must appear
 
 
 @dataclass(frozen=True)
 class Job:
-    """A unit with all that a worker needs but the cells.
+    """A unit with everything that a worker needs except the cells.
 
     Attributes
     ----------
     key
-        Under which it is stored.
+        Name under which it is stored.
     unit
         What to compute.
     reading
         How the cells are read: `time_key`, `use_rep`, `n_dims`, `labels`.
     work
-        Planned seconds; how far off they are is learned on the way.
+        Planned seconds, which are corrected as the run proceeds.
     bytes
         Planned peak memory of a worker.
     fingerprint
-        Of the data.
+        Hash of the data.
     device, threads, bootstraps
         How to compute.
     """
@@ -64,7 +64,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a worker sends back: the rows, or the error's text."""
+    """The result that a worker returns: the rows, or the text of an error."""
 
     table: pd.DataFrame | None
     seconds: float
@@ -73,20 +73,20 @@ class Outcome:
 
 
 # --- in a worker ---------------------------------------------------------------------------------------------------
-_CELLS: dict[str, AnnData] = {}  # by fingerprint; what this worker was sent when it started
-_GPU: list[FileLock] = []  # held as long as this worker lives
-_TURN = threading.Lock()  # numbers of threads are the whole process's, whose thread pool would compute several units
+_CELLS: dict[str, AnnData] = {}  # by fingerprint; received when this worker started
+_GPU: list[FileLock] = []  # held for the lifetime of this worker
+_TURN = threading.Lock()  # one unit at a time: thread numbers hold for the process, whose pool could run several
 
 
 def _receive(cells: Mapping[str, AnnData], device: str) -> None:
-    """Take in the cells, once, and a GPU of one's own where there are several."""
+    """Receive the cells, once, and lease a GPU for this worker if there are several."""
     _CELLS.update(cells)
-    if device == "cuda" and not _GPU:  # one that is named is everyone's
+    if device == "cuda" and not _GPU:  # a GPU that is named is shared by all
         _lease_gpu()
 
 
 def _lease_gpu() -> None:
-    """Make the first GPU that no other worker on this machine has the only one that torch sees."""
+    """Make the first GPU not leased by another worker on this machine the only one visible to torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     numbers = [one.strip() for one in visible.split(",")] if visible else [str(k) for k in range(n_gpus())]
     for number in numbers if len(numbers) > 1 else []:
@@ -109,7 +109,7 @@ def n_gpus() -> int:
 
 
 def compute(job: Job, evaluate: Evaluate, code: str) -> Outcome:
-    """Compute one unit; an error comes back as text, for what an exception holds may not travel."""
+    """Compute one unit; an error is returned as text, because an exception's content may not be transferable."""
     import torch
     from threadpoolctl import threadpool_limits
 
@@ -121,7 +121,7 @@ def compute(job: Job, evaluate: Evaluate, code: str) -> Outcome:
                 "and leave its files alone while a run is on"
             )
         with _TURN, threadpool_limits(job.threads):
-            start = time.perf_counter()  # not the wait for one's turn
+            start = time.perf_counter()  # without the time spent waiting
             torch.set_num_threads(job.threads)
             cells = _CELLS[job.fingerprint]
             table = evaluate(job.unit, cells, **job.reading, device=job.device, bootstraps=job.bootstraps)
@@ -134,7 +134,7 @@ def compute(job: Job, evaluate: Evaluate, code: str) -> Outcome:
 # --- pools of workers ----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Pool:
-    """Workers: how many units they can have in hand, and how one is handed to them."""
+    """Workers: how many units they can compute at a time, and how to hand one to them."""
 
     executor: Executor
     size: Callable[[], int]
@@ -142,7 +142,7 @@ class Pool:
 
 @contextmanager
 def local_workers(n: int, cells: Mapping[str, AnnData], *, device: str, threads: int) -> Iterator[Pool]:
-    """Give ``n`` processes of this machine."""
+    """Provide ``n`` processes on this machine."""
     from joblib.externals.loky import ProcessPoolExecutor
 
     limits = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -159,14 +159,14 @@ def local_workers(n: int, cells: Mapping[str, AnnData], *, device: str, threads:
 
 @contextmanager
 def dask_workers(address: str, n: int, cells: Mapping[str, AnnData], *, device: str, threads: int) -> Iterator[Pool]:
-    """Give the workers of a cluster, or with ``"local"`` of one of ``n`` processes that is started here and stopped.
+    """Provide the workers of a cluster; with ``"local"``, of one with ``n`` processes that is started and stopped here.
 
     Raises
     ------
     OSError
-        If there is no scheduler, or no worker comes.
+        If there is no scheduler, or no worker appears.
     RuntimeError
-        If Dask is not installed; if a GPU is asked for and no worker offers one.
+        If Dask is not installed, or if a GPU is requested and no worker offers one.
     """
     try:
         from distributed import Client, LocalCluster
@@ -189,7 +189,7 @@ def dask_workers(address: str, n: int, cells: Mapping[str, AnnData], *, device: 
                 f"scheduler, and on every machine dask worker {address} --nworkers auto --nthreads 1"
             ) from error
         plugin = _cells_plugin(cells, device)
-        client.register_plugin(plugin)  # also of workers that come, or come back, later
+        client.register_plugin(plugin)  # applies also to workers that join, or rejoin, later
         closing(_Unregistered(client, plugin.name))
         if resources and not _offers(client):
             raise RuntimeError(
@@ -210,7 +210,7 @@ def _offers(client: Any) -> int:
 
 @contextmanager
 def _left_open() -> Iterator[Callable[[Any], Any]]:
-    """Close what was opened, last first."""
+    """Close everything that was opened, in reverse order."""
     opened: list[Any] = []
 
     def closing(one: Any) -> Any:
@@ -228,7 +228,7 @@ def _cells_plugin(cells: Mapping[str, AnnData], device: str) -> Any:
     from distributed import WorkerPlugin
 
     class Cells(WorkerPlugin):
-        """Brings the cells to every worker once."""
+        """A plugin that sends the cells to every worker once."""
 
         def __init__(self) -> None:
             self.name = f"sctraj-cells-{uuid4().hex}"  # several runs may share a cluster
@@ -244,7 +244,7 @@ def _cells_plugin(cells: Mapping[str, AnnData], device: str) -> Any:
 
 @dataclass(frozen=True)
 class _Unregistered:
-    """A plugin that is taken off the cluster in the end, which goes on to serve others."""
+    """A plugin that is removed from the cluster in the end, because the cluster may go on to serve other runs."""
 
     client: Any
     name: str
