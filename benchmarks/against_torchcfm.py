@@ -1,15 +1,15 @@
-"""How fast OT-CFM restores held-out snapshots beside torchcfm: one data set, one network, one protocol, one run.
+"""Compare how fast OT-CFM restores held-out snapshots with torchcfm: same data set, network, protocol and run.
 
 python benchmarks/against_torchcfm.py --quick        # 10 s: small data and few steps, from which nothing follows
 python benchmarks/against_torchcfm.py --output against.csv --plot docs/images/against_torchcfm.png   # some 15 minutes
 python benchmarks/against_torchcfm.py --device cuda --processes 15 --peer-fits 1   # torchcfm there on CPU and GPU
 
-Protocol (Tong et al. 2023): every interior snapshot held out, 5 seeds; a perceptron of 3 x 64 SELU, 128 pairs an
-interval a step; all cells of the snapshot before moved to the held-out time, Euler, 100 steps; exact W1. torchcfm is
-run in the loop that its examples have: AdamW at 1e-3, weight decay 1e-5, sigma .1, its exact mini-batch matcher,
-3,000 steps. sctraj is ``tl.leave_one_out(methods="ot-cfm", start="before")``, whose time includes all that it measures
-besides: W2, MMD, baselines, the noise reference. Times are from data in memory to distances, libraries loaded; the
-time of the first call, the cells and the Python modules being in memory, is said apart.
+Protocol (Tong et al. 2023): every interior snapshot held out, 5 seeds; a perceptron of 3 x 64 SELU, 128 pairs per
+interval and step; all cells of the snapshot before moved to the held-out time, Euler, 100 steps; exact W1. torchcfm is
+run in the loop of its examples: AdamW at 1e-3, weight decay 1e-5, sigma .1, its exact mini-batch matcher, 3,000 steps.
+sctraj is ``tl.leave_one_out(methods="ot-cfm", start="before")``, whose time includes everything else that it measures:
+W2, MMD, baselines, the noise reference. Times are from data in memory to distances, with libraries loaded; the time of
+the first call, with the cells and the Python modules in memory, is reported separately.
 """
 
 from __future__ import annotations

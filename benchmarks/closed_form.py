@@ -1,12 +1,12 @@
-"""How many velocities a second a closed-form field gives, by its number of pairs and dimensions.
+"""Measure velocities per second of a closed-form field by its number of pairs and dimensions.
 
 python benchmarks/closed_form.py --quick           # 2 s
 python benchmarks/closed_form.py --pairs 10000 100000 1000000 --dimensions 5 50
 python benchmarks/closed_form.py --device cuda
 python benchmarks/closed_form.py --real shared/data/embryoid_body_2750.h5ad      # and all of leave_one_out with it
 
-Beside the time stands how many of the pairs nearest to a query hold all but a thousandth of the weight (median over
-queries): as many as a search for neighbours would have to bring.
+Besides the time, it reports how many of the pairs nearest to a query hold all but a thousandth of the weight (median
+over queries), which is the number that a neighbour search would have to find.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
-"""Couplings at scale: seconds, memory, transport cost, marginal error, and the held-out W1 of the pairs, beside peers.
+"""Compare couplings at scale with peers: time, memory, transport cost, marginal error and held-out W1 of the pairs.
 
 python benchmarks/couplings.py --quick                                     # 10 s: whether it still works
 python benchmarks/couplings.py --sizes 1000 3000 10000
 python benchmarks/couplings.py --sizes 30000 100000 1000000 --device cuda  # blocks and dual potentials alone
 pip install ott-jax geomloss pykeops                                       # peers that are shown where they are there
 
-Each row is made in a process of its own, on one core, which is stopped if it has no plan after --limit seconds. OTT's
-time has its compilation. On a GPU the second of two runs is timed, for all, and OTT's is compiled then; of more than
-200,000 cells the first run is of 20,000, and OTT's is not. --limit is for both. POT, OTT and GeomLoss have their arrays
-there, and memory is what torch took of the GPU's.
-Of a simulated course of three snapshots the first and the last are coupled; a thousand pairs, put on their chords at
-the middle's time, are compared with a thousand cells of the middle. Entropies are 0.05 of the exact cost (as in the
-default), penalties 2, and solvers stop at the same L1 error of the marginals, 1e-3. Cost is relative to the lowest of a
-coupling that keeps both marginals; unbalanced ones and those of sampled cells may lie below. Marginals are those of the
-cells in pairs; of potentials, whoever found them, those of the plan that they stand for.
+Each row is computed in a process of its own, on one core, which is stopped if it has no plan after --limit seconds.
+OTT's time includes its compilation. On a GPU, the second of two runs is timed for all solvers, by which time OTT is
+compiled; with more than 200,000 cells, the first run uses 20,000, and OTT is then not compiled. --limit applies to both
+runs together. POT, OTT and GeomLoss have their arrays on the GPU, and memory is the GPU memory taken by torch.
+The first and the last snapshot of a simulated course of three are coupled; a thousand pairs, interpolated along their
+chords to the time of the middle snapshot, are compared with a thousand of its cells. Entropies are 0.05 of the exact
+cost (as in the default), penalties 2, and solvers stop at the same L1 error of the marginals, 1e-3. Cost is relative to
+the lowest among couplings that keep both marginals; unbalanced couplings and those of sampled cells may lie below.
+Marginals are those of the cells in pairs; for potentials, whichever solver found them, those of the plan they define.
 """
 
 from __future__ import annotations

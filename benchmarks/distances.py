@@ -1,12 +1,12 @@
-"""How far the estimators for large clouds are from the exact distances, what error they say they have, and the time.
+"""Compare estimators for large clouds with exact distances: actual error, estimated error and time.
 
 python benchmarks/distances.py --quick           # under 8 s: 1,500 cells a side, from which little follows
 python benchmarks/distances.py                   # 3,000 cells a side: some two minutes
 python benchmarks/distances.py --cells 10000     # some ten minutes
 
-Two simulated snapshots, in 5 and in 50 dimensions: near ones, two samples of one law, whose distance is all noise of
-samples and shrinks as they grow; far ones, days 1 and 3 of a course. Every repeat draws them anew. `z` is the
-estimate's miss in units of the error it came with: its root mean square should be about 1, or less.
+Two simulated snapshots are compared in 5 and in 50 dimensions. Near ones are two samples of one law, whose distance is
+only sampling noise and shrinks as they grow; far ones are days 1 and 3 of a course. Every repeat draws them anew. `z`
+is the estimate's error in units of its own standard error: its root mean square should be about 1, or less.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Two more real time courses, as files for restoration.py and the peers: their held-out snapshots entered no choice.
+"""Write two more real time courses for restoration.py and the peers, whose held-out snapshots influenced no choice.
 
 python benchmarks/other_courses.py HSMMSingleCell/data destiny/data --output others
 
-- ``myoblast_271.h5ad``: human skeletal myoblasts that differentiate, 0, 24, 48 and 72 hours after the switch of medium,
+- ``myoblast_271.h5ad``: differentiating human skeletal myoblasts, 0, 24, 48 and 72 hours after the switch of medium,
   271 cells (Trapnell et al. 2014; R package HSMMSingleCell, Artistic-2.0). ``X``: log(1 + FPKM) of the 2,000 most
-  variable of the genes that ten cells or more have at 1 FPKM.
+  variable among genes that have 1 FPKM in at least ten cells.
 - ``mouse_embryo_428.h5ad``: mouse embryos of 2 to 64 cells, qPCR of 48 genes, 428 cells (Guo et al. 2010; ``guo_norm``
-  of the R package destiny, GPL-3). ``X``: as in the package, normalised by each cell's endogenous controls. The clock
-  counts divisions.
+  of the R package destiny, GPL-3). ``X``: as in the package, normalised by each cell's endogenous controls. Time is the
+  number of divisions.
 
-Both packages are of Bioconductor and of some Linux distributions; needs ``pip install rdata``.
+Both packages are available from Bioconductor and in some Linux distributions. This needs ``pip install rdata``.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""How well held-out snapshots are restored, by the energy distance, and what keeps that figure honest.
+"""Measure how well held-out snapshots are restored, by the energy distance, with controls for that figure.
 
 python benchmarks/restoration.py --quick                     # 20 s: one small data set, from which nothing follows
 python benchmarks/restoration.py --jobs 2 --output all.csv   # the tables of docs/benchmarks.md
 python benchmarks/restoration.py --read all.csv              # these tables once more
 
-Beside the default stand baselines, two halves of the truth, an interpolation that was shrunk (a measure by which that
-gains cannot be trusted), the default's ingredients one by one, neural fields, and of simulated cells that do not
-diffuse the true dynamics from both neighbours: what a perfect field would score from these. Simulated data sets are
-drawn anew for every seed; those with sample effects from other seeds than those without. Of real data there is one set
-each, and seeds are those of neural fields and of the halves.
+The default is compared with baselines, two halves of the truth, an interpolation that was shrunk (a measure that
+improves by this cannot be trusted), the default's ingredients one by one, neural fields and, for simulated cells that
+do not diffuse, the true dynamics from both neighbours, which is what a perfect field would score from these. Simulated
+data sets are drawn anew for every seed; those with sample effects use other seeds than those without. Of real data
+there is one set each, and seeds are those of neural fields and of the halves.
 """
 
 from __future__ import annotations

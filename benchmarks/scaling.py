@@ -1,4 +1,4 @@
-"""Time and memory by the number of cells: 50 dimensions, 10 snapshots, each step in a process of its own.
+"""Measure time and memory by number of cells: 50 dimensions, 10 snapshots, each step in a process of its own.
 
 python benchmarks/scaling.py --quick                             # under 15 s: 1,000 cells, short training
 python benchmarks/scaling.py                                     # 10,000, 100,000 and 1,000,000 cells
@@ -6,9 +6,9 @@ python benchmarks/scaling.py --sizes 10000 --profile 12          # with the func
 python benchmarks/scaling.py --steps fit_flow trajectories       # without leave_one_out
 python benchmarks/scaling.py --device cuda --threads 16          # and the GPU's memory beside
 
-Memory is the peak of the process above what it had with the cells read, in GiB and in representations (cells x 50 x
-4 bytes). The exponent is that of the cells with which time grew since the size before: 1 is linear. One thread, unless
-there are to be more.
+Memory is the peak of the process above its level once the cells have been read, in GiB and in representations (cells x
+50 x 4 bytes). The exponent is that of the number of cells by which time grew since the previous size: 1 is linear. One
+thread is used by default.
 """
 
 from __future__ import annotations

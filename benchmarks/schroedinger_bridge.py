@@ -1,4 +1,4 @@
-"""Schroedinger bridges between Gaussians in 2 to 100 dimensions, against their closed form.
+"""Compare Schroedinger bridges between Gaussians in 2 to 100 dimensions with their closed form.
 
 python benchmarks/schroedinger_bridge.py --quick   # a few seconds, from which nothing follows
 python benchmarks/schroedinger_bridge.py           # the table
@@ -12,9 +12,9 @@ Gaussian marginals (Mallasto et al. 2022, theorem 1; Bunne et al. 2023, theorem 
     covariance  (1-t)^2 S0 + t^2 S1 + t (1-t) (C + C^T + sigma^2 I)
     C = (S0^(1/2) D S0^(-1/2) - sigma^2 I) / 2,  D = (4 S0^(1/2) S1 S0^(1/2) + sigma^4 I)^(1/2)
 
-of which C is the covariance of the two ends. A sample's own KL is not zero but about d (d + 3) / (4 n): the first row,
-drawn from the closed form. These bridges are nearly still, their covariance at most 1.06 I: the second row, the law
-N(mean, I) of optimal transport without a bridge, says what a method may gain at all.
+where C is the covariance between the two ends. The KL of a sample from the closed form is not zero but about
+d (d + 3) / (4 n), as the first row shows. These bridges are nearly static, with a covariance of at most 1.06 I:
+the second row, the law N(mean, I) of optimal transport without a bridge, shows how much a method can gain at all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sinkhorn's plain iteration, extrapolated, and with Newton steps, on branching data: iterations, marginal error.
+"""Compare Sinkhorn's plain iteration, extrapolation and Newton steps on branching data: iterations, marginal error.
 
 python benchmarks/sinkhorn.py --quick   # a few seconds: few cells, and a strong entropy alone
 python benchmarks/sinkhorn.py

@@ -1,4 +1,4 @@
-"""What couplings.py times: solvers of ours, POT, OTT and GeomLoss on one interval, and the pairs that they give."""
+"""Solvers that couplings.py times: those of sctraj, POT, OTT and GeomLoss on one interval, and the pairs they give."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""A training step's time beside its floor: its floating-point operations at this machine's rate of matmuls.
+"""Compare a training step's time with its lower bound: its floating-point operations at this machine's matmul rate.
 
 python benchmarks/training_step.py --quick             # a few seconds, from which nothing follows
 python benchmarks/training_step.py                     # on the CPU, torch's number of threads
 python benchmarks/training_step.py --device cuda
 
-15 members of a leave-one-out (3 folds x 5 seeds of a simulated course in 5 dimensions), the default network and batch.
-The rate is that of the hidden layers' batched product alone. Drawing pairs and, on a CPU, the optimiser are timed by
-themselves; what is left of a step are activations, narrow products, sums over the batch and the interpreter.
+It uses 15 members of a leave-one-out (3 folds x 5 seeds of a simulated course in 5 dimensions) with the default network
+and batch. The rate is that of the hidden layers' batched product only. Drawing pairs and, on a CPU, the optimiser are
+timed separately; the rest of a step is activations, narrow products, sums over the batch and the interpreter.
 """
 
 from __future__ import annotations

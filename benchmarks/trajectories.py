@@ -1,12 +1,13 @@
-"""Whether cells that are moved all along a course keep to its cells, by method.
+"""Measure, by method, whether cells that are moved all along a course stay near its cells.
 
 python benchmarks/trajectories.py --quick   # 10 s: a small simulated course
 python benchmarks/trajectories.py --data ipsc-10d ipsc-5d eb-50d eb-5d --seeds 3
 
-The first snapshot's cells are moved to the last one's time, the last one's to the first one's. Two figures each: the
-share of them that is astray there, farther from the cells sampled at that time than any of these is from the others (by
-the 5th nearest), and the energy distance to these cells as a share of what the two snapshots are apart. Nothing is held
-out. The default with narrow paths, as it would be if they were not as wide as cells are apart, stands beside it.
+The first snapshot's cells are moved to the last one's time, and the last one's to the first one's. For each, two
+figures are given: the share of cells that are astray there, that is, farther from the cells sampled at that time than
+any of these is from the others (by the 5th nearest); and the energy distance to these cells as a share of that between
+the two snapshots. Nothing is held out. The default is also shown with narrow paths, which are not widened according to
+how far apart cells are.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
-"""Flows between laws in the plane: how near the target they end, and how near their paths are to optimal transport.
+"""Measure flows between laws in the plane: how near to the target, and to optimal transport, their paths are.
 
 python benchmarks/two_dimensional.py --quick   # a few seconds, from which nothing follows
 python benchmarks/two_dimensional.py           # the tables
 
-After Tong et al. 2023 (arXiv 2302.00482, section 5.1): the 2-Wasserstein distance between a test sample of the source,
-pushed, and one of the target; and the normalised path energy |E int |v|^2 dt - W2^2| / W2^2 between the two laws, zero
-for dynamic optimal transport. Every seed has its own training cells, test cells and network; all seeds of a method are
-trained as one batch. Couplings are of whole snapshots, not of mini-batches. W2 between two samples of one law is not
-zero: the first row. The eight Gaussians are those of the torchcfm package, the moons its moons but for normal noise,
-the S-curve TrajectoryNet's. The paper's laws may be of another scale: compare rows with each other, not with its table.
+After Tong et al. 2023 (arXiv 2302.00482, section 5.1), it reports the 2-Wasserstein distance between a test sample of
+the source, moved along the flow, and one of the target; and the normalised path energy |E int |v|^2 dt - W2^2| / W2^2
+between the two laws, which is zero for dynamic optimal transport. Every seed has its own training cells, test cells and
+network; all seeds of a method are trained as one batch. Couplings are of whole snapshots, not of mini-batches. W2
+between two samples of one law is not zero, as the first row shows. The eight Gaussians are those of the torchcfm
+package; the moons are its moons except for normal noise; the S-curve is TrajectoryNet's. The paper's laws may have
+another scale: compare rows with each other, not with its table.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""How right velocities and growth rates at the cells are, on simulated courses whose truth is known.
+"""Compare velocities and growth rates at the cells with the truth, on simulated courses.
 
 python benchmarks/velocities.py --quick             # 10 s: one small data set, from which nothing follows
 python benchmarks/velocities.py --jobs 2            # the table of docs/benchmarks.md
 
-Fits to all snapshots; at the cells of all but the first and the last, in the latent space: *cosine* between found and
-true velocity and *length*, the found one's part along the true one as a share of that (medians over the cells that move
-by a third of the median speed at least); *growth*, root mean square of found less true rate, both about their
-snapshot's mean, beside the rms of the true ones, which is what a guess of zero would be off by, and the correlation of
-both. Means over snapshots, then over draws. Diffusing courses have no one true velocity and are left out.
+Flows are fitted to all snapshots and judged at the cells of all but the first and the last, in the latent space:
+*cosine* between found and true velocity; *length*, the component of the found velocity along the true one as a share of
+the latter (both are medians over cells that move at a third of the median speed or more); *growth*, the root mean
+square of found minus true rate, both about their snapshot's mean, together with the rms of the true rates, which is the
+error of a guess of zero, and the correlation of both. Values are means over snapshots, then over draws. Courses with
+diffusion have no unique true velocity and are left out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What adapters share: random states that peers draw from, their chatter, and the clock that counts snapshots."""
+"""Shared parts of the adapters: peers' random states, their printed output, and the clock that counts snapshots."""
 
 from __future__ import annotations
 

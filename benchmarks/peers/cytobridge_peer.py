@@ -1,8 +1,8 @@
-"""CytoBridge 1.4 in the benchmark's contract: regularised unbalanced flow matching, velocity, growth and score.
+"""CytoBridge 1.4 as a method of the benchmark: regularised unbalanced flow matching, velocity, growth and score.
 
-The settings of its authors' `crufm` configuration, which the package lacks: five layers of 256, 3,000 steps of 400
-pairs an interval, cosine rate from .005. Real times in mean gaps from the first; the snapshot before is moved by
-velocity and growth.
+The settings are those of its authors' `crufm` configuration, which the package lacks: five layers of 256, 3,000 steps
+of 400 pairs per interval, cosine learning rate from .005. Times are real, in mean gaps from the first one; the snapshot
+before is moved by velocity and growth.
 """
 
 from __future__ import annotations

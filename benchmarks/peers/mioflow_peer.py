@@ -1,7 +1,7 @@
-"""MIOFlow 0.1.14 in the benchmark's contract: its ODE, trained interval by interval on the OT loss, on coordinates.
+"""MIOFlow 0.1.14 as a method of the benchmark: its ODE, trained interval by interval on the OT loss, on coordinates.
 
-Its package's defaults (100 epochs, all cells of a snapshot in each step, no density loss), without its autoencoder,
-whose space would be another to judge in. Its clock counts kept snapshots; the snapshot before is moved.
+The package's defaults are used (100 epochs, all cells of a snapshot in each step, no density loss), without its
+autoencoder, in whose space distances would differ. Its clock counts kept snapshots; the snapshot before is moved.
 """
 
 from __future__ import annotations

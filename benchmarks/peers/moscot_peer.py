@@ -1,7 +1,7 @@
-"""moscot 0.5.2 in the benchmark's contract: its TemporalProblem between the neighbours, and its interpolation.
+"""moscot 0.5.2 as a method of the benchmark: its TemporalProblem between the neighbours, and its interpolation.
 
-Defaults of moscot (epsilon 0.001 of the mean cost, balanced); the interpolation is the one behind
-``TemporalProblem.compute_interpolated_distance``, which gives back no cells itself.
+The defaults of moscot are used (epsilon 0.001 of the mean cost, balanced). The interpolation is the one behind
+``TemporalProblem.compute_interpolated_distance``, which itself does not return the cells.
 """
 
 from __future__ import annotations

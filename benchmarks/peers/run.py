@@ -1,4 +1,4 @@
-"""Peers beside sctraj and the baselines, as one grid; a peer that is not installed is left out, with the reason.
+"""Compare peers with sctraj and the baselines in one grid; peers that are not installed are left out, with the reason.
 
 python -m benchmarks.peers.run --quick -o peers  # under a minute, small simulated cells: to see that it works
 python -m benchmarks.peers.run CELLS.h5ad --time-key day --n-dims 5 --seeds 2 --bootstraps 50 -o peers  # from the root
@@ -6,10 +6,10 @@ python -m benchmarks.peers.run cycle+effects --n-cells 1000 --only mioflow -o pe
 python -m benchmarks.peers.run --table peers other_folder  # the finished folders side by side
 python -m benchmarks.peers.run --table peers_* --metric energy  # the same, a line a data set
 
-Every peer has requirements of its own (requirements-*.txt beside this), which need not get along with each other's: run
-it in an environment each, with a folder each. Folds, half-samples and seeds are the same everywhere, so that a peer's
-rows in ``benchmark.csv`` can be put beside those of another folder for ``sctraj.benchmark.summary`` and ``paired``.
-Without CELLS it draws a small simulated data set, from which nothing follows.
+Every peer has its own requirements (requirements-*.txt in this folder), which may be incompatible with each other: run
+each peer in its own environment, with its own folder. Folds, half-samples and seeds are the same everywhere, so that a
+peer's rows in ``benchmark.csv`` can be combined with those of another folder for ``sctraj.benchmark.summary`` and
+``paired``. Without CELLS it draws a small simulated data set, which is not informative.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""torchcfm 1.0.7 in the benchmark's contract: its own matchers and network, and the loop of its single-cell example.
+"""torchcfm 1.0.7 as a method of the benchmark: its own matchers and network, and the loop of its single-cell example.
 
-Mini-batch couplings drawn at every step, one batch an interval; AdamW; an Euler integration of 100 steps from the
-snapshot before. As published the clock counts kept snapshots, so an interval has length one; the time to restore is at
+Mini-batch couplings are drawn at every step, one batch per interval; AdamW; an Euler integration of 100 steps from the
+snapshot before. As published, the clock counts kept snapshots, so an interval has length one; the time to restore is at
 its real fraction of the gap, not in the middle.
 """
 

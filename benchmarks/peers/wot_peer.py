@@ -1,6 +1,7 @@
-"""Waddington-OT 1.0.8 in the benchmark's contract: its transport map between the neighbours, and its interpolation.
+"""Waddington-OT 1.0.8 as a method of the benchmark: its transport map between the neighbours, and its interpolation.
 
-Defaults of wot (epsilon 0.05, lambda1 1, lambda2 50, no growth prior), on the coordinates as they are, no local PCA.
+The defaults of wot are used (epsilon 0.05, lambda1 1, lambda2 50, no growth prior), on the coordinates as they are,
+without local PCA.
 """
 
 from __future__ import annotations
