@@ -97,7 +97,7 @@ def _in_memory(values: Any, use_rep: str) -> np.ndarray:
 def read_rep(adata: AnnData, use_rep: str) -> np.ndarray:
     """Return a representation as a dense, finite n_obs x d array; ``"X"`` is the matrix itself.
 
-    Not a copy if it is dense, in memory and in this machine's byte order already; otherwise a new array.
+    Nothing is copied if it is already dense, in memory and in this machine's byte order; otherwise one copy is made.
     """
     values: Any = adata.X if use_rep == "X" else adata.obsm.get(use_rep)
     if values is None:

@@ -19,8 +19,8 @@ Cells
     limit theorem of W1 about its expectation, this variation falls as n^(-1/2) in any dimension (del Barrio & Loubes
     2019). If two laws are nearly the same, the U-statistics are degenerate and halves vary too much (by up to the root
     of 3): the interval is then too wide, never too narrow. For W1 it is a little too narrow, because between fewer
-    cells W1 has a higher floor and responds less to a shift. The interval of the difference between two methods with
-    the same expected W1 covered it in .9 of simulations (3 dimensions, 60 and 150 cells), that of their energy
+    cells W1 has a higher floor and responds less to a shift. For two methods with the same expected W1, the interval of
+    the difference covered the true one in .9 of simulations (3 dimensions, 60 and 150 cells), that of their energy
     distances in .945 to .955. What an interval covers is the distance expected between as many cells as there are,
     which for W1 is larger than the distance between the laws.
 

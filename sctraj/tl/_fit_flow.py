@@ -77,8 +77,8 @@ def fit_flow(
         population may grow or shrink relative to each other. ``"ot-cfm"``: by exact optimal transport; mass is
         conserved. ``"i-cfm"``: at random. ``"sb-cfm"``: by a Schroedinger bridge; also gives a score, and so a
         stochastic flow. ``"vp-cfm"``: at random, along variance-preserving paths. The default is the most accurate
-        where one of four or more snapshots is left out. Where one of three is, ``"sb-cfm"`` is the most accurate, and
-        cells that are followed once round a cycle stay on it best with ``"ot-cfm"``.
+        where one of four or more snapshots is left out; where one of three is left out, ``"sb-cfm"`` is. Cells that are
+        followed once round a cycle stay on it best with ``"ot-cfm"``.
     path
         Shape of the paths, for the first three methods. ``"hermite"``: cubic curves that pass through each cell at a
         velocity measured from its kin before and after; turns of the whole population are damped where they come and
@@ -101,16 +101,16 @@ def fit_flow(
         Width of the probability path, in units of the representation (for ``"sb-cfm"``, per square root of time). By
         default, a fixed fraction of the root mean square displacement between snapshots. A single cell far from all
         others can make this large: cells more than 100 times the median distance from their snapshot's median are
-        logged. For a neural field of ``"uot-cfm"``, paths are then made wider (by the ``spreads``, see Returns)
+        logged. For a neural field of ``"uot-cfm"``, paths are then made wider (by ``spreads`` in ``params``)
         according to how far apart cells are, so that the field also learns what to do between them; if there are only
         two snapshots, they are as wide as Brownian bridges. A sigma that is given is the whole width: one taken from an
         earlier fit's ``params`` gives narrower paths than that fit had.
     block
         Number of cells per snapshot in a block. Two snapshots with more cells than this (geometric mean of both) are
-        coupled block by block by ``"uot-cfm"`` and ``"ot-cfm"``, and so are the kin found for curved paths; at most
-        6,000 cells of each snapshot (or one block) take part. What is done is logged. By default, snapshots of up to
-        1,500 cells (3,000 for ``"ot-cfm"``) are coupled whole, and larger ones in blocks of at most 1,000 (3,000).
-        Larger blocks come closer to optimal transport; their time grows as their size squared or faster.
+        coupled block by block by ``"uot-cfm"`` and ``"ot-cfm"``, and kin for curved paths are found in this way too. At
+        most 6,000 cells of each snapshot (or one block) take part. What is done is logged. By default, snapshots of up
+        to 1,500 cells (3,000 for ``"ot-cfm"``) are coupled whole, and larger ones in blocks of at most 1,000 (3,000).
+        Larger blocks come closer to optimal transport; the time grows as their size squared or faster.
     module
         Your own network instead of the built-in one. It maps standardised times ``(B, 1)`` and points ``(B, d)`` to
         ``(B, d)``, or to ``(B, 2 d)`` (velocity, score) for ``"sb-cfm"``, or to ``(B, d + 1)`` (velocity, growth) for
