@@ -1,16 +1,16 @@
-"""How right the fates of single cells are, on simulated courses whose truth is known.
+"""Compare the fates of single cells with the truth, on simulated courses.
 
 python benchmarks/fates.py --quick             # 10 s: one small data set, from which nothing follows
 python benchmarks/fates.py --jobs 2            # the table of docs/benchmarks.md
 
-Of the families with two fates. A cell's true fate is the side it is on at the last time when its latent state is moved
-there by the true dynamics (where these diffuse the share of 50 such moves). The figure is the Brier score: the mean
-square of found less true probability, over the cells of a snapshot, then over all but the last snapshot, then over
-draws; 0 is perfect. Beside the flows stand *chained plans*, the entropic plans of consecutive snapshots one after the
-other, as Waddington-OT and moscot follow cells, and the same with soft marginals, both averaged over cells near to each
-other as `tl.fates` does (which makes them better); *end shares*: every cell is given the
-shares of the sides at the last time; *cells like it*: the mean true fate of the 25 nearest cells of the same snapshot,
-which is about the best that noisy coordinates allow.
+It uses the families with two fates. A cell's true fate is the side it is on at the last time, after its latent state is
+moved there by the true dynamics (with diffusion, the share in 50 such moves). The figure is the Brier score: the mean
+square of found minus true probability, over the cells of a snapshot, then over all but the last snapshot, then over
+draws; 0 is perfect. The flows are compared with *chained plans*, the entropic plans of consecutive snapshots one after
+the other, as Waddington-OT and moscot follow cells, and the same with soft marginals, both averaged over neighbouring
+cells as `tl.fates` does, which makes them better; with *end shares*, where every cell is given the shares of the sides
+at the last time; and with *cells like it*, the mean true fate of the 25 nearest cells of the same snapshot, which is
+about the best that noisy coordinates allow.
 """
 
 from __future__ import annotations
