@@ -29,7 +29,7 @@ NEIGHBOURS = 5  # the bandwidth is the distance to the 5th nearest path point
 FLOOR = 0.05  # smallest bandwidth, as a fraction of the interval's rms displacement
 TILE = 2**22  # queries times pairs handled at once on a CPU
 TILE_ON_GPU = 2**26  # on a GPU, which dozens of queries still fill if there are a million pairs
-BLOCK = 64  # pairs among which the smallest distance is found first
+COLUMNS = 64  # pairs in a block of which the smallest distance is found first
 KINDS = {kind.__name__: kind for kind in (Straight, Hermite, BrownianBridge, Trigonometric, MetricPath)}
 
 
@@ -302,12 +302,12 @@ def _nearest(distance2: Tensor, k: int) -> Tensor:
     The ``k`` smallest are in those ``k`` blocks of columns whose minima are smallest, so only these are searched.
     """
     m = distance2.shape[1]
-    whole = m // BLOCK * BLOCK
-    if whole <= k * BLOCK:
+    whole = m // COLUMNS * COLUMNS
+    if whole <= k * COLUMNS:
         return distance2.topk(min(k, m), largest=False).values[:, -1:]
-    blocks = distance2[:, :whole].unflatten(1, (-1, BLOCK))
+    blocks = distance2[:, :whole].unflatten(1, (-1, COLUMNS))
     best = blocks.amin(2).topk(k, largest=False).indices
-    near = blocks.gather(1, best[:, :, None].expand(-1, -1, BLOCK)).flatten(1)
+    near = blocks.gather(1, best[:, :, None].expand(-1, -1, COLUMNS)).flatten(1)
     return torch.cat([near, distance2[:, whole:]], 1).topk(k, largest=False).values[:, -1:]
 
 

@@ -35,7 +35,9 @@ STRAIGHT_FRACTION = 0.1
 BRIDGE_FRACTION = 0.3
 HELD_BACK = 0.1  # fraction of each snapshot's cells, if early stopping is asked for
 DISPLACEMENT_CELLS = 1000  # at most so many cells a side are used to estimate the displacement
-SLOW = 1 / 16  # tempo of a network on growing plans: the faster, the more it learns what is peculiar to one snapshot
+SLOW_TEMPO = (
+    1 / 16
+)  # tempo of a network on growing plans: the faster, the more it learns what is peculiar to one snapshot
 ROUNDS = 2  # of finding velocities and pairing by them; further rounds changed little
 LONG = 8.0  # over longer intervals, in shorter gaps beside them, velocities count less; at 6 they still tell
 DATA_SEED = 0  # of the cells held back, which belong to the data and are the same for all members
@@ -90,7 +92,7 @@ class Problem:
         course. Such a field need not hit every kept snapshot. For the other methods, whose fields are held to what they
         are defined by, it is 1.
         """
-        return SLOW if self.grows else 1.0
+        return SLOW_TEMPO if self.grows else 1.0
 
     @property
     def farther(self) -> float:

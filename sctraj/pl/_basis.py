@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,13 +27,6 @@ class Basis(NamedTuple):
     cells: np.ndarray  # n_obs x 2
     labels: tuple[str, str]
     is_embedding: bool  # a space other than the flow's, whose units mean nothing
-
-
-def fit_params(adata: AnnData, key: str) -> Mapping[str, Any]:
-    """Return the parameters of a fit; raise a KeyError that says to run `tl.fit_flow` if there is none."""
-    if key not in adata.uns or "params" not in adata.uns[key]:
-        raise KeyError(f"adata.uns[{key!r}] holds no fit. Run sctraj.tl.fit_flow(adata, ..., key_added={key!r}) first.")
-    return adata.uns[key]["params"]
 
 
 def find_basis(adata: AnnData, basis: str | None, *, dims: tuple[int, int], use_rep: str) -> Basis:

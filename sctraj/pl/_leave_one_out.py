@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.colors import Normalize
 
 from sctraj import get
-from sctraj._adata import FLOW, LEAVE_ONE_OUT, PROTOCOL, W1
+from sctraj._adata import PROTOCOL, W1, table_name
 
 from ._basis import find_basis
 from ._cells import GREY, axes_or_new, color_bar, draw_points, legend_beside, legend_dot, make_room, palette, time_label
@@ -109,7 +109,7 @@ def leave_one_out(
             _draw_method(ax, table[table["method"] == name], name, color, marker)
     if metric == "variance_ratio":
         ax.axhline(1.0, color=GREY, lw=1, zorder=0)
-    _finish(ax, np.sort(table["time"].unique()), time_label(adata, adata.uns[_protocol_name(key)]["time_key"]), metric)
+    _finish(ax, np.sort(table["time"].unique()), time_label(adata, adata.uns[_protocol(key)]["time_key"]), metric)
     return ax
 
 
@@ -117,10 +117,6 @@ def _check(what: str, found: str, valid: object) -> None:
     valid = [str(one) for one in valid]  # type: ignore[attr-defined]
     if found not in valid:
         raise ValueError(f"{what}={found!r} should be one of {valid}.")
-
-
-def _protocol_name(key: str) -> str:
-    return PROTOCOL.format(table=LEAVE_ONE_OUT if key == FLOW else f"{key}_{LEAVE_ONE_OUT}")
 
 
 def _draw_noise(ax: Axes, table: pd.DataFrame) -> None:
@@ -195,10 +191,14 @@ def _draw_map(adata: AnnData, method: str | None, basis: str | None, key: str, a
     return ax
 
 
+def _protocol(key: str) -> str:
+    return PROTOCOL.format(table=table_name(key))
+
+
 def _use_rep(adata: AnnData, basis: str | None, key: str) -> str:
     """Return the representation in which cells were judged; `tl.leave_one_out` does not require a stored fit."""
-    records = [adata.uns.get(_protocol_name(key), {}), adata.uns.get(key, {}).get("params", {})]
+    records = [adata.uns.get(_protocol(key), {}), adata.uns.get(key, {}).get("params", {})]
     found = next((str(record["use_rep"]) for record in records if "use_rep" in record), basis)
     if found is None:
-        raise KeyError(f"Neither adata.uns[{key!r}] nor adata.uns[{_protocol_name(key)!r}] names use_rep; give basis=.")
+        raise KeyError(f"Neither adata.uns[{key!r}] nor adata.uns[{_protocol(key)!r}] names use_rep; give basis=.")
     return found

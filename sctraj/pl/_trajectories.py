@@ -9,9 +9,9 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 
 from sctraj import get
-from sctraj._adata import check_cells
+from sctraj._adata import check_cells, stored
 
-from ._basis import Basis, find_basis, fit_params, projection
+from ._basis import Basis, find_basis, projection
 from ._cells import (
     axes_or_new,
     check_color,
@@ -94,7 +94,7 @@ def trajectories(
     """
     if not isinstance(n_cells, Integral) or n_cells < 0:
         raise ValueError(f"n_cells={n_cells!r} should be a whole number of at least 0, of cells to show the paths of.")
-    params = fit_params(adata, key)
+    params = stored(adata, key)["params"]
     check_color(adata, color)
     check_cells(adata, key)
     time_key = params["time_key"]

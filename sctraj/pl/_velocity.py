@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from sctraj import get
-from sctraj._adata import VELOCITY, check_cells
+from sctraj._adata import VELOCITY, check_cells, stored
 
-from ._basis import find_basis, fit_params, project_velocity, projection, thin
+from ._basis import find_basis, project_velocity, projection, thin
 from ._cells import axes_or_new, check_color, draw_cells, ink, make_room, shrinkage, time_range, times_of
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def velocity(
         raise ValueError(f"density={density!r} should be a number above 0; 1 is the default, 2 draws twice as many.")
     if not (isinstance(min_mass, Real) and 0 <= min_mass <= 1):
         raise ValueError(f"min_mass={min_mass!r} should be a fraction from 0 to 1; 0.03 is the default.")
-    params = fit_params(adata, key)
+    params = stored(adata, key)["params"]
     check_color(adata, color)
     check_cells(adata, key)
     plane = find_basis(adata, basis, dims=dims, use_rep=params["use_rep"])

@@ -184,7 +184,7 @@ def test_one_pass_over_the_tiles_gives_the_soft_minima_of_both_sides(monkeypatch
     interval.x1[4] *= -30.0
     interval.mass1[[0, 7]] = 0.0
     log_a, log_b = interval.mass0.log(), (interval.mass1 / interval.mass1.sum()).log()
-    monkeypatch.setattr(kernel, "WHOLE", 100)
+    monkeypatch.setattr(kernel, "MOST_KEPT", 100)
     tiled = kernel.Kernel(interval.x0, interval.x1, log_a, log_b)
     tiled.rounding = rounding
     made = []
@@ -221,7 +221,7 @@ def test_float32_is_taken_only_where_its_rounding_may_pass():
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-8])
 def test_a_plan_in_tiles_keeps_the_marginals_that_it_says(monkeypatch, tolerance):
     interval = make_interval(200, 150, weighted=True)
-    monkeypatch.setattr(kernel, "WHOLE", 1000)
+    monkeypatch.setattr(kernel, "MOST_KEPT", 1000)
     plan = entropic(interval, epsilon=0.2, tolerance=tolerance)
     matrix = plan.matrix()
     rounding = sinkhorn.ROUNDING * tolerance  # what float32 may add
@@ -378,14 +378,14 @@ def test_soft_marginals_need_no_way_down_to_a_blunt_epsilon(monkeypatch, passes,
 @pytest.mark.parametrize("seed", [3, 4, 7])
 def test_extrapolation_does_not_lead_astray_where_many_cells_are_at_few_places(monkeypatch, seed, whole):
     interval = at_few_places(seed)
-    monkeypatch.setattr(kernel, "WHOLE", whole)
+    monkeypatch.setattr(kernel, "MOST_KEPT", whole)
     scale = sinkhorn.prepare(interval, None).scale
     for fraction in (1e-2, 3e-3, 1e-3, 1e-4, 1e-5):
         assert entropic(interval, epsilon=fraction * scale, max_iterations=100).marginal_error < 1e-3
 
 
 def test_a_cell_whose_mass_is_no_float32_is_met_in_tiles(monkeypatch):
-    monkeypatch.setattr(kernel, "WHOLE", 1)
+    monkeypatch.setattr(kernel, "MOST_KEPT", 1)
     x0, x1 = torch.zeros(1, 1).double(), torch.tensor([[0.0], [10.0]]).double()
     found = kernel.Kernel(x0, x1, torch.zeros(1).double(), torch.tensor([1e-50, 1.0], dtype=torch.float64).log())
     found.rounding = 1e-3
@@ -411,7 +411,7 @@ def test_cells_without_mass_far_from_all_that_have_some_do_no_harm(monkeypatch, 
         mass0=torch.cat([torch.zeros(10).double(), few.mass0]),
         mass1=torch.cat([torch.zeros(10).double(), few.mass1]),
     )
-    monkeypatch.setattr(kernel, "WHOLE", whole)
+    monkeypatch.setattr(kernel, "MOST_KEPT", whole)
     made, columns = [], kernel.TiledPlan.columns
     monkeypatch.setattr(kernel.TiledPlan, "columns", lambda self, u: made.append(columns(self, u)) or made[-1])
     plan, without = solved(interval, penalty, 0.02), solved(few, penalty, 0.02)
@@ -476,7 +476,7 @@ def test_tiled_entropic_equals_whole(monkeypatch, whole):
     interval = make_interval(60, 45, weighted=True)
     kept = entropic(interval, epsilon=0.2, tolerance=1e-8)
     assert kept.cumulative is not None
-    monkeypatch.setattr(kernel, "WHOLE", whole)
+    monkeypatch.setattr(kernel, "MOST_KEPT", whole)
     tiled = entropic(interval, epsilon=0.2, tolerance=1e-8)
     assert tiled.cumulative is None
     assert tiled.n_iterations == kept.n_iterations
@@ -531,7 +531,7 @@ COUPLINGS = {
 @pytest.fixture(params=list(COUPLINGS))
 def coupling(request, monkeypatch):
     if request.param == "entropic-tiled":
-        monkeypatch.setattr(kernel, "WHOLE", 16)
+        monkeypatch.setattr(kernel, "MOST_KEPT", 16)
     return COUPLINGS[request.param]
 
 

@@ -150,7 +150,7 @@ def test_simulation_stays_on_the_device():
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_plans_are_those_of_a_cpu(monkeypatch, whole):
-    monkeypatch.setattr(kernel, "WHOLE", 2**24 if whole else 1000)
+    monkeypatch.setattr(kernel, "MOST_KEPT", 2**24 if whole else 1000)
     interval = snapshots().intervals()[0]
     pairs = []
     for device in (GPU, CPU):
@@ -166,7 +166,7 @@ def test_plans_are_those_of_a_cpu(monkeypatch, whole):
 @pytest.mark.parametrize("whole", [True, False])
 def test_entropic_pairs_are_drawn_on_the_device(monkeypatch, whole):
     plan = entropic(snapshots().intervals()[0], epsilon=0.5, device=GPU)
-    monkeypatch.setattr(kernel, "WHOLE", 2**24 if whole else 1000)
+    monkeypatch.setattr(kernel, "MOST_KEPT", 2**24 if whole else 1000)
     i, j = plan.sample(200_000, torch.Generator(GPU).manual_seed(0))
     drawn = torch.zeros(120, 150, dtype=torch.float64, device=GPU)
     drawn.index_put_((i, j), torch.full_like(i, 1 / len(i), dtype=torch.float64), accumulate=True)
@@ -187,7 +187,7 @@ def test_entropic_plans_are_solved_on_the_device_and_come_back(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second CUDA device")
 def test_the_second_device_serves_as_the_first(monkeypatch):
-    monkeypatch.setattr(kernel, "WHOLE", 1000)
+    monkeypatch.setattr(kernel, "MOST_KEPT", 1000)
     second = torch.device("cuda:1")
     made, _ = problems("sb-cfm", device=second)
     found = fit(made, validation=[], training=TRAINING, device=second, dtype=torch.float32, progress=False)

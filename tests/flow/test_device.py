@@ -135,7 +135,7 @@ def test_training_never_leaves_the_device_nor_waits(method):
 
 
 def test_training_draws_rows_of_a_large_entropic_plan_without_waiting(monkeypatch):
-    monkeypatch.setattr(kernel, "WHOLE", 20)
+    monkeypatch.setattr(kernel, "MOST_KEPT", 20)
     assert trained("sb-cfm") == {GPU}
 
 
@@ -287,7 +287,7 @@ PLANS = {
 @pytest.mark.parametrize("name", PLANS)
 def test_pairs_are_drawn_without_waiting(monkeypatch, name, whole):
     plan = PLANS[name](problems("ot-cfm")[0].snapshots.intervals()[0])
-    monkeypatch.setattr(kernel, "WHOLE", 2**24 if whole else 20)
+    monkeypatch.setattr(kernel, "MOST_KEPT", 2**24 if whole else 20)
     plan = to_device(plan, GPU)
     with Watched():
         i, j = plan.sample(50, torch.Generator())
@@ -298,7 +298,7 @@ def test_pairs_are_drawn_without_waiting(monkeypatch, name, whole):
 @pytest.mark.parametrize("whole", [True, False])
 def test_what_sinkhorn_multiplies_by_stays_on_the_device(monkeypatch, whole):
     """Its loop itself waits, by design: it ends where the error is small."""
-    monkeypatch.setattr(kernel, "WHOLE", 2**24 if whole else 20)
+    monkeypatch.setattr(kernel, "MOST_KEPT", 2**24 if whole else 20)
     ends = [torch.zeros(n, 3, dtype=torch.float64, device=GPU) for n in (12, 15)]
     log_masses = [torch.zeros(len(x), dtype=torch.float64, device=GPU) for x in ends]
     with Watched():

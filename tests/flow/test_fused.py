@@ -26,7 +26,7 @@ if DEVICE.type == "cpu":
 @pytest.fixture
 def fused(monkeypatch):
     """Kernels that do not fit are fused, wherever they are, in float32 whatever the rounding."""
-    monkeypatch.setattr(kernel, "WHOLE", 20)
+    monkeypatch.setattr(kernel, "MOST_KEPT", 20)
     monkeypatch.setattr(kernel.Kernel, "_fused", lambda self, epsilon: self.kept is None)
 
 
@@ -63,7 +63,7 @@ def test_plans_are_those_of_a_kernel_that_is_kept(monkeypatch, fused, d):
         entropic(interval, epsilon=0.5, tolerance=1e-5, device=DEVICE),
         unbalanced(interval, epsilon=0.5, penalty=3.0, tolerance=1e-5, device=DEVICE),
     ]
-    monkeypatch.setattr(kernel, "WHOLE", 2**24)
+    monkeypatch.setattr(kernel, "MOST_KEPT", 2**24)
     expected = [
         entropic(interval, epsilon=0.5, tolerance=1e-8),
         unbalanced(interval, epsilon=0.5, penalty=3.0, tolerance=1e-8),
@@ -91,7 +91,7 @@ def test_plans_as_linear_maps_are_those_of_tiles(monkeypatch, fused, d):
 
 
 def test_more_coordinates_than_fit_are_left_to_tiles(monkeypatch):
-    monkeypatch.setattr(kernel, "WHOLE", 20)
+    monkeypatch.setattr(kernel, "MOST_KEPT", 20)
     monkeypatch.setattr(kernel, "_fuses", lambda device: True)
     made = {}
     for d in (64, 65):

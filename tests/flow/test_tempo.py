@@ -10,7 +10,7 @@ import torch
 
 from sctraj.flow import problem
 from sctraj.flow.flow_matching import Training, fit
-from sctraj.flow.problem import METHODS, SLOW, make_problems
+from sctraj.flow.problem import METHODS, SLOW_TEMPO, make_problems
 from sctraj.flow.snapshots import Snapshots
 from sctraj.flow.vector_field import MLP, NeuralField, VectorField
 
@@ -34,7 +34,7 @@ def problems(method: str):
 @cache
 def fitted(tempo: float) -> VectorField:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(problem, "SLOW", tempo)
+        patch.setattr(problem, "SLOW_TEMPO", tempo)
         made = problems("uot-cfm")
         return fit(made, validation=[], training=TRAINING, device=torch.device("cpu"), dtype=torch.float64,
                    progress=False).vector_field  # fmt: skip
@@ -46,7 +46,7 @@ def speeds(field: VectorField) -> np.ndarray:
 
 
 def test_an_age_that_is_off_changes_the_speed_less_at_a_slow_tempo():
-    slow, full = (np.ptp(speeds(fitted(tempo))) for tempo in (SLOW, 1.0))
+    slow, full = (np.ptp(speeds(fitted(tempo))) for tempo in (SLOW_TEMPO, 1.0))
     assert full > 1  # of the plans' 2 (1 + LATE) against 2 (1 - LATE)
     assert slow < 0.75 * full
 
@@ -54,7 +54,7 @@ def test_an_age_that_is_off_changes_the_speed_less_at_a_slow_tempo():
 @pytest.mark.parametrize("method", METHODS)
 def test_only_growing_plans_slow_the_clock(method):
     (made,) = problems(method)
-    assert made.tempo == (SLOW if method == "uot-cfm" else 1)
+    assert made.tempo == (SLOW_TEMPO if method == "uot-cfm" else 1)
 
 
 def test_a_tempo_is_a_factor_of_time_for_each_member():
@@ -66,7 +66,7 @@ def test_a_tempo_is_a_factor_of_time_for_each_member():
 
 
 def test_a_stored_field_keeps_its_tempo():
-    field = fitted(SLOW)
+    field = fitted(SLOW_TEMPO)
     again = NeuralField.from_arrays(field.to_arrays())
     assert speeds(again).tolist() == speeds(field).tolist()
-    assert float(again.network.tempo) == SLOW
+    assert float(again.network.tempo) == SLOW_TEMPO

@@ -167,7 +167,7 @@ def test_tiles_give_the_whole(monkeypatch, whole, rounding, tolerance):
     interval = with_empty_cells(make_interval(60, 45))
     monkeypatch.setattr(sinkhorn, "ROUNDING", rounding)
     kept = unbalanced(interval, epsilon=0.2, penalty=4.0, tolerance=tolerance)
-    monkeypatch.setattr(kernel, "WHOLE", whole)
+    monkeypatch.setattr(kernel, "MOST_KEPT", whole)
     tiled = unbalanced(interval, epsilon=0.2, penalty=4.0, tolerance=tolerance)
     assert not kernel.fits(tiled.x0, tiled.x1)
     assert rounding or tiled.n_iterations == kept.n_iterations

@@ -15,7 +15,7 @@ from ..exponential import exp_
 
 logger = logging.getLogger(__name__)
 
-WHOLE = 2**24  # entries: a matrix up to this size is kept (128 MiB in float64), a larger one is computed row by row
+MOST_KEPT = 2**24  # entries: a matrix up to this size is kept (128 MiB in float64), a larger one is computed row by row
 TILE = 2**20  # entries handled at once on a CPU: what its caches hold
 FEWEST = 8  # rows of a tile, at least, as each tile reads all of the other side
 REACH = 100.0  # potentials that exceed the absorbed ones by more epsilons than this are absorbed instead
@@ -59,16 +59,16 @@ class Room:
 
 def fits(x0: Tensor, x1: Tensor) -> bool:
     """Say whether a matrix of all pairs is small enough to be kept."""
-    return len(x0) * len(x1) <= WHOLE
+    return len(x0) * len(x1) <= MOST_KEPT
 
 
 def split(cells: Tensor, n: int) -> tuple[Tensor, ...]:
-    """Split cells such that each part against ``n`` others has at most ``WHOLE`` entries, fewer on a CPU."""
+    """Split cells such that each part against ``n`` others has at most ``MOST_KEPT`` entries, fewer on a CPU."""
     return cells.split(_rows(cells.device, n))
 
 
 def _rows(device: torch.device, n: int) -> int:
-    rows = WHOLE // n
+    rows = MOST_KEPT // n
     return max(1, min(rows, max(TILE // n, FEWEST)) if device.type == "cpu" else rows)
 
 

@@ -27,7 +27,7 @@ NEAR = 1e-2  # error at which the sample is solved: its potentials are off by th
 MEMORY = 3  # previous iterations from which the next is extrapolated
 FARTHEST = 30.0  # in epsilons: a potential is extrapolated by at most this
 ROUNDING = 0.05  # float32 will do for a relative error of a plan's entry of this times the current error or tolerance
-SLOW = 0.1  # if more than this part of the error is left after `newton_every` iterations, Newton steps are taken
+TOO_SLOW = 0.1  # if more than this part of the error is left after `newton_every` iterations, Newton steps are taken
 CONJUGATE_GRADIENTS = 50  # at most so many iterations within a Newton step
 SHARPEST = 1e-6  # an epsilon below this fraction of the mean cost is refused: rounding would dominate
 
@@ -132,7 +132,7 @@ def sinkhorn(
                 if mix is None:
                     g = _newton(kernel, f, g, eps, penalty)
                     continue
-                if error > SLOW * mark:  # extrapolation did not help: start again without it
+                if error > TOO_SLOW * mark:  # extrapolation did not help: start again without it
                     g, mix = start, None
                     continue
                 mark = error
