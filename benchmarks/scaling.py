@@ -41,14 +41,16 @@ STEPS = {
     "trajectories": lambda adata, options: tl.trajectories(
         adata, times=np.linspace(*adata.obs["time"].agg(["min", "max"]), N_TIMES), **options
     ),
+    "fates": lambda adata, options: tl.fates(adata, "side", **options),
     "leave_one_out": lambda adata, options: tl.leave_one_out(adata, n_seeds=1, **options),
 }
 
 
 def simulated(n: int) -> anndata.AnnData:
-    """Draw the high-dimensional course at ten times, the representation and its times alone."""
+    """Draw the high-dimensional course at ten times: the representation, times, and the side of the branch alone."""
     course = datasets.simulated_course("high-dimensional", n, times=np.linspace(0, 4, N_SNAPSHOTS))
-    return anndata.AnnData(obs=course.obs[["time"]], obsm={"X_pca": course.obsm["X_pca"]})
+    obs = course.obs[["time"]].assign(side=np.where(course.obsm["X_latent"][:, 1] > 0, "one", "other"))
+    return anndata.AnnData(obs=obs, obsm={"X_pca": course.obsm["X_pca"]})
 
 
 class Peak:
@@ -96,7 +98,7 @@ def child(step: str, path: Path, options: dict[str, int | str], threads: int, pr
         profiler.disable()
         seconds = time.perf_counter() - began
     if step == "fit_flow":
-        adata.write_h5ad(path)  # which trajectories need
+        adata.write_h5ad(path)  # which trajectories and fates need
     representation = adata.n_obs * N_DIMS * 4
     row = {"step": step, "cells": adata.n_obs, "seconds": seconds, "bytes": peak.highest - peak.before}
     on_gpu = torch.cuda.max_memory_allocated() if options["device"] == "cuda" else 0
@@ -142,7 +144,7 @@ def main() -> None:
             path = Path(folder) / "cells.h5ad"
             simulated(n).write_h5ad(path)
             for step in STEPS:
-                if step not in args.steps and not (step == "fit_flow" and "trajectories" in args.steps):
+                if step not in args.steps and not (step == "fit_flow" and {"trajectories", "fates"} & {*args.steps}):
                     continue
                 row = measured(step, path, args)
                 smaller = next((r for r in reversed(rows) if r["step"] == step), None)

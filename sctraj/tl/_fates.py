@@ -13,6 +13,7 @@ from sklearn.neighbors import NearestNeighbors
 from .. import _adata
 from .._log import logger
 from .._memory import size_of
+from ..flow.clouds import evenly
 from ..flow.flow_matching import pick_device
 from ..flow.integrate import Field, Solver
 from ._field import check_module
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 SLAB = 2**28  # bytes of moved cells held at once
+MOST_ASKED = 20_000  # cells of a snapshot, evenly chosen, among which nearest ones are sought
 
 
 def fates(
@@ -62,7 +64,8 @@ def fates(
         A snapshot's time; None is the last one's.
     n_neighbors
         How many of the nearest cells are asked, at either end: more give smoother and more cautious probabilities,
-        and blur groups that are smaller than this. All cells, if there are fewer.
+        and blur groups that are smaller than this. All cells, if there are fewer; of a snapshot of more than 20,000
+        cells so many, evenly chosen, can be asked.
     n_draws
         Follow so many samples of every cell's path in the stochastic flow instead (``"sb-cfm"`` only).
     solver, n_steps, tolerance
@@ -162,7 +165,6 @@ def _followed(
     own[codes < 0] = np.nan
     there, to = cells.snapshots.points[end].numpy(), cells.snapshots.times[end]
     known = np.flatnonzero(codes >= 0)
-    labelled = _neighbours(there[known], n_neighbors)
     members, d = len(field.scale), there.shape[1]
     at_once = max(1, SLAB // size_of((n_draws, members, d), "float32"))
 
@@ -177,11 +179,10 @@ def _followed(
             start = part.to(field.scale).expand(members, *part.shape)
             moved = torch.stack([move(start, t, to).points for _ in range(n_draws)]).flatten(0, 1).cpu().numpy()
             first.append(moved[0])
-            nearest = labelled.kneighbors(moved.reshape(-1, d), return_distance=False)
+            nearest = _nearest(moved.reshape(-1, d), there[known], n_neighbors)
             votes = _means(own[known], nearest)  # (draws x members x cells, groups)
             shares.append(votes.reshape(len(moved), len(part), groups).mean(0))
-        here = points.numpy()
-        alike = _neighbours(here, n_neighbors).kneighbors(here, return_distance=False)  # each cell among its own
+        alike = _nearest(points.numpy(), points.numpy(), n_neighbors)
         probabilities.append(_means(np.concatenate(shares), alike))
         ends.append(np.concatenate(first))
     return _adata.write_by_cell(cells, probabilities), _adata.write_by_cell(cells, ends)
@@ -195,9 +196,11 @@ def _means(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return total / rows.shape[1]
 
 
-def _neighbours(cells: np.ndarray, n: int) -> NearestNeighbors:
-    """Return what finds the ``n`` nearest of these cells ``(m, d)``, or all of fewer."""
-    return NearestNeighbors(n_neighbors=min(n, len(cells))).fit(cells)
+def _nearest(x: np.ndarray, cells: np.ndarray, k: int) -> np.ndarray:
+    """Return the numbers of the ``k`` cells nearest to each point ``(n, d)``, all if they are fewer; ``(n, k)``."""
+    asked = evenly(len(cells), MOST_ASKED).numpy()
+    finder = NearestNeighbors(n_neighbors=min(k, len(asked))).fit(cells[asked])
+    return asked[finder.kneighbors(x, return_distance=False)]
 
 
 def _snapshot_at(time: float | None, times: tuple[float, ...]) -> int:
