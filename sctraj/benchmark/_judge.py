@@ -10,14 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
-from ..flow.distance import (
-    LARGEST_EXACT,
-    estimated_wasserstein,
-    median_distance,
-    sinkhorn_divergence,
-    variance_ratio,
-)
-from ..flow.pairwise_estimates import estimated_pairwise
+from ..flow.distance import LARGEST_EXACT, median_distance, sinkhorn_divergence
+from ..flow.judgement import distances
 from ._course import Course, Prepared
 from ._methods import Cloud
 from ._representation import Array, to_common
@@ -170,27 +164,12 @@ def measure(judge: Judge, one: Restored, bootstraps: int) -> Iterator[dict[str, 
 
 
 def _distances(judge: Judge, *, divergence: bool) -> dict[str, _Value]:
+    """Return the distances of `flow.judgement`, and the metrics that only benchmarks have."""
     x, y, mass, width = judge.restored, judge.observed, judge.mass, judge.width
-    uneven = np.ptp(mass) >= 1e-12
-    # one pass over all pairs serves all distances that are means over pairs, with both weightings
-    pairwise, about_mean = estimated_pairwise(
-        x, y, bandwidth=width, weights_x=[mass, None] if uneven else [mass], weights_y=None, rng=0, within_y=None
-    )
-    estimates = {
-        "w1": estimated_wasserstein(x, y, weights_x=mass),
-        "w2": estimated_wasserstein(x, y, p=2, weights_x=mass),
-        "mmd": pairwise[0].mmd,
-        "energy": pairwise[0].energy,
-        "energy_about_mean": about_mean,
-    }
+    estimates = distances(x, y, weights_x=mass, bandwidth=width)
     found = {name: _Value(one.value, one.error) for name, one in estimates.items()}
     if divergence and max(len(x), len(y)) <= LARGEST_EXACT:
         found["sinkhorn"] = _Value(_divergence(x, y, EPSILON * width**2, mass), 0.0)
-    found["variance_ratio"] = _Value(variance_ratio(x, y, weights_x=mass), 0.0)
-    unweighted = {name: estimates[name] for name in ("w1", "energy")}
-    if uneven:
-        unweighted = {"w1": estimated_wasserstein(x, y), "energy": pairwise[1].energy}
-    found |= {f"{name}_unweighted": _Value(one.value, one.error) for name, one in unweighted.items()}
     if judge.shares is not None and judge.true_labels is not None:
         off = np.abs(mass @ judge.shares - judge.true_labels.mean(axis=0)).sum() / 2  # total variation
         found[COMPOSITION] = _Value(float(off), 0.0)
