@@ -90,63 +90,82 @@ def sinkhorn(
     iterations at the last epsilon are extrapolated; if that does not help, they start again as plain ones with Newton
     steps. The caller checks whether ``error`` is below ``tolerance``.
     """
+    how = _Settings(epsilon, penalty, tolerance, max_iterations, newton_every)
     held = [log_m > -math.inf for log_m in (ends.log_a, ends.log_b)]
-    if not all(bool(cells.all()) for cells in held):
-        few = replace(
-            ends, x0=ends.x0[held[0]], x1=ends.x1[held[1]], log_a=ends.log_a[held[0]], log_b=ends.log_b[held[1]]
-        )
-        found = sinkhorn(
-            few, epsilon=epsilon, penalty=penalty, tolerance=tolerance, max_iterations=max_iterations,
-            newton_every=newton_every,
-        )  # fmt: skip
-        return _extended(found, few, ends, held, epsilon, penalty)
-    log_a, log_b = ends.log_a, ends.log_b
-    # soft marginals keep potentials small, so they are found from zero unless epsilon is small
-    blunt = penalty <= SOFT * ends.scale <= SOFT * BLUNT * epsilon
-    g, epsilons = torch.zeros_like(log_b), [epsilon] if blunt else annealing(ends.scale, epsilon)
-    iterations, error = 0, math.inf
-    if max(len(log_a), len(log_b)) > 2 * SAMPLE:
+    if all(bool(cells.all()) for cells in held):
+        return _solve(ends, how)
+    few = replace(ends, x0=ends.x0[held[0]], x1=ends.x1[held[1]], log_a=ends.log_a[held[0]], log_b=ends.log_b[held[1]])
+    return _extended(_solve(few, how), few, ends, held, epsilon, penalty)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What `sinkhorn` is asked for."""
+
+    epsilon: float
+    penalty: float
+    tolerance: float
+    max_iterations: int
+    newton_every: int
+
+
+def _solve(ends: Ends, how: _Settings) -> Potentials:
+    """Find the potentials of cells that all have mass: from a sample of many cells, else by annealing."""
+    if max(len(ends.log_a), len(ends.log_b)) > 2 * SAMPLE:
         some = _sample(ends)
-        near = sinkhorn(
-            some, epsilon=epsilon, penalty=penalty, tolerance=max(tolerance, NEAR), max_iterations=max_iterations,
-            newton_every=newton_every,
-        )  # fmt: skip
-        across = Kernel(some.x0, ends.x1, some.log_a, log_b, keep=False)
-        g, epsilons = _softness(penalty, epsilon) * across.soft_minimum(near.f, epsilon, rows=False), [epsilon]
-    kernel = Kernel(ends.x0, ends.x1, log_a, log_b)
-    for eps in epsilons:
-        softness, start, plain = _softness(penalty, eps), g, g
-        mix = Mixing(log_b.exp(), FARTHEST * eps) if eps == epsilon else None
-        error = math.inf
-        for iterations in range(1, (max_iterations if eps == epsilon else ANNEALING) + 1):
-            # Chizat et al. 2018, scaling algorithms: the rows' marginal is now a exp(-f / penalty)
-            kernel.rounding = ROUNDING * max(tolerance, min(error, NEAR))
-            f, best = kernel.soft_minima(g, eps, softness)  # the columns' is b exp((g - best) / eps)
-            weight = torch.softmax(log_b - g / penalty, 0)
-            last, error = error, float(weight @ torch.expm1((g - best) / eps + g / penalty).abs())
-            if error < tolerance:
-                break
-            if iterations == 1:
-                mark = error  # later the error whenever a Newton step is due
-            if iterations % newton_every == 0:
-                if mix is None:
-                    g = _newton(kernel, f, g, eps, penalty)
-                    continue
-                if error > TOO_SLOW * mark:  # extrapolation did not help: start again without it
-                    g, mix = start, None
-                    continue
-                mark = error
-            if mix is not None and not error <= last:  # extrapolated too far: go on from the plain iteration
-                g, mix = plain, Mixing(log_b.exp(), FARTHEST * eps)
+        near = _solve(some, replace(how, tolerance=max(how.tolerance, NEAR)))
+        across = Kernel(some.x0, ends.x1, some.log_a, ends.log_b, keep=False)
+        best = across.soft_minimum(near.f, how.epsilon, rows=False)
+        g, larger = _softness(how.penalty, how.epsilon) * best, []
+    else:
+        # soft marginals keep potentials small, so they are found from zero unless epsilon is small
+        blunt = how.penalty <= SOFT * ends.scale <= SOFT * BLUNT * how.epsilon
+        g, larger = torch.zeros_like(ends.log_b), [] if blunt else annealing(ends.scale, how.epsilon)[:-1]
+    kernel = Kernel(ends.x0, ends.x1, ends.log_a, ends.log_b)
+    for epsilon in larger:
+        g = _iterate(kernel, g, replace(how, epsilon=epsilon, max_iterations=ANNEALING), extrapolate=False).g
+    return _iterate(kernel, g, how, extrapolate=True)
+
+
+def _iterate(kernel: Kernel, g: Tensor, how: _Settings, *, extrapolate: bool) -> Potentials:
+    """Iterate at one epsilon from the potentials ``g``, extrapolating or else with Newton steps.
+
+    While extrapolating, an iteration whose error has risen is undone, and extrapolation begins anew from the plain
+    iteration. If too much of the error is left when a Newton step would be due, all begins again without extrapolation,
+    with Newton steps.
+    """
+    (log_a, log_b), epsilon, penalty = kernel.log_mass, how.epsilon, how.penalty
+    softness, start, plain = _softness(penalty, epsilon), g, g
+    mix = Mixing(log_b.exp(), FARTHEST * epsilon) if extrapolate else None
+    error = math.inf
+    for iteration in range(1, how.max_iterations + 1):
+        # Chizat et al. 2018, scaling algorithms: the rows' marginal is now a exp(-f / penalty)
+        kernel.rounding = ROUNDING * max(how.tolerance, min(error, NEAR))
+        f, best = kernel.soft_minima(g, epsilon, softness)  # the columns' is b exp((g - best) / epsilon)
+        weight = torch.softmax(log_b - g / penalty, 0)
+        last, error = error, float(weight @ torch.expm1((g - best) / epsilon + g / penalty).abs())
+        if error < how.tolerance:
+            break
+        if iteration == 1:
+            mark = error  # later the error whenever a Newton step is due
+        if iteration % how.newton_every == 0:
+            if mix is None:
+                g = _newton(kernel, f, g, epsilon, penalty)
                 continue
-            then = softness * best
-            if penalty < math.inf:
-                # the best of all (f + shift, g - shift), which have the same plan (Sejourne et al. 2022)
-                log_masses = [torch.logsumexp(log_m - h / penalty, 0) for log_m, h in ((log_a, f), (log_b, then))]
-                then = then - penalty / 2 * (log_masses[0] - log_masses[1])
-            plain = then
-            g = then if mix is None else mix(g, then)
-    return Potentials(f, g, best, error, iterations)
+            if error > TOO_SLOW * mark:  # extrapolation did not help
+                g, mix = start, None
+                continue
+            mark = error
+        if mix is not None and not error <= last:  # extrapolated too far
+            g, mix = plain, Mixing(log_b.exp(), FARTHEST * epsilon)
+            continue
+        plain = softness * best
+        if penalty < math.inf:
+            # the best of all (f + shift, g - shift), which have the same plan (Sejourne et al. 2022)
+            log_masses = [torch.logsumexp(log_m - h / penalty, 0) for log_m, h in ((log_a, f), (log_b, plain))]
+            plain = plain - penalty / 2 * (log_masses[0] - log_masses[1])
+        g = plain if mix is None else mix(g, plain)
+    return Potentials(f, g, best, error, iteration)
 
 
 class Mixing:
