@@ -14,6 +14,7 @@ from torch import nn
 
 import sctraj
 from sctraj.flow.integrate import Integration, transport
+from sctraj.tl import _fates as verb
 
 QUICK = {"n_steps": 30, "batch_size": 32}
 
@@ -97,6 +98,27 @@ def test_samples_of_the_stochastic_flow_spread_fates(cells: AnnData) -> None:
     assert set(np.unique(draws)) == {0.0, 0.25, 0.5, 0.75, 1.0}
     assert draws.equals(again)
     assert not draws.equals(others)
+
+
+def test_cells_on_disk_have_the_same_fates(cells: AnnData, tmp_path) -> None:
+    sctraj.tl.fit_flow(cells, field="closed-form")
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    backed = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    for one in (cells, backed):
+        sctraj.tl.fates(one, "fate", 3.5)
+    pd.testing.assert_frame_equal(sctraj.get.fates(backed), sctraj.get.fates(cells))
+    with pytest.raises(ValueError, match="a backed one and copy=True"):
+        sctraj.tl.fates(backed, "fate", copy=True)
+
+
+def test_neighbours_are_sought_among_cells_evenly_chosen_of_many(lineages: AnnData, monkeypatch) -> None:
+    x = np.arange(10.0)[:, None]
+    monkeypatch.setattr(verb, "MOST_ASKED", 4)  # rows 0, 3, 6 and 9
+    assert verb._nearest(np.array([[4.0], [8.0]]), x, 2).tolist() == [[3, 6], [9, 6]]
+    monkeypatch.setattr(verb, "MOST_ASKED", 20)  # half of a snapshot's cells, of both lineages
+    sctraj.tl.fit_flow(lineages, field="closed-form")
+    sctraj.tl.fates(lineages, "lineage", n_neighbors=2)
+    assert (sctraj.get.fates(lineages).idxmax(axis=1) == lineages.obs["lineage"]).all()
 
 
 def test_slots_survive_a_file_and_go_with_the_flow(cells: AnnData, tmp_path) -> None:

@@ -65,6 +65,8 @@ class Task:
         random fifth of its cells is held out and the rest kept.
     needs
         Why ``least`` snapshots are needed.
+    by_seed
+        Whether the folds depend on a seed, as those that hold out a random part of a snapshot do.
     """
 
     name: str

@@ -53,7 +53,7 @@ class Integration:
         a cell's result depends on the others, within ``tolerance``.
     n_steps
         Steps on the whole way or, if a population crosses several gaps, in each of them. If the way is cut into the
-        legs of a closed-form field, they are divided among these.
+        legs of a closed-form field, they are divided among these, rounded up in each.
     tolerance
         Tolerance of a step of dopri5, relative to the position and to the data's rms deviation; absolute for log
         masses. Errors add up along the way: at 1e-4 cells were off by .2 % of the deviation (rms), single ones by 1 %.

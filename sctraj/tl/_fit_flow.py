@@ -88,10 +88,10 @@ def fit_flow(
         elsewhere they narrow populations. None: hermite for ``"uot-cfm"``, straight for the others.
     field
         ``"neural"``: a network trained by flow matching; its cost at a cell does not grow with the number of pairs.
-        ``"closed-form"``: a kernel average of the pairs' velocities. Nothing is trained, and the result depends on the
-        seed only for methods whose pairs are drawn (all but the first two; four pairs per cell). It is less accurate
-        than a network (energy distance 1.0 to 1.1 times as large for held-out real snapshots, up to 1.9 times for
-        simulated ones), except where cells are few and dimensions many.
+        ``"closed-form"``: a kernel average of the pairs' velocities. Nothing is trained, and with one member the result
+        depends on the seed only for methods whose pairs are drawn (all but the first two; four pairs per cell). It is
+        less accurate than a network (energy distance 1.0 to 1.1 times as large for held-out real snapshots, up to 1.9
+        times for simulated ones), except where cells are few and dimensions many.
     growth_key
         Column of ``obs`` with prior growth rates (log mass change per unit of time, for example from a proliferation
         signature), for ``"uot-cfm"``. Only differences between cells count, because numbers of sampled cells say
