@@ -18,6 +18,8 @@ from anndata import AnnData
 from torch import nn
 
 import sctraj
+from sctraj.flow import plans
+from sctraj.flow.plans import Plans
 from sctraj.tl._steps import steps_between
 
 QUICK = {"n_steps": 30, "batch_size": 32}
@@ -690,6 +692,21 @@ def test_of_several_methods_an_option_is_for_those_that_take_it(cells: AnnData, 
     assert not np.array_equal(told["uot-cfm"], plain["uot-cfm"])
     for other in ("sb-cfm", "i-cfm", "ot-interpolation"):
         np.testing.assert_array_equal(told[other], plain[other])
+
+
+def test_methods_and_baselines_share_what_is_solved_for_the_same_cells(cells: AnnData, monkeypatch) -> None:
+    """Of large snapshots too, of which some cells take part, chosen once for all."""
+    solved, solve = [], Plans._solve
+
+    def counted(self: Plans, interval, path, method) -> object:
+        solved.append((method, interval.t0, interval.t1))
+        return solve(self, interval, path, method)
+
+    monkeypatch.setattr(Plans, "_solve", counted)
+    monkeypatch.setattr(plans, "MOST_CELLS", 60)
+    sctraj.tl.leave_one_out(cells, methods=("uot-cfm", "ot-cfm"), field="closed-form", n_seeds=1)
+    assert len(solved) == len(set(solved))
+    assert {method for method, *_ in solved} == {"uot-cfm", "ot-cfm"}
 
 
 def test_what_an_earlier_flow_left_is_removed_and_named(cells: AnnData, caplog) -> None:

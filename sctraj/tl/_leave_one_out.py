@@ -194,9 +194,11 @@ def leave_one_out(
     _check_sizes(snapshots)
     warn_of_unused(leave_one_out, field, training, methods=methods, path=path, block=block, growth_key=growth_key)
     say_doubts(adata, cells, use_rep, growth_key)
+
+    without_prior = replace(snapshots, growth=()) if snapshots.growth else snapshots  # the same, whose plans are shared
     folds = {
         method: hold_out.hold_out_problems(
-            snapshots if own.prior else replace(snapshots, growth=()),
+            snapshots if own.prior else without_prior,
             method=method,
             path=own.path,
             sigma=sigma,
@@ -206,7 +208,6 @@ def leave_one_out(
         )
         for method, own in options.items()
     }
-
     farther = {
         method: farther_shares(field, of.problems) if start == "both" else [0.0] * len(of.problems)
         for method, of in folds.items()
@@ -217,6 +218,7 @@ def leave_one_out(
         found += _restored(method, fitted, snapshots, of.held_out, start, farther[method], jitter)
     references, halves = _references(snapshots, seeds, plans if block is None else Plans())
     found += references
+
     judged = judge_all([(one.restoration, one.observed) for one in found])
     energies = _energies(found, judged)
     protocol = fit_record(
