@@ -595,6 +595,14 @@ def test_the_noise_reference_of_one_seed_is_a_line(adata, times):
     assert len([text for text in ax.get_legend().get_texts() if "noise" in text.get_text()]) == 1
 
 
+@pytest.mark.parametrize(("metric", "said"), [("energy", False), ("w1", True), ("w2", True)])
+def test_where_the_halves_lift_the_noise_reference_the_legend_says_so(adata, metric, said):
+    adata.uns["leave_one_out"] = adata.uns["leave_one_out"].replace({"metric": {"energy": metric}})
+    legend = [text.get_text() for text in pl.leave_one_out(adata, metric=metric).get_legend().get_texts()]
+    (noise,) = (text for text in legend if "noise" in text)
+    assert ("half the cells" in noise) == said
+
+
 def test_a_single_held_out_time_still_has_a_band(adata):
     table = adata.uns["leave_one_out"]
     adata.uns["leave_one_out"] = table[table["time"] == 1.0]
