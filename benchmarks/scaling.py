@@ -3,7 +3,7 @@
 python benchmarks/scaling.py --quick                             # under 15 s: 1,000 cells, short training
 python benchmarks/scaling.py                                     # 10,000, 100,000 and 1,000,000 cells
 python benchmarks/scaling.py --sizes 10000 --profile 12          # with the functions in which the time goes
-python benchmarks/scaling.py --steps fit_flow trajectories       # without leave_one_out
+python benchmarks/scaling.py --steps fit_flow trajectories       # without fates and leave_one_out
 python benchmarks/scaling.py --device cuda --threads 16          # and the GPU's memory beside
 
 Memory is the peak of the process above its level once the cells have been read, in GiB and in representations (cells x

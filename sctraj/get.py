@@ -205,7 +205,10 @@ def fates(adata: AnnData, *, key: str = _adata.FLOW) -> pd.DataFrame:
     """
     _check(adata, key)
     values = written(adata, _adata.FATES.format(key=key), "tl.fates")
-    groups = [str(group) for group in _adata.stored(adata, key)["fates"]["groups"]]
+    record = _adata.stored(adata, key).get("fates")
+    if record is None:
+        raise KeyError(f'No adata.uns["{key}"]["fates"], which names the groups. Call sctraj.tl.fates(adata) first.')
+    groups = [str(group) for group in record["groups"]]
     return pd.DataFrame(np.asarray(values), index=adata.obs_names, columns=groups)
 
 

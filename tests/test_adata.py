@@ -81,12 +81,12 @@ def test_a_record_of_something_else_is_not_overwritten_by_a_flow(cells: AnnData,
 def test_names_for_a_flow_are_checked_before_there_is_one(cells: AnnData) -> None:
     pp.parse_time(cells, "day", key_added="parsed")
     with pytest.raises(ValueError, match=r'del adata\.uns\["parsed"\]'):
-        _adata.check_flow_key(cells, "parsed", "X_pca")
+        _adata.check_flow_key(cells, "parsed", use_rep="X_pca", columns=["time"])
     with pytest.raises(ValueError, match='without "/"'):
-        _adata.check_flow_key(cells, "a/b", "X_pca")
-    _adata.check_flow_key(cells, "flow", "X_pca")
+        _adata.check_flow_key(cells, "a/b", use_rep="X_pca", columns=["time"])
+    _adata.check_flow_key(cells, "flow", use_rep="X_pca", columns=["time"])
     tl.fit_flow(cells, field="closed-form")
-    _adata.check_flow_key(cells, "flow", "X_pca")  # a flow may take a flow's place
+    _adata.check_flow_key(cells, "flow", use_rep="X_pca", columns=["time"])  # a flow may take a flow's place
 
 
 def test_cells_by_other_names_or_in_another_order_are_told_from_other_cells(cells: AnnData) -> None:

@@ -74,7 +74,11 @@ CASES: dict[str, tuple[Change, dict[str, object], type[Exception], str]] = {
     "unknown method": (lambda a: None, {"method": "ot"}, ValueError, "ot-cfm.*found 'ot'"),
     "unknown path": (lambda a: None, {"path": "bent"}, ValueError, "expected a path of .*found 'bent'"),
     "a path of its own": (lambda a: None, {"path": "hermite", "method": "sb-cfm"}, ValueError, "no path for sb-cfm"),
-    "what is written": (lambda a: None, {"use_rep": "flow_velocity"}, ValueError, "stays as it is, found \"flow_vel"),
+    "what is written": (lambda a: None, {"use_rep": "flow_velocity"}, ValueError, "stay as they are, found \"flow_vel"),
+    "what is written in obs": (lambda a: a.obs.insert(0, "flow_growth", a.obs["time"]), {"time_key": "flow_growth"},
+                               ValueError, "stay as they are, found \"flow_growth"),
+    "a prior that is written": (lambda a: a.obs.insert(0, "flow_growth", 0.1), {"growth_key": "flow_growth"},
+                                ValueError, "stay as they are, found \"flow_growth"),
     "unknown device": (lambda a: None, {"device": "tpu"}, ValueError, "auto, cpu, cuda, mps, found 'tpu'"),
     "no members": (lambda a: None, {"n_members": 0}, ValueError, "whole number of members.*at least 1, found 0"),
     "no steps": (lambda a: None, {"n_steps": 0}, ValueError, "n_steps.*at least 1, found 0"),
@@ -119,7 +123,7 @@ def test_leave_one_out_refuses(cells: AnnData, monkeypatch) -> None:
         ({"methods": ("ot-cfm", "i-cfm"), "path": "bent"}, "expected a path of"),
         ({"methods": ("sb-cfm", "vp-cfm"), "path": "hermite"}, "expected no path for sb-cfm"),
         ({"methods": ("ot-cfm", "i-cfm"), "growth_key": "prior"}, "no prior of growth for ot-cfm"),
-        ({"use_rep": "flow_w1"}, 'stays as it is, found "flow_w1"'),
+        ({"use_rep": "flow_w1"}, 'stay as they are, found "flow_w1"'),
     ):
         with pytest.raises(ValueError, match=message):
             sctraj.tl.leave_one_out(cells, **arguments, **QUICK)

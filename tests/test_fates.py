@@ -1,4 +1,4 @@
-"""Fates and origins: against lineages that are known, against a computation by hand, and what is refused."""
+"""Fates and ancestry: against lineages that are known, against a computation by hand, and what is refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def lineages() -> AnnData:
 
 def test_cells_end_in_their_own_lineage_and_came_from_it(lineages: AnnData) -> None:
     sctraj.tl.fit_flow(lineages, field="closed-form")
-    for time in (None, 0.0, 1.0):  # fates, origins, and both
+    for time in (None, 0.0, 1.0):  # fates, ancestry, and both
         sctraj.tl.fates(lineages, "lineage", time)
         found = sctraj.get.fates(lineages)
         assert list(found.columns) == ["B", "CD4/CD8"]
@@ -125,6 +125,7 @@ def test_slots_survive_a_file_and_go_with_the_flow(cells: AnnData, tmp_path) -> 
     sctraj.tl.fit_flow(cells, field="closed-form", key_added="mine")
     copy = sctraj.tl.fates(cells, "fate", key="mine", copy=True)
     assert "mine_fates" not in cells.obsm
+    assert "fates" not in cells.uns["mine"]
     assert copy.obsm["mine_fates"].dtype == np.float32
     copy.write_h5ad(tmp_path / "cells.h5ad")
     read = anndata.read_h5ad(tmp_path / "cells.h5ad")
@@ -162,6 +163,8 @@ def test_cells_that_come_out_beside_the_sampled_ones_are_said(cells: AnnData, ca
         (("growth_rate",), ValueError, r"Expected groups of cells .* found numbers"),
         (("fate", 4.0), ValueError, r"expected a snapshot's time.* there are 0, 1, 2\.5, 3\.5, 5\.5, 7"),
         (("fate", "D7"), ValueError, r"expected a snapshot's time"),
+        (("fate", True), ValueError, r"expected a snapshot's time.* found True"),
+        ((["fate"],), KeyError, r"No column"),
         (("late", 0.0), ValueError, r'expected cells of time 0 with a group in obs\["late"\], found none'),
     ],
 )
@@ -178,8 +181,27 @@ def test_numbers_that_cannot_be_used_are_refused(cells: AnnData) -> None:
         sctraj.tl.fates(cells, "fate")
     sctraj.tl.fit_flow(cells, field="closed-form")
     for name in ("n_neighbors", "n_draws"):
-        for value in (0, 1.5, True):
+        for value in (0, 1.5, True, "3"):
             with pytest.raises(ValueError, match=f"expected a whole number of {name}"):
                 sctraj.tl.fates(cells, "fate", **{name: value})
     with pytest.raises(ValueError, match=r"expected a flow with a score for n_draws=3"):
         sctraj.tl.fates(cells, "fate", n_draws=3)
+    cells.obsm["flow_fates"] = np.zeros((600, 2))
+    with pytest.raises(ValueError, match=r'found adata\.obsm\["flow_fates"\] without the record'):
+        sctraj.tl.fates(cells, "fate")
+    with pytest.raises(KeyError, match=r"which names the groups. Call sctraj\.tl\.fates"):
+        sctraj.get.fates(cells)
+
+
+def test_numbers_of_any_kind_and_cells_in_parts_give_the_same(cells: AnnData, monkeypatch) -> None:
+    sctraj.tl.fit_flow(cells, method="sb-cfm", n_members=2, **QUICK)
+    sctraj.tl.fates(cells, "fate", 5.5, n_neighbors=4, n_steps=3)
+    whole = sctraj.get.fates(cells)
+    monkeypatch.setattr(verb, "SLAB", 40_000)  # some dozens of cells
+    sctraj.tl.fates(cells, "fate", np.array(5.5), n_neighbors=4.0, n_steps=3)
+    pd.testing.assert_frame_equal(sctraj.get.fates(cells), whole, atol=1e-6)
+    sctraj.tl.fates(cells, "fate", 5.5, n_neighbors=4, n_steps=3, n_draws=3.0)
+    drawn = sctraj.get.fates(cells)[(cells.obs["time"] != 5.5).to_numpy()].to_numpy()
+    shares = drawn * (4 * 2 * 3 * 4)  # neighbours there, members, draws, neighbours here
+    np.testing.assert_allclose(shares, shares.round(), atol=1e-3)
+    assert (shares.round() % 2).any()

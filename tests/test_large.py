@@ -352,6 +352,16 @@ def test_trajectories_that_fail_leave_the_earlier_ones(fitted: AnnData, linked, 
     assert sorted(left) == (["elsewhere", "paths", "paths"] if linked else ["paths"])
 
 
+def test_a_store_that_a_fit_no_longer_names_is_said(cells: AnnData, tmp_path, caplog) -> None:
+    pytest.importorskip("zarr")
+    sctraj.tl.fit_flow(cells, field="closed-form")
+    sctraj.tl.trajectories(cells, times=2, store=str(tmp_path / "paths"))
+    caplog.set_level("INFO", logger="sctraj")
+    sctraj.tl.fit_flow(cells, field="closed-form")
+    assert f"; removed what an earlier flow left: what named the trajectories in {tmp_path / 'paths'}" in caplog.text
+    assert "trajectory_store" not in cells.uns["flow"]
+
+
 class Away(torch.nn.Module):
     """Everything moves along the first coordinate, as far as this is told."""
 

@@ -169,7 +169,7 @@ def read_rates(adata: AnnData, growth_key: str) -> np.ndarray:
 
 def read_groups(adata: AnnData, groupby: str) -> pd.Series:
     """Return the groups of the cells as a categorical column, with NaN for missing ones."""
-    if groupby not in adata.obs:
+    if not isinstance(groupby, str) or groupby not in adata.obs:
         there = _some(adata.obs, 20) or "none"
         raise KeyError(f'No column "{groupby}" in adata.obs; there are: {there}. Pass one of them as groupby.')
     column = read_column(adata, groupby)
@@ -179,7 +179,8 @@ def read_groups(adata: AnnData, groupby: str) -> pd.Series:
     if types.is_float_dtype(column) or types.is_complex_dtype(column):
         raise ValueError(
             f'Expected groups of cells in obs["{groupby}"], found numbers ({column.dtype}) such as '
-            f"{_some(column.unique(), 3)}. Pass a column of names or clusters as groupby."
+            f"{_some(column.unique(), 3)}. Pass a column of names or clusters as groupby; if these are clusters, "
+            f'make them categorical: .astype("Int64").astype("category").'
         )
     return column.astype("category")
 

@@ -41,14 +41,15 @@ def check_key(key: str) -> None:
         )
 
 
-def check_flow_key(adata: AnnData, key: str, use_rep: str) -> None:
+def check_flow_key(adata: AnnData, key: str, *, use_rep: str, columns: Sequence[str]) -> None:
     """Raise a ValueError for a name that cannot be stored, or is used for something else than a flow.
 
-    Also for one under which a fit would overwrite its own representation.
+    Also for one under which a fit would overwrite its own representation, or columns of ``obs`` that it reads.
     """
     check_anndata(adata)
     check_key(key)
-    _check_kept(use_rep, key, (VELOCITY, TRAJECTORIES, WEIGHTS, FATES))
+    _check_kept([use_rep], key, (VELOCITY, TRAJECTORIES, WEIGHTS, FATES))
+    _check_kept(columns, key, (GROWTH, VELOCITY_SD))
     if key in adata.uns and not is_flow(adata.uns[key]):
         raise ValueError(
             f'Expected a flow or nothing in adata.uns["{key}"], found something else, which is never overwritten. '
@@ -75,18 +76,24 @@ def check_table_key(adata: AnnData, key: str, use_rep: str) -> None:
     Also for one that has the representation itself in a slot.
     """
     check_key(key)
-    _check_kept(use_rep, key, (W1, RESTORED))
+    _check_kept([use_rep], key, (W1, RESTORED))
     table = table_name(key)
     if not is_protocol(adata.uns.get(PROTOCOL.format(table=table))):
         _refuse_others(adata, [W1.format(key=key), RESTORED.format(key=key), table])
 
 
-def _check_kept(use_rep: str, key: str, slots: Sequence[str]) -> None:
-    """Raise a ValueError for a representation that would be overwritten or removed."""
-    if use_rep in [slot.format(key=key) for slot in slots]:
+def check_fates(adata: AnnData, key: str) -> None:
+    """Raise a ValueError if the slot of a flow's fates is in use without a record of them."""
+    if is_flow(adata.uns.get(key)) and "fates" not in adata.uns[key]:
+        _refuse_others(adata, [FATES.format(key=key)])
+
+
+def _check_kept(names: Sequence[str], key: str, slots: Sequence[str]) -> None:
+    """Raise a ValueError if what is read under one of the names would be overwritten or removed."""
+    for name in {*names} & {slot.format(key=key) for slot in slots}:
         raise ValueError(
-            f'Expected a representation that stays as it is, found "{use_rep}", which is written here. Copy it to '
-            f"another name, or pass another key_added."
+            f'Expected data that stay as they are, found "{name}", which is written here. Copy it to another name, or '
+            f"pass another key_added."
         )
 
 

@@ -35,11 +35,10 @@ STRAIGHT_FRACTION = 0.1
 BRIDGE_FRACTION = 0.3
 HELD_BACK = 0.1  # fraction of each snapshot's cells, if early stopping is asked for
 DISPLACEMENT_CELLS = 1000  # at most so many cells a side are used to estimate the displacement
-SLOW_TEMPO = (
-    1 / 16
-)  # tempo of a network on growing plans: the faster, the more it learns what is peculiar to one snapshot
+# tempo of a network on growing plans: the faster, the more it learns what is peculiar to one snapshot
+SLOW_TEMPO = 1 / 16
 ROUNDS = 2  # of finding velocities and pairing by them; further rounds changed little
-LONG = 8.0  # over longer intervals, in shorter gaps beside them, velocities count less; at 6 they still tell
+LONG = 8.0  # length of an interval, in shorter gaps beside it, above which velocities count less; at 6 they still tell
 DATA_SEED = 0  # of the cells held back, which belong to the data and are the same for all members
 DRAWN_PAIRS = 4  # per cell, if a coupling has too many pairs to list
 
@@ -224,7 +223,7 @@ def default_sigma(snapshots: Snapshots, method: str, plans: Plans) -> float:
         return STRAIGHT_FRACTION * moved
     if not moved > 0:
         raise ValueError(
-            "expected snapshots that differ, to take the sigma of sb-cfm from, found the same cells; pass one"
+            "expected snapshots that differ, to take the sigma of sb-cfm from, found the same cells; pass a sigma"
         )
     return BRIDGE_FRACTION * moved / math.sqrt(snapshots.mean_gap)
 
@@ -273,7 +272,7 @@ def check_method(method: str, *, path: str | None, sigma: float | None, prior: b
     if path is not None and method not in WITH_PATH:
         raise ValueError(f"expected no path for {method}, which has its own, found {path!r}; leave one of them out")
     if prior and method != "uot-cfm":
-        raise ValueError(f"expected no prior of growth for {method}, which conserves mass; take method='uot-cfm'")
+        raise ValueError(f"expected no prior of growth for {method}, which conserves mass; take uot-cfm")
     if sigma is not None and not 0 <= sigma < math.inf:
         raise ValueError(f"expected a finite sigma of at least 0, found {sigma}")
     if sigma == 0 and method == "sb-cfm":

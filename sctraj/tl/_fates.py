@@ -1,8 +1,7 @@
-"""Which groups of cells every cell becomes part of, or came from."""
+"""Which groups of cells every cell ends in, or came from."""
 
 from __future__ import annotations
 
-import numbers
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,27 +44,27 @@ def fates(
     key: str = "flow",
     copy: bool = False,
 ) -> AnnData | None:
-    """Infer which groups of the cells sampled at one time every other cell ends in, or came from.
+    """Infer in which groups of the cells sampled at one time every other cell ends, or from which it came.
 
-    Every cell is moved along the flow from its own time to that one, forwards (its fates) or backwards (its origins),
-    and the shares of the groups among the sampled cells nearest to where it arrives are taken. Its probabilities are
-    the mean of these shares over the cells of its own snapshot that are nearest to it: measured coordinates are noisy,
-    and where fates part a little noise decides which way a single cell is carried. Each member of a flow moves the
-    cells, and the shares are averaged over members.
+    Every cell is moved along the flow from its own time to that one, forwards (its fate) or backwards (its ancestry),
+    to see which groups the sampled cells nearest to where it arrives belong to. The shares of the groups among these
+    are then averaged over the cells of its own snapshot that are nearest to it: measured coordinates are noisy, and
+    where fates part, a little noise decides which way a single cell is carried. They are averaged over the members of
+    the flow, too.
 
     Parameters
     ----------
     adata
         Annotated data with a flow by `sctraj.tl.fit_flow`.
     groupby
-        Column of ``obs`` with groups of cells, such as cell types or clusters. Only the cells of `time` need one, and
-        among these those without one are passed over.
+        Column of ``obs`` with groups of cells, such as cell types or clusters. Only the cells of `time` need a group;
+        those of them without one are passed over.
     time
         A snapshot's time; None is the last one's.
     n_neighbors
-        How many of the nearest cells are asked, at either end: more give smoother and more cautious probabilities,
-        and blur groups that are smaller than this. All cells, if there are fewer; of a snapshot of more than 20,000
-        cells so many, evenly chosen, can be asked.
+        How many nearest cells are averaged over, at either end (all cells, if there are fewer). With more of them
+        probabilities are smoother and more cautious, and groups that are smaller than this are blurred. In snapshots of
+        more than 20,000 cells, 20,000 evenly chosen ones are searched.
     n_draws
         Follow so many samples of every cell's path in the stochastic flow instead (``"sb-cfm"`` only).
     solver, n_steps, tolerance
@@ -79,17 +78,17 @@ def fates(
     key
         Name of the flow.
     copy
-        Return a changed copy and leave `adata` alone.
+        Return a changed copy and leave `adata` as it is.
 
     Returns
     -------
-    ``None``, or the copy if ``copy=True``. Where more than a tenth of a snapshot's cells come out farther from the
-    cells of `time` than any of these is from the others, that is logged. Sets, for `sctraj.get.fates`:
+    ``None``, or the copy if ``copy=True``. A warning is logged if more than a tenth of a snapshot's cells arrive
+    farther from the cells of `time` than any of these is from the others. Sets, for `sctraj.get.fates`:
 
     ``obsm[key + "_fates"]`` : float32, n_obs x groups
-        Probabilities, summing to one over the groups; of the cells of `time` their own group's is one, or all are NaN
-        where they have none. They are those of the cell itself and not of its offspring: weigh cells by
-        ``obsm[key + "_trajectory_weights"]`` for what becomes of a population that grows.
+        Probabilities, which sum to one over the groups. For the cells of `time` that of their own group is one; they
+        are NaN for those without a group. They are the cell's own and not its offspring's: for what becomes of a
+        growing population, weigh cells by ``obsm[key + "_trajectory_weights"]``.
     ``uns[key]["fates"]`` : dict
         ``groupby``, ``time``, ``groups`` and ``n_neighbors``.
 
@@ -98,23 +97,25 @@ def fates(
     KeyError
         No such flow, or no such column.
     ValueError
-        A `time` that is no snapshot's; a column without groups at that time, or of measured numbers; other cells than
-        those fitted; no score where one is needed; numbers that cannot be used.
+        A `time` that is not a snapshot's; a column without groups at that time, or with measured numbers; other cells
+        than those fitted; no score where one is needed; a slot that something else holds; unusable numbers.
     TypeError
-        A module that is none.
+        `module` is not an instance of ``torch.nn.Module``.
 
     Notes
     -----
-    The fate of single cells is a stronger claim than where a population goes, which is all that
-    `sctraj.tl.leave_one_out` can check. A group that grows can look like one that cells move to, and fates that are
-    decided before they show in the coordinates cannot be told. How right fates are where the truth is known is
-    measured in the documentation ("Fates beside the truth").
+    The fate of a single cell is a stronger claim than where a population goes, which is all that
+    `sctraj.tl.leave_one_out` can check. A group that grows can look like one that cells move to: on simulated courses
+    on which half of the first cells end on either side and one side then outgrows the other, FOUND of them are found to
+    be bound for the side that grows. Nor can fates be found that are decided before they show in the coordinates. See
+    "Fates beside the truth" in the documentation.
     """
     check_module(module)
     _adata.check_own(adata, copy=copy)
     check_whole("n_neighbors", n_neighbors)
     if n_draws is not None:
         check_whole("n_draws", n_draws)
+    _adata.check_fates(adata, key)
     where = pick_device(device)
     seed = seed_of(rng)
     check_steps(solver, 1 if n_steps is None else n_steps, tolerance)
@@ -134,7 +135,7 @@ def fates(
     field = flow.vector_field.to(where)
     stream = None if n_draws is None else torch.Generator().manual_seed(seed)
     move = movement(flow, field, solver, n_steps, tolerance, stream=stream)
-    found, ends = _followed(flow.cells, field, move, end, labels, n_neighbors, n_draws or 1)
+    found, ends = _followed(flow.cells, field, move, end, labels, int(n_neighbors), int(n_draws or 1))
     warn_of_strays(flow.cells, np.array([flow.cells.snapshots.times[end]]), ends[:, None])
 
     slot = _adata.FATES.format(key=key)
@@ -166,7 +167,8 @@ def _followed(
     there, to = cells.snapshots.points[end].numpy(), cells.snapshots.times[end]
     known = np.flatnonzero(codes >= 0)
     members, d = len(field.scale), there.shape[1]
-    at_once = max(1, SLAB // size_of((n_draws, members, d), "float32"))
+    # beside points, of each the numbers of its neighbours, how far they are, and their shares
+    at_once = max(1, SLAB // size_of((n_draws, members, d + 2 * groups + 4 * n_neighbors), "float32"))
 
     probabilities, ends = [], []
     for k, (t, points) in enumerate(zip(cells.snapshots.times, cells.snapshots.points)):
@@ -207,7 +209,8 @@ def _snapshot_at(time: float | None, times: tuple[float, ...]) -> int:
     """Return the number of the snapshot of a time."""
     if time is None:
         return len(times) - 1
-    if not isinstance(time, numbers.Real) or time not in times:
+    at = np.asarray(time)
+    if at.ndim or at.dtype.kind not in "iuf" or float(at) not in times:
         told = ", ".join(f"{t:g}" for t in times)
         raise ValueError(f"expected a snapshot's time, whose cells have groups, found {time!r}; there are {told}")
-    return times.index(float(time))
+    return times.index(float(at))

@@ -183,7 +183,8 @@ def fit_flow(
         The Sinkhorn iteration or the training did not converge.
     """
     _adata.check_own(adata, copy=copy)
-    _adata.check_flow_key(adata, key_added, use_rep)
+    columns = [time_key] if growth_key is None else [time_key, growth_key]
+    _adata.check_flow_key(adata, key_added, use_rep=use_rep, columns=columns)
     check_method(method, path=path, sigma=sigma, prior=growth_key is not None)
     where = pick_device(device)
     check_field(field, module)
@@ -229,6 +230,7 @@ def fit_flow(
         wider = f" and spreads of {min(spreads):.4g} to {max(spreads):.4g}"
         if len(spreads) == 1:
             wider = f" and a spread of {spreads[0]:.4g} half-way"
+    store = adata.uns.get(key_added, {}).get(_adata.STORE)
     _adata.write_flow(
         adata,
         key_added,
@@ -239,6 +241,8 @@ def fit_flow(
         cells=cells,
     )
     written, removed = _write_cells(adata, cells, key_added, at_cells, result.vector_field)
+    if store is not None:
+        removed.append(f"what named the trajectories in {store}")
     logger.info(
         f"{method} ({field} field) fitted to {len(cells.snapshots)} snapshots of {cells.n_obs} cells in {use_rep}, "
         f"sigma = {used:.4g}{wider}, on {where}; wrote {', '.join(written)}"
