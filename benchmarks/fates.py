@@ -6,10 +6,13 @@ python benchmarks/fates.py --jobs 2            # the table of docs/benchmarks.md
 It uses the families with two fates. A cell's true fate is the side it is on at the last time, after its latent state is
 moved there by the true dynamics (with diffusion, the share in 50 such moves). The figure is the Brier score: the mean
 square of found minus true probability, over the cells of a snapshot, then over all but the last snapshot, then over
-draws; 0 is perfect. The flows are compared with *chained plans*, the entropic plans of consecutive snapshots one after
-the other, as Waddington-OT and moscot follow cells, and the same with soft marginals, both averaged over neighbouring
-cells as `tl.fates` does, which makes them better; with *end shares*, where every cell is given the shares of the sides
-at the last time; and with *cells like it*, the mean true fate of the 25 nearest cells of the same snapshot, which is
+draws; 0 is perfect.
+
+The columns are the default; the default *with a prior*, every cell's true growth rate with noise as large as these rates
+are on the branching course; other flows; *chained plans*, the entropic plans of consecutive snapshots one after the
+other, as Waddington-OT and moscot follow cells, and *soft* ones, whose marginals hold only softly, both averaged over
+neighbouring cells as `tl.fates` does, which makes them better; *end shares*, which gives every cell the shares of the
+sides at the last time; and *cells like it*, the mean true fate of the 25 nearest cells of the same snapshot, which is
 about the best that noisy coordinates allow.
 
 A second table has the mean probability, over the first snapshot's cells, of the side that grows (of either side, where
@@ -46,6 +49,7 @@ SIDES: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # families with two fa
 COURSES = [f"{family}{kind}" for family in SIDES for kind in ("", "+effects", ":12")]
 METHODS = {  # columns: arguments of tl.fit_flow
     DEFAULT: {},
+    "with a prior": {"growth_key": "prior"},
     "closed-form field": {"field": "closed-form"},
     "ot-cfm": {"method": "ot-cfm"},
     "sb-cfm": {"method": "sb-cfm"},
@@ -54,6 +58,7 @@ CHAINED = {"chained plans": 1e3, "chained, soft": 4.0}  # penalty on marginals, 
 END_SHARES, LIKE_IT, TRUTH = "end shares", "cells like it", "truth"
 EPSILON = 0.05  # of the exact plan's cost
 MOVES, LIKE = 50, 25
+NOISE = 0.25  # of a prior's rates, per day
 NEAR = inspect.signature(tl.fates).parameters["n_neighbors"].default
 
 
@@ -91,6 +96,7 @@ def judged(name: str, seed: int, n_cells: int, real: Path, n_steps: int | None) 
     family = name.partition("+")[0].partition(":")[0]
     truth, side = true_fates(adata, family), SIDES[family](adata.obsm["X_latent"])
     adata.obs["side"] = np.where(side, "one", "other")
+    adata.obs["prior"] = adata.obs["growth_rate"] + NOISE * np.random.default_rng(seed).standard_normal(adata.n_obs)
     rows_of = [np.flatnonzero(adata.obs["time"] == time) for time in snapshots.times]
     at_end = side[rows_of[-1]]
 
