@@ -8,7 +8,7 @@ moved there by the true dynamics (with diffusion, the share in 50 such moves). T
 square of found minus true probability, over the cells of a snapshot, then over all but the last snapshot, then over
 draws; 0 is perfect.
 
-The columns are the default; the default *with a prior*, every cell's true growth rate with noise as large as these rates
+The columns are the default; the default *with a prior*, every cell's true growth rate with noise as large as such rates
 are on the branching course; other flows; *chained plans*, the entropic plans of consecutive snapshots one after the
 other, as Waddington-OT and moscot follow cells, and *soft* ones, whose marginals hold only softly, both averaged over
 neighbouring cells as `tl.fates` does, which makes them better; *end shares*, which gives every cell the shares of the
