@@ -27,12 +27,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import anndata as ad
-import joblib
 import numpy as np
 import ot
 import pandas as pd
 import torch
-from restoration import DEFAULT, N_CELLS, QUICK_CELLS, QUICK_STEPS, load, options, shown, table
+from restoration import DEFAULT, load, on_draws, shown, table
 from sklearn.neighbors import KNeighborsRegressor
 
 from sctraj import get, tl
@@ -90,6 +89,8 @@ def averaged(values: np.ndarray, cells: np.ndarray, k: int) -> np.ndarray:
 
 
 def judged(name: str, seed: int, n_cells: int, real: Path, n_steps: int | None) -> list[dict]:
+    if not name.startswith(tuple(SIDES)):
+        return []
     torch.set_num_threads(1)
     logging.getLogger("sctraj").setLevel(logging.ERROR)  # of this process
     adata, snapshots = load(name, seed, n_cells, real)
@@ -141,15 +142,7 @@ def report(frame: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    args = options(__doc__.splitlines()[0], [], default=COURSES, seeds=3).parse_args()
-    args.data = [name for name in args.data if name.startswith(tuple(SIDES))]
-    logging.getLogger("sctraj").setLevel(logging.WARNING)
-    n_cells, n_steps = (QUICK_CELLS, QUICK_STEPS) if args.quick else (N_CELLS, None)
-    tasks = [(name, args.first + draw) for name in args.data for draw in range(args.seeds)]
-    if args.quick:
-        tasks = [("branching", args.first)]
-    each = joblib.Parallel(args.jobs)(joblib.delayed(judged)(*task, n_cells, args.real, n_steps) for task in tasks)
-    print(report(pd.DataFrame([row for rows in each for row in rows])))
+    print(report(on_draws(__doc__.splitlines()[0], COURSES, judged, seeds=3)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import inspect
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
@@ -312,7 +312,7 @@ def check_default(rows: pd.DataFrame, name: str, seed: int, n_cells: int, traini
 
 
 def options(description: str, real: Iterable[str], *, default: Sequence[str], seeds: int) -> argparse.ArgumentParser:
-    """What to run on: the named ``real`` sets and all simulated ones; for trajectories.py and velocities.py too."""
+    """What to run on: the named ``real`` sets and all simulated ones; for other scripts too."""
     parser = argparse.ArgumentParser(description=description)
     names = [*real, *SIMULATED, *RESAMPLED]
     parser.add_argument("--quick", action="store_true", help="one small simulated set, short training")
@@ -325,6 +325,18 @@ def options(description: str, real: Iterable[str], *, default: Sequence[str], se
     parser.add_argument("--real", type=Path, default=beside, help="folder of the real data")
     parser.add_argument("--jobs", type=int, default=1, help="data sets at once, a thread each")
     return parser
+
+
+def on_draws(description: str, courses: Sequence[str], judged: Callable[..., list[dict]], seeds: int) -> pd.DataFrame:
+    """Rows of ``judged(course, seed, n_cells, real, n_steps)`` on draws of simulated courses, as the options say."""
+    args = options(description, [], default=courses, seeds=seeds).parse_args()
+    logging.getLogger("sctraj").setLevel(logging.WARNING)
+    n_cells, n_steps = (QUICK_CELLS, QUICK_STEPS) if args.quick else (N_CELLS, None)
+    tasks = [(name, args.first + draw) for name in args.data for draw in range(args.seeds)]
+    if args.quick:
+        tasks = [("branching", args.first)]
+    each = joblib.Parallel(args.jobs)(joblib.delayed(judged)(*task, n_cells, args.real, n_steps) for task in tasks)
+    return pd.DataFrame([row for rows in each for row in rows])
 
 
 def main() -> None:

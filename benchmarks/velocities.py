@@ -17,11 +17,10 @@ import logging
 from pathlib import Path
 from typing import get_args
 
-import joblib
 import numpy as np
 import pandas as pd
 import torch
-from restoration import DIFFUSE, N_CELLS, QUICK_CELLS, QUICK_STEPS, load, options, shown, table
+from restoration import DIFFUSE, load, on_draws, shown, table
 
 from sctraj import tl
 from sctraj.datasets._courses import Family
@@ -35,6 +34,8 @@ MEASURES = ("cosine", "length", "growth", "correlation")
 
 
 def judged(name: str, seed: int, n_cells: int, real: Path, n_steps: int | None) -> list[dict]:
+    if name.startswith(DIFFUSE):
+        return []
     torch.set_num_threads(1)
     logging.getLogger("sctraj").setLevel(logging.WARNING)  # of this process
     adata, _ = load(name, seed, n_cells, real)
@@ -79,15 +80,7 @@ def report(frame: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    args = options(__doc__.splitlines()[0], [], default=COURSES, seeds=2).parse_args()
-    args.data = [name for name in args.data if not name.startswith(DIFFUSE)]
-    logging.getLogger("sctraj").setLevel(logging.WARNING)
-    n_cells, n_steps = (QUICK_CELLS, QUICK_STEPS) if args.quick else (N_CELLS, None)
-    tasks = [(name, args.first + draw) for name in args.data for draw in range(args.seeds)]
-    if args.quick:
-        tasks = [("branching", args.first)]
-    each = joblib.Parallel(args.jobs)(joblib.delayed(judged)(*task, n_cells, args.real, n_steps) for task in tasks)
-    print(report(pd.DataFrame([row for rows in each for row in rows])))
+    print(report(on_draws(__doc__.splitlines()[0], COURSES, judged, seeds=2)))
 
 
 if __name__ == "__main__":
