@@ -194,7 +194,8 @@ def fates(adata: AnnData, *, key: str = _adata.FLOW) -> pd.DataFrame:
 
     Returns
     -------
-    n_obs x groups, summing to one over the groups; NaN for cells of the fates' own time that have no group.
+    n_obs x groups, summing to one over the groups; NaN for cells of the fates' own time that have no group. Columns
+    are named by the groups as text.
 
     Raises
     ------

@@ -161,9 +161,9 @@ def test_cells_that_come_out_beside_the_sampled_ones_are_said(cells: AnnData, ca
     [
         (("absent",), KeyError, r'No column "absent"'),
         (("growth_rate",), ValueError, r"Expected groups of cells .* found numbers"),
-        (("fate", 4.0), ValueError, r"expected a snapshot's time.* there are 0, 1, 2\.5, 3\.5, 5\.5, 7"),
-        (("fate", "D7"), ValueError, r"expected a snapshot's time"),
-        (("fate", True), ValueError, r"expected a snapshot's time.* found True"),
+        (("fate", 4.0), ValueError, r"expected the time of a snapshot.* there are 0, 1, 2\.5, 3\.5, 5\.5, 7"),
+        (("fate", "D7"), ValueError, r"expected the time of a snapshot"),
+        (("fate", True), ValueError, r"expected the time of a snapshot.* found True"),
         ((["fate"],), KeyError, r"No column"),
         (("late", 0.0), ValueError, r'expected cells of time 0 with a group in obs\["late"\], found none'),
     ],
@@ -191,6 +191,40 @@ def test_numbers_that_cannot_be_used_are_refused(cells: AnnData) -> None:
         sctraj.tl.fates(cells, "fate")
     with pytest.raises(KeyError, match=r"which names the groups. Call sctraj\.tl\.fates"):
         sctraj.get.fates(cells)
+
+
+def test_what_is_doubtful_of_groups_is_said(cells: AnnData, caplog) -> None:
+    sctraj.tl.fit_flow(cells, field="closed-form")
+    last = (cells.obs["time"] == 7).to_numpy()
+    caplog.set_level(logging.INFO, "sctraj")
+
+    def said(labels, **options) -> str:
+        caplog.clear()
+        cells.obs["label"] = labels
+        sctraj.tl.fates(cells, "label", **options)
+        return caplog.text
+
+    fate = cells.obs["fate"]
+    plain = said(fate)
+    sizes = fate[last].value_counts()
+    assert f'fates at time 7 by obs["label"] (cells: B {sizes["B"]}, A {sizes["A"]}; without a group 0)' in plain
+    assert not any(word in plain for word in ("no group", "by name", "one group", "blurs"))
+    assert "ancestry at time 0 " in said(cells.obs["day"].astype(str) + fate.astype(str), time=0.0)
+    some = fate.where((fate != "A") | (np.arange(600) % 2 == 0))
+    assert "of the cells of time 7 have no group" in said(some)
+    assert "groups ['nan'] by name" in said(some.astype(object).fillna("nan"))
+    assert "are of one group" in said(cells.obs["day"])
+    rare = fate.astype(object)
+    rare.iloc[np.flatnonzero(last)[:2]] = "rare"
+    assert "1 of 3 groups at time 7 have fewer cells than n_neighbors=15, which blurs them: rare" in said(rare)
+
+
+def test_times_are_met_as_they_are_shown() -> None:
+    times = (0.0, float(np.float32(5.1)), 7 / 1.2)
+    assert verb._snapshot_at(5.1, times) == 1
+    assert verb._snapshot_at(5.8333, times) == 2
+    with pytest.raises(ValueError, match="expected the time of a snapshot"):
+        verb._snapshot_at(5.2, times)
 
 
 def test_numbers_of_any_kind_and_cells_in_parts_give_the_same(cells: AnnData, monkeypatch) -> None:

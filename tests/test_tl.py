@@ -1000,6 +1000,8 @@ def test_what_makes_a_flow_doubtful_is_said(cells: AnnData, caplog, verb) -> Non
     cells = kept
     cells.obs["rates"] = rng.normal(0, 0.3, 600)
     assert said(growth_key="rates") == []
+    cells.obs["faint"] = cells.obs["rates"] / 100
+    assert any("next to nothing; are these rates" in message for message in said(growth_key="faint"))
     cells.obs["rates"] *= 1000
     assert any("are these rates per the unit of the times?" in message for message in said(growth_key="rates"))
     cells.obs["rates"] = cells.obs["time"]

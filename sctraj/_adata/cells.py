@@ -179,8 +179,8 @@ def read_groups(adata: AnnData, groupby: str) -> pd.Series:
     if types.is_float_dtype(column) or types.is_complex_dtype(column):
         raise ValueError(
             f'Expected groups of cells in obs["{groupby}"], found numbers ({column.dtype}) such as '
-            f"{_some(column.unique(), 3)}. Pass a column of names or clusters as groupby; if these are clusters, "
-            f'make them categorical: .astype("Int64").astype("category").'
+            f"{_some(column.unique(), 3)}. Pass a column of names or clusters as groupby; numbers of clusters can be "
+            f'made one by .astype("Int64").astype("category").'
         )
     return column.astype("category")
 

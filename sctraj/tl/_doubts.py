@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 TO_LOOK_AT = re.compile("(x_)?(umap|tsne|phate|draw_graph|fle|mde|pacmap|trimap)(?![a-z])", re.IGNORECASE)
 ALONE = 0.99  # share of one dimension in the sum of all squared widths
 FOLD = 20.0  # log of the factor by which one cell may outgrow another over a gap; more suggests another unit of time
+FAINT = 0.05  # the same: a contrast below this changes nothing
 FAR = 100.0  # times the median distance from the snapshot's median; no tail of real cells reaches that far
 LOOKED_AT = 300  # cells by which a representation is judged
 SAMPLE = 1000  # cells from which medians are computed; a few more or fewer do not change them
@@ -64,6 +66,11 @@ def _doubt_prior(snapshots: Snapshots, growth_key: str) -> None:
             f"nothing), and so without effect"
         )
     longest = max(interval.length * one for interval, one in zip(snapshots.intervals(), ranges))
+    if 0 < longest < FAINT:
+        logger.warning(
+            f'by obs["{growth_key}"] no cell outgrows another by more than {math.expm1(longest):.1%} from one snapshot '
+            f"to the next, which is next to nothing; are these rates per the unit of the times?"
+        )
     if longest > FOLD:
         logger.warning(
             f'by obs["{growth_key}"] one cell would outgrow another e^{longest:.0f}-fold from one snapshot to the '

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 SLAB = 2**28  # bytes of moved cells held at once
+MISSING = 0.1  # share of cells without a group that is said
+PLACEHOLDERS = ("", "nan", "na", "n/a", "none", "<na>", "unknown", "unassigned")
+NAMED = 5
 MOST_ASKED = 20_000  # cells of a snapshot, evenly chosen, among which nearest ones are sought
 
 
@@ -60,7 +63,8 @@ def fates(
         Column of ``obs`` with groups of cells, such as cell types or clusters. Only the cells of `time` need a group;
         those of them without one are passed over.
     time
-        A snapshot's time; None is the last one's.
+        A snapshot's time; None is the last one's. A flow holds the fates of one time: those of another take their
+        place, so keep what `sctraj.get.fates` returns.
     n_neighbors
         How many nearest cells are averaged over, at either end (all cells, if there are fewer). With more of them
         probabilities are smoother and more cautious, and groups that are smaller than this are blurred. In snapshots of
@@ -88,7 +92,8 @@ def fates(
     ``obsm[key + "_fates"]`` : float32, n_obs x groups
         Probabilities, which sum to one over the groups. For the cells of `time` that of their own group is one; they
         are NaN for those without a group. They are the cell's own and not its offspring's: for what becomes of a
-        growing population, weigh cells by ``obsm[key + "_trajectory_weights"]``.
+        growing population, weigh its cells by what `sctraj.tl.trajectories` writes for that time,
+        ``obsm[key + "_trajectory_weights"]``.
     ``uns[key]["fates"]`` : dict
         ``groupby``, ``time``, ``groups`` and ``n_neighbors``.
 
@@ -132,6 +137,7 @@ def fates(
         )
     if n_draws is not None:
         check_score(flow, f"n_draws={n_draws}")
+    _say_doubts(labels, n_neighbors, groupby, at)
 
     field = flow.vector_field.to(where)
     stream = None if n_draws is None else torch.Generator().manual_seed(seed)
@@ -148,7 +154,12 @@ def fates(
         "groups": np.array([str(group) for group in labels.cat.categories], dtype=object),
         "n_neighbors": int(n_neighbors),
     }
-    logger.info(f'fates at time {at} by obs["{groupby}"]: wrote obsm["{slot}"], uns["{key}"]["fates"]')
+    sizes = ", ".join(f"{group} {n}" for group, n in labels.value_counts().items())
+    what = "ancestry" if end == 0 else "fates" if end == len(flow.cells.index) - 1 else "fates and ancestry"
+    logger.info(
+        f'{what} at time {at} by obs["{groupby}"] (cells: {sizes}; without a group {int(labels.isna().sum())}): wrote '
+        f'obsm["{slot}"], uns["{key}"]["fates"]'
+    )
     return adata if copy else None
 
 
@@ -206,12 +217,38 @@ def _nearest(x: np.ndarray, cells: np.ndarray, k: int) -> np.ndarray:
     return asked[finder.kneighbors(x, return_distance=False)]
 
 
+def _say_doubts(labels: pd.Series, n_neighbors: int, groupby: str, at: str) -> None:
+    """Log what makes groups of the cells of a time doubtful as fates."""
+    sizes, missing = labels.value_counts(), float(labels.isna().mean())
+    if missing > MISSING:
+        logger.warning(
+            f'{missing:.0%} of the cells of time {at} have no group in obs["{groupby}"]; cells that end among them are '
+            f"given the groups of the nearest cells that have one"
+        )
+    if absent := [str(group) for group in sizes.index if str(group).strip().lower() in PLACEHOLDERS]:
+        logger.warning(
+            f'obs["{groupby}"] has groups {absent} by name; if these are cells without a group, make them NaN'
+        )
+    if len(sizes) == 1:
+        logger.warning(f'all cells of time {at} are of one group in obs["{groupby}"], so that all fates are that one')
+    elif small := [str(group) for group, n in sizes.items() if n < n_neighbors]:
+        logger.warning(
+            f"{len(small)} of {len(sizes)} groups at time {at} have fewer cells than n_neighbors={n_neighbors}, which "
+            f"blurs them: {', '.join(small[:NAMED])}{', ...' if len(small) > NAMED else ''}"
+        )
+
+
 def _snapshot_at(time: float | None, times: tuple[float, ...]) -> int:
     """Return the number of the snapshot of a time."""
     if time is None:
         return len(times) - 1
     at = np.asarray(time)
-    if at.ndim or at.dtype.kind not in "iuf" or float(at) not in times:
-        told = ", ".join(f"{t:g}" for t in times)
-        raise ValueError(f"expected a snapshot's time, whose cells have groups, found {time!r}; there are {told}")
-    return times.index(float(at))
+    if at.ndim == 0 and at.dtype.kind in "iuf":
+        off = np.abs(np.array(times) - float(at))
+        if off.min() <= 1e-3 * np.diff(times).min():  # as times are shown, or kept in single precision
+            return int(off.argmin())
+    told = ", ".join(f"{t:g}" for t in times)
+    raise ValueError(
+        f"expected the time of a snapshot, whose cells have groups, found {time!r}; there are {told}. For the population "
+        f"at another time there is sctraj.tl.interpolate"
+    )

@@ -93,11 +93,12 @@ def fit_flow(
         less accurate than a network (energy distance 1.0 to 1.1 times as large for held-out real snapshots, up to 1.9
         times for simulated ones), except where cells are few and dimensions many.
     growth_key
-        Column of ``obs`` with prior growth rates (log mass change per unit of time), for ``"uot-cfm"``. With times in
-        days, for example, log 2 = .7 for cells that a proliferation signature says are cycling, if they divide once a
-        day, and 0 for the others. Only differences between cells count, because numbers of sampled cells say nothing
-        about the population's total. The prior is weighed against the snapshots: where the two contradict each other,
-        the snapshots pull the rates back. Even a noisy one helps to tell growth from movement.
+        Column of ``obs`` with prior growth rates, for ``"uot-cfm"``: log mass change per unit of time, net of death. A
+        kind of cells that doubles in two days, relative to the others, has log 2 / 2 = .35 a day. Only differences
+        between cells count, because numbers of sampled cells say nothing about the population's total. The prior is
+        weighed against the snapshots, which pull it back only in part where the two contradict each other. So noise
+        about the right rates does little harm, but rates that differ too much do: compare `sctraj.tl.leave_one_out`
+        with and without the prior.
     sigma
         Width of the probability path, in units of the representation (for ``"sb-cfm"``, per square root of time). By
         default, a fixed fraction of the root mean square displacement between snapshots. A single cell far from all
