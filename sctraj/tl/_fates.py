@@ -249,6 +249,6 @@ def _snapshot_at(time: float | None, times: tuple[float, ...]) -> int:
             return int(off.argmin())
     told = ", ".join(f"{t:g}" for t in times)
     raise ValueError(
-        f"expected the time of a snapshot, whose cells have groups, found {time!r}; there are {told}. For the population "
-        f"at another time there is sctraj.tl.interpolate"
+        f"expected the time of a snapshot, whose cells have groups, found {time!r}; there are {told}. For the "
+        f"population at another time there is sctraj.tl.interpolate"
     )
