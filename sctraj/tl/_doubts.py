@@ -1,4 +1,4 @@
-"""Warnings about doubtful data, logged before a fit; nothing is changed."""
+"""Warnings about doubtful data, logged before a fit or before cells are followed to groups; nothing is changed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .._log import logger
 from ..flow.clouds import evenly
 
 if TYPE_CHECKING:
+    import pandas as pd
     from anndata import AnnData
     from numpy.typing import NDArray
 
@@ -28,6 +29,8 @@ FAR = 100.0  # times the median distance from the snapshot's median; no tail of 
 LOOKED_AT = 300  # cells by which a representation is judged
 SAMPLE = 1000  # cells from which medians are computed; a few more or fewer do not change them
 NAMED = 5
+MISSING = 0.1  # share of cells without a group that is said
+PLACEHOLDERS = ("", "nan", "na", "n/a", "none", "<na>", "unknown", "unassigned")
 
 
 def say_doubts(adata: AnnData, cells: Cells, use_rep: str, growth_key: str | None) -> None:
@@ -102,3 +105,39 @@ def _times_median(x: torch.Tensor) -> NDArray[np.float64]:
     if not scale:  # most cells are at one place, so there is no scale
         return np.zeros(len(x))
     return torch.linalg.vector_norm(x - middle, dim=1).double().numpy() / scale
+
+
+def doubt_groups(labels: pd.Series, n_neighbors: int, groupby: str, at: str) -> None:
+    """Log what makes the groups of a snapshot's cells doubtful as fates.
+
+    Parameters
+    ----------
+    labels
+        Groups of the cells, categorical.
+    n_neighbors, groupby
+        As in `sctraj.tl.fates`.
+    at
+        The snapshot's time, as it is shown.
+    """
+    sizes, missing = labels.value_counts(), float(labels.isna().mean())
+    if missing > MISSING:
+        logger.warning(
+            f'{missing:.0%} of the cells of time {at} have no group in obs["{groupby}"]; cells that end among them are '
+            f"given the groups of the nearest cells that have one: give them a group of their own, if they are of none "
+            f"of these"
+        )
+    if absent := [str(group) for group in sizes.index if str(group).strip().lower() in PLACEHOLDERS]:
+        logger.warning(
+            f'obs["{groupby}"] has groups {absent} by name; if these are cells without a group, make them NaN'
+        )
+    if len(sizes) == 1:
+        logger.warning(
+            f'all cells of time {at} are of one group in obs["{groupby}"], so that all fates are that one; pass '
+            f"another time or column"
+        )
+    elif small := [str(group) for group, n in sizes.items() if n < n_neighbors]:
+        logger.warning(
+            f"{len(small)} of {len(sizes)} groups at time {at} have fewer cells than n_neighbors={n_neighbors}, which "
+            f"blurs them: {', '.join(small[:NAMED])}{', ...' if len(small) > NAMED else ''}; pass a smaller one, "
+            f"or read the others alone"
+        )

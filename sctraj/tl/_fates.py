@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 from sklearn.neighbors import NearestNeighbors
 
@@ -15,19 +14,18 @@ from .._memory import size_of
 from ..flow.clouds import evenly
 from ..flow.flow_matching import pick_device
 from ..flow.integrate import Field, Solver
+from ._doubts import doubt_groups
 from ._field import check_module
 from ._moves import Movement, check_score, movement, warn_of_strays
 from ._seeds import seed_of
 from ._steps import TOLERANCE, check_steps, check_whole, warn_of_unused_steps
 
 if TYPE_CHECKING:
+    import pandas as pd
     from anndata import AnnData
     from torch import nn
 
 SLAB = 2**28  # bytes of moved cells held at once
-MISSING = 0.1  # share of cells without a group that is said
-PLACEHOLDERS = ("", "nan", "na", "n/a", "none", "<na>", "unknown", "unassigned")
-NAMED = 5
 MOST_ASKED = 20_000  # cells of a snapshot, evenly chosen, among which nearest ones are sought
 
 
@@ -137,7 +135,7 @@ def fates(
         )
     if n_draws is not None:
         check_score(flow, f"n_draws={n_draws}")
-    _say_doubts(labels, n_neighbors, groupby, at)
+    doubt_groups(labels, int(n_neighbors), groupby, at)
 
     field = flow.vector_field.to(where)
     stream = None if n_draws is None else torch.Generator().manual_seed(seed)
@@ -215,27 +213,6 @@ def _nearest(x: np.ndarray, cells: np.ndarray, k: int) -> np.ndarray:
     asked = evenly(len(cells), MOST_ASKED).numpy()
     finder = NearestNeighbors(n_neighbors=min(k, len(asked))).fit(cells[asked])
     return asked[finder.kneighbors(x, return_distance=False)]
-
-
-def _say_doubts(labels: pd.Series, n_neighbors: int, groupby: str, at: str) -> None:
-    """Log what makes groups of the cells of a time doubtful as fates."""
-    sizes, missing = labels.value_counts(), float(labels.isna().mean())
-    if missing > MISSING:
-        logger.warning(
-            f'{missing:.0%} of the cells of time {at} have no group in obs["{groupby}"]; cells that end among them are '
-            f"given the groups of the nearest cells that have one"
-        )
-    if absent := [str(group) for group in sizes.index if str(group).strip().lower() in PLACEHOLDERS]:
-        logger.warning(
-            f'obs["{groupby}"] has groups {absent} by name; if these are cells without a group, make them NaN'
-        )
-    if len(sizes) == 1:
-        logger.warning(f'all cells of time {at} are of one group in obs["{groupby}"], so that all fates are that one')
-    elif small := [str(group) for group, n in sizes.items() if n < n_neighbors]:
-        logger.warning(
-            f"{len(small)} of {len(sizes)} groups at time {at} have fewer cells than n_neighbors={n_neighbors}, which "
-            f"blurs them: {', '.join(small[:NAMED])}{', ...' if len(small) > NAMED else ''}"
-        )
 
 
 def _snapshot_at(time: float | None, times: tuple[float, ...]) -> int:
