@@ -43,6 +43,7 @@ from sctraj.flow.flow_matching import Training
 from sctraj.flow.hold_out import NOISE_REFERENCE
 from sctraj.flow.integrate import AS_PUBLISHED
 from sctraj.flow.judgement import Observed
+from sctraj.flow.plans import Plans
 from sctraj.flow.problem import Problem
 from sctraj.flow.restoration import CONTROLS, Restoration, mixed
 from sctraj.flow.snapshots import Snapshots
@@ -75,6 +76,7 @@ INTERPOLATION, PUBLISHED = "ot-interpolation", "ot-cfm neural, before"
 STEPS = (
     "ot-cfm straight, before", "+ both sides", "+ hermite", "+ reliable turns", "+ growth", "+ pairs by velocity",
 )  # fmt: skip
+FRAME = "uot-cfm, moving frame"
 NETWORK, CLOCK, FARTHER = "+ network", "+ slow clock", "+ farther snapshots"
 TRUTH, DIFFUSE = "true dynamics", ("switch", "differentiation")  # of the latter there is no one true place
 COMPARED = (INTERPOLATION, PUBLISHED)
@@ -165,6 +167,8 @@ def restorations(
         ([FullTempo(**{f.name: getattr(p, f.name) for f in fields(p)}) for p in by_velocity], {NETWORK: "both"})
     )
     neural.append((by_velocity, {DEFAULT: "both", BEFORE: "before"} | ({} if few else {CLOCK: "both"})))
+    moving = hold_out.hold_out_problems(snapshots, method=DEFAULT, path=None, plans=Plans(frame="moving"), **same)[1]
+    neural.append((moving, {FRAME: "both"}))
     for problems, starts in neural:
         yield from _restored("neural", starts, held_out, problems, snapshots, len(seeds), training)
 
@@ -178,7 +182,7 @@ def _restored(
     held_out, problems = held_out[::step], problems[::step]
     field = make_field(kind, problems, [], training, torch.device("cpu"), progress=False).vector_field
     for name, start in starts.items():
-        farther = [one.farther if name == DEFAULT else 0.0 for one in problems]
+        farther = [one.farther if name in (DEFAULT, FRAME) else 0.0 for one in problems]
         found = hold_out.restore(field, snapshots, held_out, AS_PUBLISHED, start=start, farther=farther)
         for member, (k, restoration) in enumerate(zip(held_out, found)):
             yield name, member % (n_seeds // step), k, restoration

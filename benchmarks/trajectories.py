@@ -32,6 +32,7 @@ from sctraj.flow.vector_field import VectorField
 NARROW = "narrow paths"
 METHODS = {  # columns: arguments of tl.fit_flow
     DEFAULT: {},
+    "moving frame": {"frame": "moving"},
     NARROW: {},
     "closed-form field": {"field": "closed-form"},
     "ot-cfm": {"method": "ot-cfm"},

@@ -28,7 +28,12 @@ from sctraj.datasets._courses import Family
 COURSES = [
     f"{family}{effects}" for family in get_args(Family) if family not in DIFFUSE for effects in ("", "+effects", ":12")
 ]
-METHODS = {"uot-cfm": {}, "closed-form field": {"field": "closed-form"}, "ot-cfm": {"method": "ot-cfm"}}
+METHODS = {
+    "uot-cfm": {},
+    "moving frame": {"frame": "moving"},
+    "closed-form field": {"field": "closed-form"},
+    "ot-cfm": {"method": "ot-cfm"},
+}
 SLOW = 1 / 3  # of the median speed, below which a cell has no direction to speak of
 MEASURES = ("cosine", "length", "growth", "correlation")
 

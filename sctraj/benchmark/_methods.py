@@ -197,19 +197,19 @@ def check_settings(name: str, settings: Mapping[str, Setting]) -> None:
 
 def own_settings(method: str, settings: Mapping[str, Setting]) -> dict[str, Any]:
     """Return all settings of one of sctraj's own methods, with the defaults of `sctraj.tl.leave_one_out`."""
-    names = ("field", "path", "sigma", "block", *(f.name for f in fields(Training) if f.name != "module"))
+    names = ("field", "path", "sigma", "frame", "block", *(f.name for f in fields(Training) if f.name != "module"))
     unknown = [name for name in settings if name not in names]
     if unknown:
         raise TypeError(f"expected settings of {', '.join(names)} for {method}, found {', '.join(unknown)}")
     defaults = inspect.signature(tl.leave_one_out).parameters
     complete = {name: settings.get(name, defaults[name].default) for name in names}
     for setting, value in settings.items():
-        kind, words = (str, "text") if setting in ("field", "path") else ((int, float), "a number")
+        kind, words = (str, "text") if setting in ("field", "path", "frame") else ((int, float), "a number")
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
             raise TypeError(f"expected {words} for {setting} of {method}, found {value!r}")
     # the following calls serve only to raise their errors
     check_field(complete["field"], None)
-    Plans(complete["block"])
+    Plans(complete["block"], frame=complete["frame"])
     Training(module=None, **{f.name: complete[f.name] for f in fields(Training) if f.name != "module"})
     check_method(method, path=complete["path"], sigma=complete["sigma"], prior=False)
     return complete
@@ -225,19 +225,19 @@ def restore_own(
     tensors. A closed-form field that does not depend on a seed is computed once for such queries.
     """
     chosen = own_settings(method, settings)
-    field, path, sigma, block = (chosen.pop(name) for name in ("field", "path", "sigma", "block"))
+    field, path, sigma, frame, block = (chosen.pop(name) for name in ("field", "path", "sigma", "frame", "block"))
     training = Training(module=None, **chosen)
     validate, where = training.patience is not None and field == "neural", pick_device(device)
     problems: list[Problem] = []
     validation: list[Problem] = []
     member, members = [], []  # the member that serves each query; one query of each member
-    plans, known = Plans(block, where), set[int]()
+    plans, known = Plans(block, where, frame), set[int]()
     for group in _by_snapshots(queries):
         seeds = [member_seeds(query.seed, 1)[0] for query in group]
         some = distinct_seeds(field, method, seeds)
         cells = {id(x) for x in group[0].snapshots.points}
         if not cells & known:  # strict folds, each in a space of its own: nothing is shared, so nothing need be kept
-            plans = Plans(block, where)
+            plans = Plans(block, where, frame)
         known |= cells
         made = make_problems(
             group[0].snapshots, method=method, path=path, sigma=sigma, seeds=some, validate=validate, plans=plans

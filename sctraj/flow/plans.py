@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from .coupling import (
     paired_by_velocity,
 )
 from .coupling.blocked import BLOCK, cells_a_side
-from .coupling.growing import WHOLE
+from .coupling.growing import WHOLE, Frame
 from .probability_path import ProbabilityPath
 from .snapshots import Interval, Snapshots, thinned, to_device
 from .threads import at_once
@@ -47,14 +48,19 @@ class Plans:
     device
         Where the plans of ``"sb-cfm"`` are solved. None: where the cells are, as also for mps, which has no float64.
         The plans of growing populations consist of blocks, which the processors solve in parallel.
+    frame
+        Of the plans of growing populations, see `growing`.
 
     Raises
     ------
     ValueError
-        If block is not a whole number of at least 2.
+        If block is not a whole number of at least 2, or the frame is unknown.
     """
 
-    def __init__(self, block: int | None = None, device: torch.device | None = None) -> None:
+    def __init__(self, block: int | None = None, device: torch.device | None = None, frame: Frame = "fixed") -> None:
+        if frame not in get_args(Frame):
+            raise ValueError(f"expected a frame of {get_args(Frame)}, found {frame!r}")
+        self.frame = frame
         if block is not None and not (block >= 2 and block % 1 == 0):
             raise ValueError(f"expected block to be a whole number of cells of at least 2, found {block}")
         self.block = None if block is None else int(block)
@@ -111,7 +117,7 @@ class Plans:
     def _solve(self, interval: Interval, path: ProbabilityPath | None, method: str) -> Coupling:
         rng = torch.Generator().manual_seed(BLOCKS_SEED)
         if method == "uot-cfm":
-            return growing(interval, rng, block=self.block, exact_cost=self._exact_cost(interval))
+            return growing(interval, rng, frame=self.frame, block=self.block, exact_cost=self._exact_cost(interval))
         if method == "ot-cfm":
             return blocked(interval, rng, block=self.block or BLOCK)
         if method == "sb-cfm":

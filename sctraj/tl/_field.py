@@ -45,6 +45,7 @@ def warn_of_unused(
     path: str | None,
     block: int | None,
     growth_key: str | None,
+    frame: str,
 ) -> None:
     """Log which options of a verb were changed from their defaults but have no effect on this call."""
     unused = [option.name for option in dataclasses.fields(training)]
@@ -57,6 +58,8 @@ def warn_of_unused(
         logger.warning(f"{', '.join(given)} given, without effect on {other}")
     if block is not None and path != "hermite" and not {*methods} & {*LISTED}:
         logger.warning(f"block given, without effect on {', '.join(methods)}")
+    if frame != defaults["frame"].default and path != "hermite" and "uot-cfm" not in methods:
+        logger.warning(f"frame given, without effect on {', '.join(methods)}")
     for name, value, taken_by in (("path", path, WITH_PATH), ("growth_key", growth_key, ("uot-cfm",))):
         if value is not None and (others := [method for method in methods if method not in taken_by]):
             logger.warning(f"{name} given, without effect on {', '.join(others)}")
@@ -85,6 +88,7 @@ def fit_record(
     time_key: str,
     use_rep: str,
     growth_key: str | None,
+    frame: str,
     block: int | None,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -92,7 +96,8 @@ def fit_record(
 
     Options that are None, or that a closed-form field does not use, have no entry.
     """
-    record = {"field": kind, "time_key": time_key, "use_rep": use_rep, "growth_key": growth_key, "block": block}
+    record: dict[str, Any] = {"field": kind, "time_key": time_key, "use_rep": use_rep, "growth_key": growth_key}
+    record |= {"frame": frame, "block": block}
     if kind == "neural":
         record |= {f.name: getattr(training, f.name) for f in dataclasses.fields(training)}
         if training.module is not None:

@@ -18,7 +18,7 @@ from ..flow.fields import FieldKind, distinct_seeds, farther_shares, make_field
 from ..flow.flow_matching import Training, pick_device
 from ..flow.integrate import AS_PUBLISHED
 from ..flow.judgement import Judgement, judge_all
-from ..flow.plans import Plans
+from ..flow.plans import Frame, Plans
 from ..flow.problem import METHODS, WITH_PATH, check_method
 from ..flow.restoration import Restoration
 from ..flow.starts import Start
@@ -54,6 +54,7 @@ def leave_one_out(
     path: Path | None = None,
     field: FieldKind = "neural",
     growth_key: str | None = None,
+    frame: Frame = "fixed",
     start: Start = "both",
     jitter: float = 0.0,
     n_seeds: int = 5,
@@ -106,8 +107,8 @@ def leave_one_out(
         Representation of the cells: a key of ``obsm``, or ``"X"``.
     methods
         One or more of ``"uot-cfm"``, ``"ot-cfm"``, ``"i-cfm"``, ``"sb-cfm"``, ``"vp-cfm"``; see `sctraj.tl.fit_flow`.
-    path, field, growth_key
-        As in `sctraj.tl.fit_flow`. A path and growth rates are used only for the methods that take them.
+    path, field, growth_key, frame
+        As in `sctraj.tl.fit_flow`. A path, growth rates and a frame are used only for the methods that take them.
     start
         Which snapshots are moved to the held-out time: the neighbours on ``"both"`` sides, or the one ``"before"``.
         With a neural field on curved paths and at least seven kept snapshots, ``"both"`` also takes the second snapshot
@@ -182,7 +183,7 @@ def leave_one_out(
         check_method(method, path=own.path, sigma=sigma, prior=own.prior)
     where = pick_device(device)
     training = Training(module, width, depth, n_steps, batch_size, learning_rate, weight_decay, ema_decay, patience)
-    plans = Plans(block, where)
+    plans = Plans(block, where, frame)
     seed = seed_of(rng)
     seeds = member_seeds(seed, n_seeds)
     if start not in get_args(Start):
@@ -192,7 +193,9 @@ def leave_one_out(
     cells = _adata.read_snapshots(adata, time_key, use_rep, least=3, growth_key=growth_key)
     snapshots = cells.snapshots
     _check_sizes(snapshots)
-    warn_of_unused(leave_one_out, field, training, methods=methods, path=path, block=block, growth_key=growth_key)
+    warn_of_unused(
+        leave_one_out, field, training, methods=methods, path=path, block=block, growth_key=growth_key, frame=frame
+    )
     say_doubts(adata, cells, use_rep, growth_key)
 
     without_prior = replace(snapshots, growth=()) if snapshots.growth else snapshots  # the same, whose plans are shared
@@ -222,7 +225,14 @@ def leave_one_out(
     judged = judge_all([(one.restoration, one.observed) for one in found])
     energies = _energies(found, judged)
     protocol = fit_record(
-        field, training, time_key=time_key, use_rep=use_rep, growth_key=growth_key, block=block, device=where
+        field,
+        training,
+        time_key=time_key,
+        use_rep=use_rep,
+        growth_key=growth_key,
+        frame=frame,
+        block=block,
+        device=where,
     ) | {
         "methods": np.array(methods),
         "paths": np.array([path_name(options[method].path, of.problems[0]) for method, of in folds.items()]),

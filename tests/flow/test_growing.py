@@ -14,6 +14,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from sctraj.flow.coupling import GrowingPlan, exact, growing
+from sctraj.flow.coupling.growing import MOVES, Penalty
 from sctraj.flow.snapshots import Interval
 
 T0, T1 = 1.3, 4.1
@@ -92,11 +93,12 @@ INTERVALS = {
 }
 
 
+@pytest.mark.parametrize("frame", ["fixed", "moving"])
 @pytest.mark.parametrize("block", [20, 3000])
 @pytest.mark.parametrize("name", INTERVALS)
-def test_both_marginals_are_the_snapshots(name, block):
+def test_both_marginals_are_the_snapshots(name, block, frame):
     interval = INTERVALS[name]()
-    plan = grown(interval, block=block)
+    plan = grown(interval, block=block, frame=frame)
     pairs = plan.pairs
     # rounding of masses of some 1/60; a cell at a block's border adds up from two
     torch.testing.assert_close(sums(pairs.i, pairs.mass0, len(interval.x0)), interval.mass0, rtol=0, atol=1e-14)
@@ -108,11 +110,12 @@ def test_both_marginals_are_the_snapshots(name, block):
         assert len(pairs.i) <= len(interval.x0) + len(interval.x1) - 1  # a vertex of the transport polytope
 
 
-def test_a_cell_without_mass_is_nobodys_kin():
+@pytest.mark.parametrize("frame", ["fixed", "moving"])
+def test_a_cell_without_mass_is_nobodys_kin(frame):
     interval = empty_cells()
     some0, some1 = interval.mass0 > 0, interval.mass1 > 0
     fewer = interval_of(interval.x0[some0], interval.x1[some1], interval.mass0[some0], interval.mass1[some1])
-    plan, without = grown(interval), grown(fewer)
+    plan, without = grown(interval, frame=frame), grown(fewer, frame=frame)
     assert bool(some0[plan.pairs.i].all())
     assert bool(some1[plan.pairs.j].all())
     # both plans converged to 1e-6, times penalty/epsilon = 20, times a displacement of about one
@@ -242,7 +245,7 @@ def test_growth_of_groups_eight_deviations_apart_is_right_on_average():
     n = 60
     interval = groups(8.0, n=n)
     unit = float(torch.cat([interval.x0, interval.x1]).var(0).sum())  # of the penalty, nearly
-    pairs = grown(interval, penalty=exact(interval).cost / unit).pairs
+    pairs = grown(interval, penalty=Penalty(exact(interval).cost / unit, 1.0)).pairs
     group = pairs.i // n
     ratios = sums(group, pairs.mass1, 2) / sums(group, pairs.mass0, 2)
     torch.testing.assert_close(ratios, TRUE_RATIOS, rtol=1e-6, atol=0)  # crossing costs e^-70, the solver 1e-6
@@ -279,13 +282,63 @@ def test_by_default_most_of_a_rigid_shift_is_movement(shift, d):
     assert float(moved[0]) > 0.75 * shift
 
 
+@pytest.mark.parametrize("d", [2, 5])
+@pytest.mark.parametrize("shift", [0.3, 1.0, 3.0, 10.0, 50.0])
+def test_in_a_moving_frame_nearly_all_of_a_rigid_shift_is_movement(shift, d):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, d))
+    interval = interval_of(x, rng.permutation(x) + shift * np.eye(d)[0])
+    plan = grown(interval, frame="moving")
+    # by place a share of the way is left out, 4 / (4 + penalty) for both ends (see above); in the frame that moves with
+    # what is not, the same share of what is left
+    share = (4 / (4 + 2 * d + exact(interval).cost / 2)) ** (1 + MOVES)
+    moved = plan.pairs.middle @ (interval.x1[plan.pairs.j] - interval.x0[plan.pairs.i])
+    (block,) = plan.blocks
+    taking = block.marginal1 @ interval.x1 - block.marginal0 @ interval.x0
+    # more is movement where the shift is small, as the cells are the same at both ends
+    assert 0.95 * (1 - share) * shift < float(taking[0]) < 1.01 * shift
+    assert float(moved[0]) > 0.9 * shift
+
+
+@pytest.mark.parametrize("far", [10.0, 100.0])
+def test_in_a_moving_frame_a_rigid_shift_grows_nothing_but_at_a_high_order_in_spread_over_shift(far):
+    x = torch.tensor(np.random.default_rng(0).normal(size=(300, 2)))
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    interval = interval_of(x, x[order] + torch.tensor([far, 0.0]))
+    pairs = growing(interval, torch.Generator(), frame="moving", penalty=Penalty(0.0, 1.0)).pairs
+    # what takes part by place goes all of the way but 4 / shift, then all of this but 4 / shift^2 of it; over the
+    # penalty, shift^2, potentials of the rest say 2 (4 / shift) (4 / shift^2) (x + y) / shift^2. In a fixed frame it is
+    # the first order (the test below); no plan is better than its tolerance of 1e-6
+    grown_by = float((pairs.middle @ (pairs.mass1 / pairs.mass0).log().square()).sqrt())
+    assert grown_by < 2 * 32 / far**5 + 1e-6
+
+
+def test_groups_that_move_apart_go_each_its_own_way():
+    n, gap, way = 150, 12.0, 3.0
+    interval = groups(gap, n=n)  # their masses change as well
+    ways = torch.tensor([[0.0, -way], [0.0, way]], dtype=torch.float64).repeat_interleave(n, 0)
+    parted = replace(interval, x1=interval.x1 + ways)
+
+    def found(frame) -> tuple[float, float]:
+        """How far cells go, of their way; and by how much growth differs within groups."""
+        pairs = grown(parted, frame=frame).pairs
+        moved = ((parted.x1[pairs.j] - parted.x0[pairs.i]) * ways[pairs.i].sign())[:, 1]
+        ratio, group = (pairs.mass1 / pairs.mass0).log(), pairs.i // n
+        return float(pairs.middle @ moved) / way, max(float(ratio[group == g].std()) for g in (0, 1))
+
+    (short, uneven), (whole, even) = found("fixed"), found("moving")
+    assert short < 0.87
+    assert whole > 0.95  # in a frame that moved all groups alike it would be short
+    assert even < uneven / 3
+
+
 @pytest.mark.parametrize("far", [10.0, 100.0])
 def test_a_rigid_shift_grows_nothing_but_at_first_order_in_spread_over_shift(far):
     x = torch.tensor(np.random.default_rng(0).normal(size=(300, 2)))
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
     shift = torch.tensor([far, 0.0])
     interval = interval_of(x, x[order] + shift)
-    plan = growing(interval, torch.Generator(), penalty=0.0)
+    plan = growing(interval, torch.Generator(), penalty=Penalty(0.0, 1.0))
     pairs = plan.pairs
     log_ratio = (pairs.mass1 / pairs.mass0).log()
     assert float(pairs.middle @ log_ratio) == pytest.approx(0, abs=2 / far**2)  # even orders cancel

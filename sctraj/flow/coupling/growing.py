@@ -2,14 +2,20 @@
 
 Unbalanced transport decides how much of each cell's mass has a counterpart in the other snapshot, and who a cell's kin
 are; an exact plan then pairs what takes part. What does not take part becomes growth: a pair's mass changes on its way.
+
+Where a population moves, such a plan takes part of the move for growth: cells behind seem to die, and cells ahead to be
+born. In a *moving* frame it is solved again after each cell is put half-way to where its neighbours go. What neighbours
+do together is then movement, and only what is left is growth.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from statistics import median_low
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +25,7 @@ from ..threads import at_once
 from .blocked import blocks, cells_a_side
 from .exact import exact
 from .independent import draw
+from .kernel import split, squared_distances
 from .pairs import WeightedPairs, rescaled
 from .phase_space import in_phase_space
 from .sinkhorn import SHARPEST
@@ -26,15 +33,37 @@ from .unbalanced import UnbalancedPlan, unbalanced
 
 # entropy of the plan that gives growth and kin, in units of the exact plan's cost: each cell has some ten partners
 EPSILON = 0.05
-# penalty on marginals that differ from the snapshots': the exact plan's cost plus so many times a snapshot's total
-# variance. The variance is the course's own, whatever the time between snapshots (the squared length of the dynamic
-# problem, Chizat et al. 2018). With the cost alone, more of each move is read as growth the nearer snapshots are to
-# each other; with the variance alone, the farther they are.
-PENALTY = 8.0
+NEIGHBOURS = 0.1  # share of a snapshot's cells whose ways are averaged; .05 and .2 differ little
 LEAST = 1e-6  # of a cell's mass always takes part, as the network simplex loses masses of the order of rounding
 UNIT_BLOCKS = 3  # that the unit is taken from; of small blocks, as many as make up a usual one
 WHOLE = 1500  # cells a side that are coupled as a whole
 BLOCK = 1000  # cells a side, for larger snapshots: blocks of 1,500, or none, take longer and restore nothing better
+
+Frame = Literal["fixed", "moving"]
+
+
+class Penalty(NamedTuple):
+    """A penalty on marginals that differ from the snapshots', in units of cost.
+
+    A variance is the course's own, whatever the time between snapshots (the squared length of the dynamic problem,
+    Chizat et al. 2018). With the cost alone, more of each move is read as growth the nearer snapshots are to each
+    other; with the variance alone, the farther they are.
+
+    Attributes
+    ----------
+    variances
+        So many times the mean of both snapshots' total variances,
+    costs
+        plus so many times the exact plan's cost.
+    """
+
+    variances: float
+    costs: float
+
+
+PENALTY = Penalty(8.0, 1.0)
+SOFT = Penalty(2.0, 0.5)  # in a moving frame, where softness takes little of a move for growth
+MOVES = 2  # of a moving frame: with each, the part of a move that is read as growth falls by the same factor
 
 
 @dataclass(frozen=True)
@@ -105,8 +134,9 @@ def growing(
     interval: Interval,
     rng: torch.Generator,
     *,
+    frame: Frame = "fixed",
     epsilon: float = EPSILON,
-    penalty: float = PENALTY,
+    penalty: Penalty | None = None,
     block: int | None = None,
     exact_cost: float | None = None,
 ) -> GrowingPlan:
@@ -125,11 +155,13 @@ def growing(
         The two snapshots.
     rng
         Generator of the random blocks.
+    frame
+        Whether growth is read where cells are (``"fixed"``), or after they have been moved along with their neighbours,
+        half of the way from either end (``"moving"``).
     epsilon
         Entropy of the unbalanced plan, in units of the exact plan's cost (with blocks, of the median of a few).
     penalty
-        The penalty on its marginals is the exact plan's cost plus this times the mean of both snapshots' total
-        variances.
+        On its marginals; softer by default in a moving frame, see `PENALTY` and `SOFT`.
     block
         Cells a side; by default snapshots of up to 1,500 cells are coupled as a whole, larger ones in blocks of at most
         1,000.
@@ -141,7 +173,9 @@ def growing(
     cut = list(blocks(interval, rng, block=block))
     held = [_held(part) for _, _, part, _ in cut]
     unit = _unit(held, epsilon, exact_cost if held[0] is interval else None)
-    solve = partial(_met, epsilon=epsilon * unit, penalty=_strength(interval, penalty, unit))
+    moves = MOVES if frame == "moving" else 0
+    strength = _strength(interval, penalty or (SOFT if moves else PENALTY), unit)
+    solve = partial(_met, epsilon=epsilon * unit, penalty=strength, moves=moves)
     found = at_once(solve, [(own, part) for own, (_, _, part, _) in zip(held, cut)])
     coupled = tuple(Block(*one, *both) for one, (both, _) in zip(cut, found))
     kin = _of_all(interval, coupled, [own for _, own in found])
@@ -157,7 +191,7 @@ def paired_by_velocity(
     time: float | None = None,
     kin_alone: bool = False,
     epsilon: float = EPSILON,
-    penalty: float = PENALTY,
+    penalty: Penalty = PENALTY,
 ) -> GrowingPlan:
     """Couple the same cells anew by where they are going as well as by where they are: the cost is `in_phase_space`.
 
@@ -180,7 +214,7 @@ def paired_by_velocity(
         Entropy of the plan that gives mean ancestors and descendants, in units of the exact plan's cost in the first
         phase space.
     penalty
-        Of the penalty on its marginals, as in `growing`, with variances and cost in phase space.
+        On its marginals, as in `growing`, with variances and cost in phase space.
 
     Raises
     ------
@@ -225,24 +259,55 @@ def _held(part: Interval) -> Interval:
     return replace(part, mass0=grown * (part.mass0.sum() / grown.sum()), growth0=None)  # equal rates change no bit
 
 
-def _strength(interval: Interval, penalty: float, cost: float) -> float:
-    """Return the penalty on marginals, in units of cost: the exact plan's cost plus ``penalty`` times the variance."""
+def _strength(interval: Interval, penalty: Penalty, cost: float) -> float:
+    """Return the penalty on marginals, in units of cost."""
     ends = ((x.double(), m.double()) for x, m in ((interval.x0, interval.mass0), (interval.x1, interval.mass1)))
     variance = sum(float(m @ (x - m @ x).square().sum(1)) for x, m in ends) / 2
-    return cost + penalty * variance
+    return penalty.costs * cost + penalty.variances * variance
 
 
 Marginals = tuple[Tensor, Tensor]
 Kin = tuple[Tensor, Tensor]
 
 
-def _met(held: Interval, part: Interval, *, epsilon: float, penalty: float) -> tuple[Marginals, Kin]:
+def _met(held: Interval, part: Interval, *, epsilon: float, penalty: float, moves: int) -> tuple[Marginals, Kin]:
     """Return how much of each cell of a block takes part, ``(m0,)`` and ``(m1,)``, each summing to one; and its kin."""
     plan = unbalanced(held, epsilon=epsilon, penalty=penalty)
+    for _ in range(moves):
+        plan = unbalanced(_moved_along(held, plan), epsilon=epsilon, penalty=penalty)
     # marginals that sum to one, however little of an unusual block takes part
     r, c = ((m.log() + ratio).softmax(0) for m, ratio in ((held.mass0, plan.log_ratio0), (held.mass1, plan.log_ratio1)))
     r, c = torch.maximum(r, LEAST * part.mass0), torch.maximum(c, LEAST * part.mass1)
     return (r / r.sum(), c / c.sum()), _related(plan, part)
+
+
+def _moved_along(held: Interval, plan: UnbalancedPlan) -> Interval:
+    """Return a block with its cells half-way to where their neighbours go, or back to where these came from."""
+    x0, x1 = held.x0.double(), held.x1.double()
+    there = _of_neighbours(x0, plan.descendants(x1) - x0, held.mass0, plan.log_ratio0)
+    back = _of_neighbours(x1, plan.ancestors(x0) - x1, held.mass1, plan.log_ratio1)
+    return replace(held, x0=x0 + there / 2, x1=x1 + back / 2)
+
+
+def _of_neighbours(cells: Tensor, values: Tensor, mass: Tensor, log_ratio: Tensor) -> Tensor:
+    """Return for each cell the mean value ``(n, k)`` of a tenth of the cells, those nearest to it, itself among them.
+
+    Parameters
+    ----------
+    cells, values
+        The cells ``(n, d)`` and their values ``(n, k)``.
+    mass, log_ratio
+        The cells' masses ``(n,)``, of which some have none, and the logarithm of how much of each takes part. Means are
+        by what takes part.
+    """
+    weight = mass * (log_ratio - log_ratio.max()).exp().clamp(min=LEAST)
+    k, means = math.ceil(NEIGHBOURS * int((mass > 0).sum())), []
+    for some in split(cells, len(cells)):
+        squares = squared_distances(some, cells)
+        squares[:, mass == 0] = torch.inf
+        near = (squares <= squares.kthvalue(k, 1, keepdim=True).values) * weight
+        means.append(near @ values / near.sum(1, keepdim=True))
+    return torch.cat(means)
 
 
 def _kin(part: Interval, held: Interval, *, epsilon: float, penalty: float) -> Kin:
