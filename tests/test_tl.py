@@ -296,7 +296,7 @@ def test_the_reliability_of_every_fold_is_written_down(cells: AnnData) -> None:
 def test_the_protocol_says_what_the_fits_are_defined_by(cells: AnnData, field) -> None:
     """All that a fit's own record has, so that the table can be made again."""
     cells.obs["prior"] = 0.0
-    options = {"field": field, "growth_key": "prior", "block": 500, "device": "cpu"}
+    options = {"field": field, "growth_key": "prior", "frame": "moving", "block": 500, "device": "cpu"}
     if field == "neural":
         options |= {"width": 8, "depth": 2, "weight_decay": 0.1, "ema_decay": 0.5, "patience": 3, **QUICK}
     sctraj.tl.fit_flow(cells, **options)
@@ -312,6 +312,35 @@ def test_the_protocol_says_what_the_fits_are_defined_by(cells: AnnData, field) -
     assert protocol["versions"] == flow["versions"]
     assert protocol["spreads"].shape == (1, 4, 4)  # methods, folds, their intervals
     assert (protocol["spreads"] > 0).all() if field == "neural" else np.isnan(protocol["spreads"]).all()
+
+
+def test_in_a_moving_frame_less_of_a_move_is_growth() -> None:
+    course = sctraj.datasets.simulated_course("fast-phase", 1200)  # where nothing grows
+    truth = course.obsm["drift_latent"]
+    axes = course.varm["latent_axes"][:, : truth.shape[1]]
+    inner = ~course.obs["time"].isin([course.obs["time"].min(), course.obs["time"].max()]).to_numpy()
+    length, growth = {}, {}
+    for frame in ("fixed", "moving"):
+        sctraj.tl.fit_flow(course, frame=frame, field="closed-form")
+        assert course.uns["flow"]["params"]["frame"] == frame
+        along = (course.obsm["flow_velocity"] @ axes * truth).sum(1) / (truth**2).sum(1)
+        length[frame], growth[frame] = np.median(along[inner]), course.obs["flow_growth"][inner].std()
+    assert length["fixed"] < length["moving"] < 1
+    assert 1 - length["moving"] < 0.7 * (1 - length["fixed"])
+    assert growth["moving"] < 0.6 * growth["fixed"]
+
+
+def test_a_frame_is_that_of_the_methods_that_take_it(cells: AnnData) -> None:
+    found = {}
+    for frame in ("fixed", "moving"):
+        sctraj.tl.leave_one_out(cells, methods=["uot-cfm", "ot-cfm"], frame=frame, field="closed-form", n_seeds=1)
+        found[frame] = sctraj.get.leave_one_out(cells, metric="energy")["mean"]
+        assert cells.uns["leave_one_out_protocol"]["frame"] == frame
+    same = found["fixed"] == found["moving"]
+    assert not same.pop("uot-cfm")
+    assert same.all()
+    with pytest.raises(ValueError, match=r"expected a frame of .*'fixed', 'moving'.*, found 'still'"):
+        sctraj.tl.leave_one_out(cells, frame="still")
 
 
 @pytest.mark.parametrize("field", ["neural", "closed-form"])
@@ -1050,11 +1079,14 @@ def test_options_of_steps_that_nothing_uses_are_said(cells: AnnData, caplog) -> 
     sctraj.tl.interpolate(cells, 0.5, solver="dopri5", n_steps=5, tolerance=1e-2)
     sctraj.tl.trajectories(cells, times=[0.0, 1.0], stochastic=True, solver="euler", tolerance=1e-2)
     sctraj.tl.leave_one_out(cells, methods="sb-cfm", field="closed-form", n_seeds=1, block=300)
+    sctraj.tl.fit_flow(cells, method="ot-cfm", field="closed-form", frame="moving")
+    sctraj.tl.fit_flow(cells, method="ot-cfm", field="closed-form", path="hermite", frame="moving")  # kin's frame
     assert [record.getMessage() for record in caplog.records] == [
         "tolerance given, without effect on the steps of rk4",
         "n_steps given, without effect on the steps of dopri5",
         "solver, tolerance given, without effect on the steps of the simulation",
         "block given, without effect on sb-cfm",
+        "frame given, without effect on ot-cfm",
     ]
 
 

@@ -426,6 +426,10 @@ def test_unknown_methods_and_settings_are_refused(course):
     with pytest.raises(ValueError, match=r"block.*found 1"):
         own_settings("ot-cfm", {"block": 1})
     assert own_settings("ot-cfm", {"block": 100})["block"] == 100
+    with pytest.raises(ValueError, match=r"frame.*found 'still'"):
+        own_settings("uot-cfm", {"frame": "still"})
+    with pytest.raises(TypeError, match="expected text for frame of uot-cfm, found 2"):
+        own_settings("uot-cfm", {"frame": 2})
     assert own_settings("ot-cfm", {})["n_steps"] == 500  # tl.leave_one_out's own
 
 

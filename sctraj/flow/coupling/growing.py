@@ -284,28 +284,23 @@ def _met(held: Interval, part: Interval, *, epsilon: float, penalty: float, move
 def _moved_along(held: Interval, plan: UnbalancedPlan) -> Interval:
     """Return a block with its cells half-way to where their neighbours go, or back to where these came from."""
     x0, x1 = held.x0.double(), held.x1.double()
-    there = _of_neighbours(x0, plan.descendants(x1) - x0, held.mass0, plan.log_ratio0)
-    back = _of_neighbours(x1, plan.ancestors(x0) - x1, held.mass1, plan.log_ratio1)
+    there = _of_neighbours(x0, plan.descendants(x1) - x0, held.mass0)
+    back = _of_neighbours(x1, plan.ancestors(x0) - x1, held.mass1)
     return replace(held, x0=x0 + there / 2, x1=x1 + back / 2)
 
 
-def _of_neighbours(cells: Tensor, values: Tensor, mass: Tensor, log_ratio: Tensor) -> Tensor:
-    """Return for each cell the mean value ``(n, k)`` of a tenth of the cells, those nearest to it, itself among them.
+def _of_neighbours(cells: Tensor, values: Tensor, mass: Tensor) -> Tensor:
+    """Return for each cell ``(n, d)`` the mean value ``(n, k)`` of the tenth of all cells that are nearest to it.
 
-    Parameters
-    ----------
-    cells, values
-        The cells ``(n, d)`` and their values ``(n, k)``.
-    mass, log_ratio
-        The cells' masses ``(n,)``, of which some have none, and the logarithm of how much of each takes part. Means are
-        by what takes part.
+    Cells without mass are none.
     """
-    weight = mass * (log_ratio - log_ratio.max()).exp().clamp(min=LEAST)
     k, means = math.ceil(NEIGHBOURS * int((mass > 0).sum())), []
     for some in split(cells, len(cells)):
         squares = squared_distances(some, cells)
         squares[:, mass == 0] = torch.inf
-        near = (squares <= squares.kthvalue(k, 1, keepdim=True).values) * weight
+        near = (
+            squares <= squares.kthvalue(k, 1, keepdim=True).values
+        ).double()  # more than k where cells share a place
         means.append(near @ values / near.sum(1, keepdim=True))
     return torch.cat(means)
 
