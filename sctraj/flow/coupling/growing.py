@@ -298,9 +298,7 @@ def _of_neighbours(cells: Tensor, values: Tensor, mass: Tensor) -> Tensor:
     for some in split(cells, len(cells)):
         squares = squared_distances(some, cells)
         squares[:, mass == 0] = torch.inf
-        near = (
-            squares <= squares.kthvalue(k, 1, keepdim=True).values
-        ).double()  # more than k where cells share a place
+        near = (squares <= squares.kthvalue(k, 1, keepdim=True).values).double()  # of one place, more than k
         means.append(near @ values / near.sum(1, keepdim=True))
     return torch.cat(means)
 
