@@ -4,6 +4,7 @@ python benchmarks/scaling.py --quick                             # under 15 s: 1
 python benchmarks/scaling.py                                     # 10,000, 100,000 and 1,000,000 cells
 python benchmarks/scaling.py --sizes 10000 --profile 12          # with the functions in which the time goes
 python benchmarks/scaling.py --steps fit_flow trajectories       # without fates and leave_one_out
+python benchmarks/scaling.py --steps fit_flow --frame moving     # growth told from movement in a moving frame
 python benchmarks/scaling.py --device cuda --threads 16          # and the GPU's memory beside
 
 Memory is the peak of the process above its level once the cells have been read, in GiB and in representations (cells x
@@ -37,12 +38,12 @@ from sctraj import datasets, tl
 N_DIMS, N_SNAPSHOTS, N_TIMES = 50, 10, 20
 QUICK: dict[str, int | str] = {"n_steps": 5}
 STEPS = {
-    "fit_flow": lambda adata, options: tl.fit_flow(adata, **options),
-    "trajectories": lambda adata, options: tl.trajectories(
+    "fit_flow": lambda adata, options, frame: tl.fit_flow(adata, frame=frame, **options),
+    "trajectories": lambda adata, options, frame: tl.trajectories(
         adata, times=np.linspace(*adata.obs["time"].agg(["min", "max"]), N_TIMES), **options
     ),
-    "fates": lambda adata, options: tl.fates(adata, "side", **options),
-    "leave_one_out": lambda adata, options: tl.leave_one_out(adata, n_seeds=1, **options),
+    "fates": lambda adata, options, frame: tl.fates(adata, "side", **options),
+    "leave_one_out": lambda adata, options, frame: tl.leave_one_out(adata, n_seeds=1, frame=frame, **options),
 }
 
 
@@ -83,7 +84,7 @@ class Peak:
         self.thread.join()
 
 
-def child(step: str, path: Path, options: dict[str, int | str], threads: int, profile: int) -> None:
+def child(step: str, path: Path, options: dict[str, int | str], frame: str, threads: int, profile: int) -> None:
     """Run one step on the cells in a file, keep what it wrote there, and print what it took."""
     torch.set_num_threads(threads)
     logging.disable(logging.INFO)
@@ -94,7 +95,7 @@ def child(step: str, path: Path, options: dict[str, int | str], threads: int, pr
         began = time.perf_counter()
         if profile:
             profiler.enable()
-        STEPS[step](adata, options)
+        STEPS[step](adata, options, frame)
         profiler.disable()
         seconds = time.perf_counter() - began
     if step == "fit_flow":
@@ -113,6 +114,7 @@ def measured(step: str, path: Path, args: argparse.Namespace) -> dict[str, float
     """Run a step in a process of its own."""
     command = [sys.executable, __file__, "--child", step, str(path), "--profile", str(args.profile)]
     command += ["--device", args.device, "--threads", str(args.threads), *["--quick"] * args.quick]
+    command += ["--frame", args.frame]
     threads = {"OMP_NUM_THREADS": str(args.threads)}
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | threads)
     return json.loads(run.stdout.splitlines()[-1])
@@ -123,6 +125,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="1,000 cells, short training")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], metavar="CELLS")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP", help=", ".join(STEPS))
+    parser.add_argument("--frame", choices=["fixed", "moving"], default="fixed", help="of fit_flow and leave_one_out")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU; 1 by default")
     parser.add_argument("--profile", type=int, default=0, metavar="LINES", help="that many of a profile, to stderr")
@@ -131,7 +134,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         options = (QUICK if args.quick else {}) | {"device": args.device}
-        child(args.child[0], Path(args.child[1]), options, args.threads, args.profile)
+        child(args.child[0], Path(args.child[1]), options, args.frame, args.threads, args.profile)
         return
     rows: list[dict[str, float]] = []
     print(f"{N_SNAPSHOTS} snapshots, {N_DIMS} dimensions; trajectories at {N_TIMES} times; {args.device}, "

@@ -1080,7 +1080,9 @@ def test_options_of_steps_that_nothing_uses_are_said(cells: AnnData, caplog) -> 
     sctraj.tl.trajectories(cells, times=[0.0, 1.0], stochastic=True, solver="euler", tolerance=1e-2)
     sctraj.tl.leave_one_out(cells, methods="sb-cfm", field="closed-form", n_seeds=1, block=300)
     sctraj.tl.fit_flow(cells, method="ot-cfm", field="closed-form", frame="moving")
+    assert "frame" not in cells.uns["flow"]["params"]
     sctraj.tl.fit_flow(cells, method="ot-cfm", field="closed-form", path="hermite", frame="moving")  # kin's frame
+    assert cells.uns["flow"]["params"]["frame"] == "moving"
     assert [record.getMessage() for record in caplog.records] == [
         "tolerance given, without effect on the steps of rk4",
         "n_steps given, without effect on the steps of dopri5",

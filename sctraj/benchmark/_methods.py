@@ -31,7 +31,7 @@ from ..flow.restoration import gathered
 from ..flow.snapshots import Snapshots
 from ..flow.starts import Origin, Start, origins
 from ..flow.vector_field import VectorField
-from ..tl._field import check_field
+from ..tl._field import check_field, finds_kin
 from ..tl._seeds import member_seeds
 
 Method = Callable[..., Any]
@@ -212,6 +212,8 @@ def own_settings(method: str, settings: Mapping[str, Setting]) -> dict[str, Any]
     Plans(complete["block"], frame=complete["frame"])
     Training(module=None, **{f.name: complete[f.name] for f in fields(Training) if f.name != "module"})
     check_method(method, path=complete["path"], sigma=complete["sigma"], prior=False)
+    if complete["frame"] != defaults["frame"].default and not finds_kin(method, complete["path"]):
+        raise ValueError(f"expected no frame for {method}, which has no growth, found {complete['frame']!r}")
     return complete
 
 

@@ -56,13 +56,18 @@ def warn_of_unused(
     if given:
         other = "a closed-form field, which is not trained" if field == "closed-form" else "a module of your own"
         logger.warning(f"{', '.join(given)} given, without effect on {other}")
-    if block is not None and path != "hermite" and not {*methods} & {*LISTED}:
+    if block is not None and not any(method in LISTED or finds_kin(method, path) for method in methods):
         logger.warning(f"block given, without effect on {', '.join(methods)}")
-    if frame != defaults["frame"].default and path != "hermite" and "uot-cfm" not in methods:
+    if frame != defaults["frame"].default and not any(finds_kin(method, path) for method in methods):
         logger.warning(f"frame given, without effect on {', '.join(methods)}")
     for name, value, taken_by in (("path", path, WITH_PATH), ("growth_key", growth_key, ("uot-cfm",))):
         if value is not None and (others := [method for method in methods if method not in taken_by]):
             logger.warning(f"{name} given, without effect on {', '.join(others)}")
+
+
+def finds_kin(method: str, path: str | None) -> bool:
+    """Say whether a method couples growing populations, for its pairs or for the kin that bend its paths."""
+    return method == "uot-cfm" or (path == "hermite" and method in WITH_PATH)
 
 
 def check_jitter(jitter: float, field: FieldKind) -> None:
@@ -88,7 +93,7 @@ def fit_record(
     time_key: str,
     use_rep: str,
     growth_key: str | None,
-    frame: str,
+    frame: str | None,
     block: int | None,
     device: torch.device,
 ) -> dict[str, Any]:

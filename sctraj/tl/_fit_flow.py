@@ -18,7 +18,7 @@ from ..flow.plans import Frame, Plans
 from ..flow.problem import Problem, check_method, default_sigma, make_problems, taking_part
 from ..flow.snapshots import resampled
 from ._doubts import say_doubts
-from ._field import check_field, fit_record, path_name, warn_of_unused
+from ._field import check_field, finds_kin, fit_record, path_name, warn_of_unused
 from ._seeds import member_seeds, seed_of
 
 if TYPE_CHECKING:
@@ -101,11 +101,12 @@ def fit_flow(
         about the right rates does little harm, but rates that differ too much do: compare `sctraj.tl.leave_one_out`
         with and without the prior.
     frame
-        Where ``"uot-cfm"`` tells growth from movement. ``"fixed"``: at the cells' own places, so that part of every
-        move is read as growth. ``"moving"``: after cells have been moved along with their neighbours, so that only what
-        is left is. Velocities, growth rates and fates are then nearer to the truth of simulated courses, and cells stay
-        on the course when moved all along it, but held-out snapshots are restored a little worse. Take it where these
-        matter; growth remains uncertain where fates have not yet parted.
+        Where ``"uot-cfm"`` tells growth from movement (and kin for curved paths of other methods are found).
+        ``"fixed"``: at the cells' own places, so that part of every move is read as growth. ``"moving"``: after cells
+        have been moved along with their neighbours, so that only what is left is growth. On simulated courses
+        velocities and fates are then nearer to the truth, and growth rates mostly are, but held-out snapshots are
+        restored a little less well. A
+        lineage of a handful of cells in a snapshot is moved along with others.
     sigma
         Width of the probability path, in units of the representation (for ``"sb-cfm"``, per square root of time). By
         default, a fixed fraction of the root mean square displacement between snapshots. A single cell far from all
@@ -171,7 +172,8 @@ def fit_flow(
         wider than sigma, it holds the ``spreads``, one per interval (with only two snapshots, the one half-way).
     ``obsm[key_added + "_velocity"]`` : float32, n_obs x d
         Velocity at the cell's own time, in units of the representation per unit of time; the members' mean. With
-        ``"uot-cfm"`` it is 3 to 29 % too short on simulated courses, because part of each move is read as growth.
+        ``"uot-cfm"`` it is 3 to 29 % too short on simulated courses (@@ % in a moving frame), because part of each
+        move is read as growth.
     ``obs[key_added + "_growth"]`` : float32
         Log mass change per unit of time, relative to the mean over the snapshot's cells; only if the flow has growth.
         It ranks cells rather than measures their growth: about half of the difference between fates is found, and
@@ -227,8 +229,8 @@ def fit_flow(
     adata = _adata.own(adata, copy=copy)
     used = problems[0].path.sigma
     params = fit_record(
-        field, training, time_key=time_key, use_rep=use_rep, growth_key=growth_key, frame=frame, block=block,
-        device=where,
+        field, training, time_key=time_key, use_rep=use_rep, growth_key=growth_key, block=block, device=where,
+        frame=frame if finds_kin(method, path) else None,
     ) | {
         "method": method, "path": path_name(path, problems[0]), "sigma": used, "n_members": n_members,
         "n_obs": adata.n_obs, "seed": seed,

@@ -23,7 +23,7 @@ from ..flow.problem import METHODS, WITH_PATH, check_method
 from ..flow.restoration import Restoration
 from ..flow.starts import Start
 from ._doubts import say_doubts
-from ._field import check_field, check_jitter, fit_record, path_name, warn_of_unused
+from ._field import check_field, check_jitter, finds_kin, fit_record, path_name, warn_of_unused
 from ._fit_flow import Path
 from ._seeds import member_seeds, seed_of
 
@@ -108,7 +108,7 @@ def leave_one_out(
     methods
         One or more of ``"uot-cfm"``, ``"ot-cfm"``, ``"i-cfm"``, ``"sb-cfm"``, ``"vp-cfm"``; see `sctraj.tl.fit_flow`.
     path, field, growth_key, frame
-        As in `sctraj.tl.fit_flow`. A path, growth rates and a frame are used only for the methods that take them.
+        As in `sctraj.tl.fit_flow`. They are used only for the methods that take them.
     start
         Which snapshots are moved to the held-out time: the neighbours on ``"both"`` sides, or the one ``"before"``.
         With a neural field on curved paths and at least seven kept snapshots, ``"both"`` also takes the second snapshot
@@ -230,7 +230,7 @@ def leave_one_out(
         time_key=time_key,
         use_rep=use_rep,
         growth_key=growth_key,
-        frame=frame,
+        frame=frame if any(finds_kin(method, own.path) for method, own in options.items()) else None,
         block=block,
         device=where,
     ) | {

@@ -430,6 +430,9 @@ def test_unknown_methods_and_settings_are_refused(course):
         own_settings("uot-cfm", {"frame": "still"})
     with pytest.raises(TypeError, match="expected text for frame of uot-cfm, found 2"):
         own_settings("uot-cfm", {"frame": 2})
+    with pytest.raises(ValueError, match="expected no frame for ot-cfm, which has no growth, found 'moving'"):
+        own_settings("ot-cfm", {"frame": "moving"})
+    assert own_settings("ot-cfm", {"frame": "moving", "path": "hermite"})["frame"] == "moving"
     assert own_settings("ot-cfm", {})["n_steps"] == 500  # tl.leave_one_out's own
 
 

@@ -298,6 +298,9 @@ def test_in_a_moving_frame_nearly_all_of_a_rigid_shift_is_movement(shift, d):
     # more is movement where the shift is small, as the cells are the same at both ends
     assert 0.95 * (1 - share) * shift < float(taking[0]) < 1.01 * shift
     assert float(moved[0]) > 0.9 * shift
+    # kin are where the cells are, and not where the frame has taken them
+    for kin, own, way in ((plan.descendants, interval.x0, shift), (plan.ancestors, interval.x1, -shift)):
+        assert float((kin - own).mean(0)[0]) == pytest.approx(way, rel=0.1)
 
 
 @pytest.mark.parametrize("far", [10.0, 100.0])
@@ -330,6 +333,58 @@ def test_groups_that_move_apart_go_each_its_own_way():
     assert short < 0.87
     assert whole > 0.95  # in a frame that moved all groups alike it would be short
     assert even < uneven / 3
+
+
+def two_lineages(n_few, n_many, *, gap=12.0, way=3.0) -> tuple[Interval, Tensor]:
+    """Few cells that move one way, and many that move the other, and which are which; nothing grows."""
+    rng = np.random.default_rng(0)
+    few = np.arange(n_few + n_many) < n_few
+    at = np.where(few[:, None], [gap, 0.0], [0.0, 0.0])
+    to = np.where(few[:, None], [gap, way], [0.0, -way])
+    n = len(few)
+    return interval_of(rng.normal(size=(n, 2)) + at, rng.normal(size=(n, 2)) + to), torch.from_numpy(few)
+
+
+def test_a_lineage_of_few_cells_goes_its_own_way_in_a_moving_frame():
+    interval, few = two_lineages(20, 480)
+    uneven = {}
+    for frame in ("fixed", "moving"):
+        pairs = grown(interval, frame=frame).pairs
+        uneven[frame] = float((pairs.mass1 / pairs.mass0).log()[few[pairs.i]].std())
+    assert (
+        uneven["moving"] < uneven["fixed"] / 3
+    )  # what its cells die and are born as they seem to, if moved with others
+
+
+def test_neighbours_are_the_nearest_cells_with_mass_and_count_by_it():
+    module = sys.modules["sctraj.flow.coupling.growing"]
+    rng = np.random.default_rng(0)
+    cells, values, mass = rng.normal(size=(20, 3)), rng.normal(size=(20, 2)), rng.exponential(size=20)
+    mass[::2] = 0.0
+    expected = []
+    for cell in cells:
+        distance = np.where(mass > 0, np.linalg.norm(cells - cell, axis=1), np.inf)
+        near = np.argsort(distance)[:3]  # a quarter of ten, at least
+        expected.append(np.average(values[near], axis=0, weights=mass[near]))
+    cells, values, mass = map(torch.from_numpy, (cells, values, mass))
+    found = module._mean_of(module._neighbours(cells, mass), values, mass)
+    torch.testing.assert_close(found, torch.from_numpy(np.array(expected)), rtol=1e-12, atol=1e-12)
+
+
+def test_light_cells_far_away_move_nobody_along():
+    interval, few = two_lineages(40, 20, gap=100.0)
+    mass = torch.where(few, 1e-12, 1.0).double()
+    light = replace(interval, mass0=mass / mass.sum())  # at the start alone
+    alone = replace(interval, x0=interval.x0[~few], mass0=torch.full((20,), 0.05, dtype=torch.float64))
+    (with_them,), (without,) = (grown(one, frame="moving").blocks for one in (light, alone))
+    torch.testing.assert_close(with_them.marginal0[~few], without.marginal0, rtol=0.2, atol=0)  # other neighbours
+
+
+def test_the_frame_is_the_same_far_from_the_origin():
+    interval = cloud()
+    far = replace(interval, x0=interval.x0 + 1e7, x1=interval.x1 + 1e7)
+    (near,), (away,) = (grown(one, frame="moving").blocks for one in (interval, far))
+    torch.testing.assert_close(away.marginal0, near.marginal0, rtol=1e-4, atol=0)  # rounding of 1e7
 
 
 @pytest.mark.parametrize("far", [10.0, 100.0])

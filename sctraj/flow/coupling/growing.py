@@ -33,7 +33,7 @@ from .unbalanced import UnbalancedPlan, unbalanced
 
 # entropy of the plan that gives growth and kin, in units of the exact plan's cost: each cell has some ten partners
 EPSILON = 0.05
-NEIGHBOURS = 0.1  # share of a snapshot's cells whose ways are averaged; .05 and .2 differ little
+NEIGHBOURS = 8  # cells whose ways are averaged, itself among them; of fewer than 32 cells a quarter. 5 or 25 do as well
 LEAST = 1e-6  # of a cell's mass always takes part, as the network simplex loses masses of the order of rounding
 UNIT_BLOCKS = 3  # that the unit is taken from; of small blocks, as many as make up a usual one
 WHOLE = 1500  # cells a side that are coupled as a whole
@@ -62,8 +62,8 @@ class Penalty(NamedTuple):
 
 
 PENALTY = Penalty(8.0, 1.0)
-SOFT = Penalty(2.0, 0.5)  # in a moving frame, where softness takes little of a move for growth
-MOVES = 2  # of a moving frame: with each, the part of a move that is read as growth falls by the same factor
+MOVING_PENALTY = Penalty(2.0, 0.5)  # softer, as in a moving frame little of a move is taken for growth
+MOVES = 2  # of a moving frame; with each, the part of a rigid move that is read as growth falls by the same factor
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def growing(
     epsilon
         Entropy of the unbalanced plan, in units of the exact plan's cost (with blocks, of the median of a few).
     penalty
-        On its marginals; softer by default in a moving frame, see `PENALTY` and `SOFT`.
+        On its marginals; softer by default in a moving frame.
     block
         Cells a side; by default snapshots of up to 1,500 cells are coupled as a whole, larger ones in blocks of at most
         1,000.
@@ -174,7 +174,7 @@ def growing(
     held = [_held(part) for _, _, part, _ in cut]
     unit = _unit(held, epsilon, exact_cost if held[0] is interval else None)
     moves = MOVES if frame == "moving" else 0
-    strength = _strength(interval, penalty or (SOFT if moves else PENALTY), unit)
+    strength = _strength(interval, penalty or (MOVING_PENALTY if moves else PENALTY), unit)
     solve = partial(_met, epsilon=epsilon * unit, penalty=strength, moves=moves)
     found = at_once(solve, [(own, part) for own, (_, _, part, _) in zip(held, cut)])
     coupled = tuple(Block(*one, *both) for one, (both, _) in zip(cut, found))
@@ -195,7 +195,8 @@ def paired_by_velocity(
 ) -> GrowingPlan:
     """Couple the same cells anew by where they are going as well as by where they are: the cost is `in_phase_space`.
 
-    How much of each cell takes part stays as it was, so growth depends on places alone; the blocks stay, too. If the
+    How much of each cell takes part stays as it was, so growth depends on places alone; the blocks stay, too. The cells
+    are where they are in either frame. If the
     plan was already paired by other velocities, its unit of cost stays as well.
 
     Parameters
@@ -273,34 +274,34 @@ Kin = tuple[Tensor, Tensor]
 def _met(held: Interval, part: Interval, *, epsilon: float, penalty: float, moves: int) -> tuple[Marginals, Kin]:
     """Return how much of each cell of a block takes part, ``(m0,)`` and ``(m1,)``, each summing to one; and its kin."""
     plan = unbalanced(held, epsilon=epsilon, penalty=penalty)
-    for _ in range(moves):
-        plan = unbalanced(_moved_along(held, plan), epsilon=epsilon, penalty=penalty)
+    if moves:
+        x0, x1 = held.x0.double(), held.x1.double()
+        near0, near1 = _neighbours(x0, held.mass0), _neighbours(x1, held.mass1)
+    for _ in range(moves):  # half-way to where the cells around go, and half-way back to where they came from
+        there = _mean_of(near0, plan.descendants(x1) - x0, held.mass0)
+        back = _mean_of(near1, plan.ancestors(x0) - x1, held.mass1)
+        plan = unbalanced(replace(held, x0=x0 + there / 2, x1=x1 + back / 2), epsilon=epsilon, penalty=penalty)
     # marginals that sum to one, however little of an unusual block takes part
     r, c = ((m.log() + ratio).softmax(0) for m, ratio in ((held.mass0, plan.log_ratio0), (held.mass1, plan.log_ratio1)))
     r, c = torch.maximum(r, LEAST * part.mass0), torch.maximum(c, LEAST * part.mass1)
     return (r / r.sum(), c / c.sum()), _related(plan, part)
 
 
-def _moved_along(held: Interval, plan: UnbalancedPlan) -> Interval:
-    """Return a block with its cells half-way to where their neighbours go, or back to where these came from."""
-    x0, x1 = held.x0.double(), held.x1.double()
-    there = _of_neighbours(x0, plan.descendants(x1) - x0, held.mass0)
-    back = _of_neighbours(x1, plan.ancestors(x0) - x1, held.mass1)
-    return replace(held, x0=x0 + there / 2, x1=x1 + back / 2)
-
-
-def _of_neighbours(cells: Tensor, values: Tensor, mass: Tensor) -> Tensor:
-    """Return for each cell ``(n, d)`` the mean value ``(n, k)`` of the tenth of all cells that are nearest to it.
-
-    Cells without mass are none.
-    """
-    k, means = math.ceil(NEIGHBOURS * int((mass > 0).sum())), []
-    for some in split(cells, len(cells)):
-        squares = squared_distances(some, cells)
+def _neighbours(cells: Tensor, mass: Tensor) -> Tensor:
+    """Return for each of ``n`` cells the indices of the cells with mass that are nearest to it, ``(n, k)``."""
+    n = int((mass > 0).sum())
+    k, centred, found = min(NEIGHBOURS, math.ceil(n / 4)), cells - cells.mean(0), []
+    for some in split(centred, len(cells)):
+        squares = squared_distances(some, centred)
         squares[:, mass == 0] = torch.inf
-        near = (squares <= squares.kthvalue(k, 1, keepdim=True).values).double()  # of one place, more than k
-        means.append(near @ values / near.sum(1, keepdim=True))
-    return torch.cat(means)
+        found.append(squares.topk(k, largest=False).indices)
+    return torch.cat(found)
+
+
+def _mean_of(near: Tensor, values: Tensor, mass: Tensor) -> Tensor:
+    """Return the means ``(n, d)``, by mass ``(n,)``, of the values ``(n, d)`` of each cell's neighbours ``(n, k)``."""
+    weight = mass[near, None]
+    return (weight * values[near]).sum(1) / weight.sum(1)
 
 
 def _kin(part: Interval, held: Interval, *, epsilon: float, penalty: float) -> Kin:
