@@ -468,7 +468,8 @@ def test_what_a_plot_misses_is_said_with_the_command_that_writes_it(source, kind
     assert result.stderr.strip().endswith(f"Here: {command}")
 
 
-def test_an_option_that_a_plot_does_not_take_is_a_usage_error(source):
-    result = sctraj("plot", source, "-o", "a.png", "--kind", "loss", "--color", "fate")
+@pytest.mark.parametrize(("kind", "option"), [("loss", "--color"), ("leave-one-out", "--basis")])
+def test_an_option_that_a_plot_does_not_take_is_a_usage_error(source, kind, option):
+    result = sctraj("plot", source, "-o", "a.png", "--kind", kind, option, "fate")
     assert result.exit_code == 2
-    assert "--color has no meaning for --kind loss" in result.stderr
+    assert f"{option} has no meaning for --kind {kind}" in result.stderr
