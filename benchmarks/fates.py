@@ -8,8 +8,8 @@ moved there by the true dynamics (with diffusion, the share in 50 such moves). T
 square of found minus true probability, over the cells of a snapshot, then over all but the last snapshot, then over
 draws; 0 is perfect.
 
-The columns are the default, also in a *moving frame*; the default *with a prior*, every cell's true growth rate with
-noise as large as such rates are on the branching course; other flows; *chained plans*, the entropic plans of
+The columns are the default, also in a *moving frame*; both *with a prior*, every cell's true growth rate with noise as
+large as such rates are on the branching course; other flows; *chained plans*, the entropic plans of
 consecutive snapshots one after the other, as Waddington-OT and moscot follow cells, and *soft* ones, whose marginals
 hold only softly, both averaged over neighbouring cells as `tl.fates` does, which makes them better; *end shares*, which
 gives every cell the shares of the sides at the last time; and *cells like it*, the mean true fate of the 25 nearest
@@ -50,6 +50,7 @@ METHODS = {  # columns: arguments of tl.fit_flow
     DEFAULT: {},
     "moving frame": {"frame": "moving"},
     "with a prior": {"growth_key": "prior"},
+    "moving, with a prior": {"frame": "moving", "growth_key": "prior"},
     "closed-form field": {"field": "closed-form"},
     "ot-cfm": {"method": "ot-cfm"},
     "sb-cfm": {"method": "sb-cfm"},

@@ -105,8 +105,7 @@ def fit_flow(
         ``"fixed"``: at the cells' own places, so that part of every move is read as growth. ``"moving"``: after cells
         have been moved along with their neighbours, so that only what is left is growth. On simulated courses
         velocities and fates are then nearer to the truth, and growth rates mostly are, but held-out snapshots are
-        restored a little less well. A
-        lineage of a handful of cells in a snapshot is moved along with others.
+        restored a little less well. A lineage of a handful of cells in a snapshot is moved along with others.
     sigma
         Width of the probability path, in units of the representation (for ``"sb-cfm"``, per square root of time). By
         default, a fixed fraction of the root mean square displacement between snapshots. A single cell far from all
@@ -172,7 +171,7 @@ def fit_flow(
         wider than sigma, it holds the ``spreads``, one per interval (with only two snapshots, the one half-way).
     ``obsm[key_added + "_velocity"]`` : float32, n_obs x d
         Velocity at the cell's own time, in units of the representation per unit of time; the members' mean. With
-        ``"uot-cfm"`` it is 3 to 29 % too short on simulated courses (@@ % in a moving frame), because part of each
+        ``"uot-cfm"`` it is 3 to 29 % too short on simulated courses (1 to 23 % in a moving frame), because part of each
         move is read as growth.
     ``obs[key_added + "_growth"]`` : float32
         Log mass change per unit of time, relative to the mean over the snapshot's cells; only if the flow has growth.
