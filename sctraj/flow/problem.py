@@ -391,7 +391,7 @@ def _put_together(
         share = reliability(cells, kin) if measured is None else measured.reliability
         if method == "uot-cfm":
             couplings = kin = _by_velocity(cells, kin, plans)
-        bends = tangents(cells, kin, couplings, share)
+        bends = tangents(cells, kin, couplings, share, arcs=plans.frame == "moving")
     spreads: tuple[float, ...] = ()
     if wider and method == "uot-cfm":
         spreads = default_spreads(cells, couplings, plans) if like is None else like.spreads

@@ -6,6 +6,7 @@ descendants in the one after. `Hermite` paths pass through the cell at this velo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -53,7 +54,12 @@ class Tangents:
 
 
 def tangents(
-    snapshots: Snapshots, plans: Sequence[GrowingPlan], couplings: Sequence[Coupling], reliability: float
+    snapshots: Snapshots,
+    plans: Sequence[GrowingPlan],
+    couplings: Sequence[Coupling],
+    reliability: float,
+    *,
+    arcs: bool = False,
 ) -> Tangents:
     """Return the velocities that curved paths through the kept snapshots follow.
 
@@ -67,8 +73,12 @@ def tangents(
         The couplings from which the paths' pairs are drawn, one per interval; they may be the plans themselves.
     reliability
         The share of the population's turns that is taken.
+    arcs
+        Whether speeds are those along arcs, where the whole population turns, instead of those along chords.
     """
     found = velocities(snapshots, plans)
+    if arcs:
+        found = _along_arcs(found, snapshots, plans, reliability)
     turns = []
     for interval, coupling, (first, last) in zip(snapshots.intervals(), couplings, pairwise(found)):
         start, end = interval.mass0, interval.mass1  # the marginals of pairs that conserve mass
@@ -110,6 +120,17 @@ def velocities(snapshots: Snapshots, plans: Sequence[GrowingPlan]) -> tuple[Tens
     return tuple(found)
 
 
+def _along_arcs(
+    found: Sequence[Tensor | None], snapshots: Snapshots, plans: Sequence[GrowingPlan], reliability: float
+) -> tuple[Tensor | None, ...]:
+    """Return velocities as fast as they are along arcs, whose angles are the reliable share of the population's."""
+    along = list(found)
+    for k, velocity in enumerate(found):
+        if velocity is not None:
+            along[k] = velocity * _arc(reliability * _angle(*_rates(snapshots, plans, k), snapshots.mass[k]))
+    return tuple(along)
+
+
 def reliability(snapshots: Snapshots, plans: Sequence[GrowingPlan]) -> float:
     """Return the share, from 0 to 1, of the population's accelerations that is not noise of single kept snapshots.
 
@@ -148,6 +169,26 @@ def _rates(snapshots: Snapshots, plans: Sequence[GrowingPlan], k: int) -> tuple[
     """Return the velocities of an interior snapshot's cells from their mean ancestors and to their mean descendants."""
     x, before, after = snapshots.points[k].double(), *snapshots.intervals()[k - 1 : k + 1]
     return (x - plans[k - 1].ancestors) / before.length, (plans[k].descendants - x) / after.length
+
+
+def _angle(before: Tensor, after: Tensor, mass: Tensor) -> float:
+    """Return the angle, from 0 to pi, by which a population's velocity turns, as far as its cells move together.
+
+    It is the angle between the mean velocities, times the share of the speeds (root mean squares) that is the means':
+    the geometric mean of this share before and after.
+    """
+    means, squares = (mass @ before, mass @ after), (mass @ before.square().sum(1), mass @ after.square().sum(1))
+    together = means[0].norm() * means[1].norm() / (squares[0] * squares[1]).sqrt().clamp(min=1e-300)
+    return math.acos(min(max(_cosine(*means), -1.0), 1.0)) * math.sqrt(float(together))
+
+
+def _arc(angle: float) -> float:
+    """Return the speed that takes a cubic half-way along the arc of a circle, as a multiple of the chord's speed.
+
+    The control points of the cubic are ``4/3 tan(angle / 4)`` radii from its ends, as where circles are drawn by Bezier
+    curves, and the chord is ``2 sin(angle / 2)`` radii long.
+    """
+    return 2 * math.tan(angle / 4) / math.sin(angle / 2) if angle > 0 else 1.0
 
 
 def _acceleration(snapshots: Snapshots, plans: Sequence[GrowingPlan], k: int) -> Tensor:

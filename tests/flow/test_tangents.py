@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from sctraj.flow.coupling import GrowingPlan, WeightedPairs, growing
+from sctraj.flow.plans import Plans
 from sctraj.flow.problem import make_problems
 from sctraj.flow.snapshots import Snapshots
-from sctraj.flow.tangents import reliability, velocities
+from sctraj.flow.tangents import reliability, tangents, velocities
 
 TIMES = (0.5, 1.5, 4.5, 5.0)
 
@@ -146,6 +147,63 @@ def test_single_precision_stays_and_is_computed_in_double():
 def test_two_snapshots_have_no_inner_ones():
     snapshots, plans = course(lambda t: spread() + t, (0.0, 1.0))
     assert velocities(snapshots, plans) == (None, None)
+
+
+def together(turn: float, radius=3.0):
+    """Cells that all move alike, round a circle, by ``turn`` per unit of time."""
+    cells, centre = spread(), circle(turn, radius)[0]
+    return lambda t: cells + centre(t)[:1]
+
+
+def along_arcs(at, times, reliability=1.0) -> tuple[Tensor | None, ...]:
+    snapshots, plans = course(at, times)
+    return tangents(snapshots, plans, plans, reliability, arcs=True).velocities
+
+
+@pytest.mark.parametrize("turn", [0.3, 1.5])
+def test_along_an_arc_a_population_that_turns_does_not_cut_the_corner(turn):
+    at, times = together(turn), (0.0, 1.0, 2.0, 3.0)
+    _, v0, v1, _ = along_arcs(at, times)
+    half_way = (at(1.0) + at(2.0)) / 2 + (v0 - v1) / 8  # of a cubic with these velocities over a gap of 1
+    torch.testing.assert_close(half_way, at(1.5), rtol=1e-12, atol=1e-12)  # rounding
+    torch.testing.assert_close(v0.norm(dim=1), v0.new_full((20,), 3 * 4 * math.tan(turn / 4)), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_arcs_are_as_long_as_turns_are_reliable(share):
+    times = (0.0, 1.0, 2.0)
+    _, chords, _ = velocities(*course(together(1.5), times))
+    _, found, _ = along_arcs(together(1.5), times, share)
+    factor = 2 * math.tan(share * 1.5 / 4) / math.sin(share * 1.5 / 2) if share else 1.0
+    torch.testing.assert_close(found, factor * chords, rtol=1e-12, atol=1e-12)
+
+
+def test_cells_that_do_not_move_together_have_no_arc_in_common():
+    at, times = (
+        circle(1.0)[0],
+        (0.0, 1.0, 2.0, 3.0),
+    )  # all round the circle, of which 20 cells from 0 to 6 miss a little
+    for chords, found in zip(velocities(*course(at, times))[1:-1], along_arcs(at, times)[1:-1]):
+        assert bool((found.norm(dim=1) < 1.01 * chords.norm(dim=1)).all())
+    still = spread() - spread().mean(0)
+    _, found, _ = along_arcs(lambda t: still * (1 + t), (0.0, 1.0, 2.0))  # a burst: no mean at all
+    torch.testing.assert_close(found, still, rtol=1e-6, atol=1e-6)
+
+
+def test_cells_at_rest_stay_at_rest_along_arcs():
+    _, found, _ = along_arcs(lambda t: spread(), (0.0, 1.0, 2.0))
+    assert torch.equal(found, torch.zeros_like(found))
+
+
+def test_in_a_moving_frame_speeds_are_along_arcs():
+    same = {"method": "uot-cfm", "path": None, "sigma": None, "seeds": (0,), "validate": False}
+    at = together(1.0)
+    snapshots = Snapshots(tuple(range(5)), tuple(at(float(t)) for t in range(5)))
+    speed = {}
+    for frame in ("fixed", "moving"):
+        (problem,), _ = make_problems(snapshots, plans=Plans(frame=frame), **same)
+        speed[frame] = float(problem.tangents.velocities[2].mean(0).norm())
+    assert speed["fixed"] < 3 * 2 * math.sin(0.5) < 3 < speed["moving"] < 3 * 4 * math.tan(0.25)  # chord, arc, cubic
 
 
 def test_a_population_that_drifts_far_has_the_drifts_velocity():
