@@ -17,6 +17,7 @@ import pandas as pd
 from .. import datasets
 from ..flow.flow_matching import pick_device
 from ..flow.problem import METHODS as OWN
+from ..tl._field import finds_kin
 from ._evaluate import Unit
 from ._methods import REFERENCES, find_method, known, own_settings
 from ._representation import fit_recipe, read_expression
@@ -218,7 +219,8 @@ def make_grid(
     data, tasks, methods
         What to combine.
     settings
-        Settings for all methods or, under a method's name, for that method only; of several values, each is tried.
+        Settings for all methods (a frame for those that take one) or, under a method's name, for that method only; of
+        several values, each is tried.
     seeds
         Number of seeds, or the seeds themselves. All seeds of a unit are trained together.
     strict
@@ -263,9 +265,8 @@ def make_grid(
     for one, task, leak_free in itertools.product(data, tasks, which):
         for start, method in itertools.product(_possible(task, starts), _with_references(task, methods, references)):
             chosen = {**(shared if method in OWN else {}), **own.get(method, {})}
-            units += [
-                Unit(one.name, task, method, settings, leak_free, start, numbers) for settings in _combinations(chosen)
-            ]
+            told = dict.fromkeys(_taken(method, made, own.get(method, {})) for made in _combinations(chosen))
+            units += [Unit(one.name, task, method, settings, leak_free, start, numbers) for settings in told]
     return Grid(tuple(data), tuple(units), bootstraps, where, threads)
 
 
@@ -356,6 +357,15 @@ def _combinations(settings: Mapping[str, Any]) -> Iterable[tuple[tuple[str, Sett
             raise ValueError(f"expected a number, text or truth value, or a list of these, for {name}, found {options}")
         _distinct(f"values of {name}", options)
     return (tuple(zip(names, chosen)) for chosen in itertools.product(*values))
+
+
+def _taken(
+    method: str, settings: tuple[tuple[str, Setting], ...], own: Mapping[str, Any]
+) -> tuple[tuple[str, Setting], ...]:
+    """Return a method's settings without a frame that was given for all methods, if this one takes none."""
+    if "frame" in own or finds_kin(method, cast(Any, dict(settings).get("path"))):
+        return settings
+    return tuple(pair for pair in settings if pair[0] != "frame")
 
 
 def _is_text(values: pd.Series) -> bool:

@@ -213,7 +213,10 @@ def own_settings(method: str, settings: Mapping[str, Setting]) -> dict[str, Any]
     Training(module=None, **{f.name: complete[f.name] for f in fields(Training) if f.name != "module"})
     check_method(method, path=complete["path"], sigma=complete["sigma"], prior=False)
     if complete["frame"] != defaults["frame"].default and not finds_kin(method, complete["path"]):
-        raise ValueError(f"expected no frame for {method}, which has no growth, found {complete['frame']!r}")
+        raise ValueError(
+            f"expected no frame for {method} with path={complete['path']!r}, which needs no kin, found "
+            f"{complete['frame']!r}; leave it out"
+        )
     return complete
 
 

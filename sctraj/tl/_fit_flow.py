@@ -103,9 +103,10 @@ def fit_flow(
     frame
         Where ``"uot-cfm"`` tells growth from movement (and kin for curved paths of other methods are found).
         ``"fixed"``: at the cells' own places, so that part of every move is read as growth. ``"moving"``: after cells
-        have been moved along with their neighbours, so that only what is left is growth. On simulated courses
-        velocities and fates are then nearer to the truth, and growth rates mostly are, but held-out snapshots are
-        restored a little less well. A lineage of a handful of cells in a snapshot is moved along with others.
+        have been moved along with their neighbours, so that only what is left is growth; paths of a population that
+        turns then go along arcs. On simulated courses velocities and fates are nearer to the truth for it, and growth
+        rates mostly are; held-out snapshots of real cells are restored a little less well. A lineage of a handful of
+        cells in a snapshot is moved along with others.
     sigma
         Width of the probability path, in units of the representation (for ``"sb-cfm"``, per square root of time). By
         default, a fixed fraction of the root mean square displacement between snapshots. A single cell far from all

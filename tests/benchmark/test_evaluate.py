@@ -269,6 +269,21 @@ def test_leave_one_out_agrees_with_the_verb(course):
             np.testing.assert_allclose(values, wanted[method].loc[values.index], rtol=2e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_unit_of_a_moving_frame_differs_and_agrees_with_the_verb(course, strict):
+    energies = {}
+    for frame in ("fixed", "moving"):
+        rows = measured(course, unit("uot-cfm", settings=(*CLOSED, ("frame", frame)), strict=strict, start="both"))
+        energies[frame] = rows[(rows["metric"] == "energy") & (rows["space"] == "common")]["value"].to_numpy()
+        if not strict:
+            cells = pp.standardize(course, n_dims=3, copy=True)
+            tl.leave_one_out(cells, use_rep="X_std", field="closed-form", n_seeds=1, frame=frame)
+            table = cells.uns["leave_one_out"]
+            of_verb = table[(table["method"] == "uot-cfm") & (table["metric"] == "energy")]["value"]
+            np.testing.assert_allclose(energies[frame], of_verb, rtol=1e-6)
+    assert (np.abs(energies["moving"] - energies["fixed"]) > 1e-6).all()
+
+
 def test_farther_snapshots_are_moved_as_by_the_verb():
     cells = datasets.simulated_course("branching", 240, times=np.linspace(0, 4, 8), sample_effects=1.5)
     tl.leave_one_out(cells, **dict(SHORT), n_seeds=1)
@@ -430,7 +445,9 @@ def test_unknown_methods_and_settings_are_refused(course):
         own_settings("uot-cfm", {"frame": "still"})
     with pytest.raises(TypeError, match="expected text for frame of uot-cfm, found 2"):
         own_settings("uot-cfm", {"frame": 2})
-    with pytest.raises(ValueError, match="expected no frame for ot-cfm, which has no growth, found 'moving'"):
+    with pytest.raises(
+        ValueError, match="expected no frame for ot-cfm with path=None, which needs no kin, found 'moving'"
+    ):
         own_settings("ot-cfm", {"frame": "moving"})
     assert own_settings("ot-cfm", {"frame": "moving", "path": "hermite"})["frame"] == "moving"
     assert own_settings("ot-cfm", {})["n_steps"] == 500  # tl.leave_one_out's own

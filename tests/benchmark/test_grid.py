@@ -34,6 +34,19 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
+def test_a_frame_for_all_is_one_for_those_that_take_it():
+    methods = ["uot-cfm", "ot-cfm", "sb-cfm"]
+    shared = make_grid(data=[Data("cycle", "cycle")], tasks=["leave-one-out"], methods=methods, references=False,
+                       settings={"frame": ["fixed", "moving"], "n_steps": 5})  # fmt: skip
+    assert [(one.method, dict(one.settings).get("frame")) for one in shared.units] == [
+        ("uot-cfm", "fixed"), ("uot-cfm", "moving"), ("ot-cfm", None), ("sb-cfm", None),
+    ]  # fmt: skip
+    assert all(dict(one.settings)["n_steps"] == 5 for one in shared.units)
+    own = make_grid(data=[Data("cycle", "cycle")], tasks=["leave-one-out"], methods=["ot-cfm"], references=False,
+                    settings={"ot-cfm": {"frame": ["fixed", "moving"]}})  # fmt: skip
+    assert [dict(one.settings) for one in own.units] == [{"frame": "fixed"}, {"frame": "moving"}]  # refused when run
+
+
 def test_everything_is_multiplied_out_in_one_order(tmp_path):
     path = written(
         tmp_path,

@@ -371,13 +371,26 @@ def test_neighbours_are_the_nearest_cells_with_mass_and_count_by_it():
     torch.testing.assert_close(found, torch.from_numpy(np.array(expected)), rtol=1e-12, atol=1e-12)
 
 
-def test_light_cells_far_away_move_nobody_along():
-    interval, few = two_lineages(40, 20, gap=100.0)
-    mass = torch.where(few, 1e-12, 1.0).double()
-    light = replace(interval, mass0=mass / mass.sum())  # at the start alone
-    alone = replace(interval, x0=interval.x0[~few], mass0=torch.full((20,), 0.05, dtype=torch.float64))
-    (with_them,), (without,) = (grown(one, frame="moving").blocks for one in (light, alone))
-    torch.testing.assert_close(with_them.marginal0[~few], without.marginal0, rtol=0.2, atol=0)  # other neighbours
+def test_light_cells_move_nobody_along():
+    few, n = 6, 60  # heavy cells, fewer than a neighbourhood has
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=(n, 2)) + np.where(np.arange(n)[:, None] < few, 0.0, [30.0, 0.0])
+    end = rng.normal(size=(few, 2))
+    interval = interval_of(start, end, np.where(np.arange(n) < few, 1.0, 1e-20))
+    alone = interval_of(start[:few], end)
+    (with_them,), (without,) = (grown(one, frame="moving").blocks for one in (interval, alone))
+    torch.testing.assert_close(with_them.marginal0[:few], without.marginal0, rtol=0.2, atol=0)
+
+
+def test_blocks_have_the_neighbours_of_the_whole_snapshot():
+    interval, few = two_lineages(24, 1176)
+    uneven = {}
+    for frame in ("fixed", "moving"):
+        blocks = grown(interval, block=400, frame=frame).blocks
+        assert len(blocks) == 4  # with some six of the few, less than a neighbourhood
+        taking = [(b.marginal0 / b.part.mass0).log()[few[b.i]] for b in blocks]
+        uneven[frame] = np.mean([float(one.std()) for one in taking])
+    assert uneven["moving"] < uneven["fixed"]  # twice as much, if neighbours were of the block
 
 
 def test_the_frame_is_the_same_far_from_the_origin():

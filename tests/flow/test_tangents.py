@@ -190,6 +190,18 @@ def test_cells_that_do_not_move_together_have_no_arc_in_common():
     torch.testing.assert_close(found, still, rtol=1e-6, atol=1e-6)
 
 
+def test_of_cells_half_of_which_rest_half_of_the_root_of_the_squares_turns():
+    turn, times = 1.0, (0.0, 1.0, 2.0)
+    moving = (torch.arange(20) % 2)[:, None]
+    at = together(turn)
+    _, found, _ = along_arcs(lambda t: at(0.0) + moving * (at(t) - at(0.0)), times)
+    # the mean is half of a speed, the root mean square a speed over the root of 2, before and after alike
+    angle = turn / math.sqrt(2)
+    speed = 2 * math.tan(angle / 4) / math.sin(angle / 2) * 2 * 3.0 * math.sin(turn / 2)
+    expected = torch.where(moving[:, 0] > 0, speed, 0.0)
+    torch.testing.assert_close(found.norm(dim=1), expected.double(), rtol=1e-6, atol=1e-9)
+
+
 def test_cells_at_rest_stay_at_rest_along_arcs():
     _, found, _ = along_arcs(lambda t: spread(), (0.0, 1.0, 2.0))
     assert torch.equal(found, torch.zeros_like(found))

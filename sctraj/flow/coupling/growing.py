@@ -33,7 +33,7 @@ from .unbalanced import UnbalancedPlan, unbalanced
 
 # entropy of the plan that gives growth and kin, in units of the exact plan's cost: each cell has some ten partners
 EPSILON = 0.05
-NEIGHBOURS = 8  # cells whose ways are averaged, itself among them; of fewer than 32 cells a quarter. 5 or 25 do as well
+NEIGHBOURS = 8  # cells whose ways are averaged, itself among them; of fewer than 32 cells a quarter. 5 or 15 do as well
 LEAST = 1e-6  # of a cell's mass always takes part, as the network simplex loses masses of the order of rounding
 UNIT_BLOCKS = 3  # that the unit is taken from; of small blocks, as many as make up a usual one
 WHOLE = 1500  # cells a side that are coupled as a whole
@@ -171,15 +171,19 @@ def growing(
     if block is None:
         block = WHOLE if cells_a_side(interval) <= WHOLE else BLOCK
     cut = list(blocks(interval, rng, block=block))
-    held = [_held(part) for _, _, part, _ in cut]
+    parts = [(i, j, part) for i, j, part, _ in cut]
+    held = [_held(part) for _, _, part in parts]
     unit = _unit(held, epsilon, exact_cost if held[0] is interval else None)
-    moves = MOVES if frame == "moving" else 0
-    strength = _strength(interval, penalty or (MOVING_PENALTY if moves else PENALTY), unit)
-    solve = partial(_met, epsilon=epsilon * unit, penalty=strength, moves=moves)
-    found = at_once(solve, [(own, part) for own, (_, _, part, _) in zip(held, cut)])
-    coupled = tuple(Block(*one, *both) for one, (both, _) in zip(cut, found))
-    kin = _of_all(interval, coupled, [own for _, own in found])
-    return GrowingPlan(_pairs(coupled, held), *kin, coupled)
+    strength = _strength(interval, penalty or (PENALTY if frame == "fixed" else MOVING_PENALTY), unit)
+    solve = partial(unbalanced, epsilon=epsilon * unit, penalty=strength)
+    plans = at_once(solve, [(own,) for own in held])
+    if frame == "moving":
+        near = at_once(_neighbours, [(interval.x0, interval.mass0), (interval.x1, interval.mass1)])
+        for _ in range(MOVES):
+            y0, y1 = _moved_along(interval, near, *_kin_of_all(interval, parts, plans))
+            plans = at_once(solve, [(replace(own, x0=y0[i], x1=y1[j]),) for own, (i, j, _) in zip(held, parts)])
+    coupled = tuple(Block(*one, *_taking_part(own, plan, one[2])) for one, own, plan in zip(cut, held, plans))
+    return GrowingPlan(_pairs(coupled, held), *_kin_of_all(interval, parts, plans), coupled)
 
 
 def paired_by_velocity(
@@ -195,9 +199,8 @@ def paired_by_velocity(
 ) -> GrowingPlan:
     """Couple the same cells anew by where they are going as well as by where they are: the cost is `in_phase_space`.
 
-    How much of each cell takes part stays as it was, so growth depends on places alone; the blocks stay, too. The cells
-    are where they are in either frame. If the
-    plan was already paired by other velocities, its unit of cost stays as well.
+    How much of each cell takes part stays as it was, so growth depends on places alone; the blocks stay, too. If the
+    plan was already paired by other velocities, its unit of cost stays as well. No frame moves here.
 
     Parameters
     ----------
@@ -227,8 +230,9 @@ def paired_by_velocity(
     space = in_phase_space(interval, velocity0, velocity1, time=time)
     held = [_within(space, one) for one in plan.blocks]
     unit = _unit(held, epsilon, plan.unit)
-    solve = partial(_kin, epsilon=epsilon * unit, penalty=_strength(space, penalty, unit))
-    kin = _of_all(interval, plan.blocks, at_once(solve, [(b.part, own) for b, own in zip(plan.blocks, held)]))
+    solve = partial(unbalanced, epsilon=epsilon * unit, penalty=_strength(space, penalty, unit))
+    parts = [(b.i, b.j, b.part) for b in plan.blocks]
+    kin = _kin_of_all(interval, parts, at_once(solve, [(own,) for own in held]))
     pairs = plan.pairs if kin_alone else _pairs(plan.blocks, held)
     return GrowingPlan(pairs, *kin, plan.blocks, unit)
 
@@ -267,30 +271,32 @@ def _strength(interval: Interval, penalty: Penalty, cost: float) -> float:
     return penalty.costs * cost + penalty.variances * variance
 
 
+Part = tuple[Tensor, Tensor, Interval]  # a block: indices of its cells at the start and at the end, and the cells
 Marginals = tuple[Tensor, Tensor]
 Kin = tuple[Tensor, Tensor]
 
 
-def _met(held: Interval, part: Interval, *, epsilon: float, penalty: float, moves: int) -> tuple[Marginals, Kin]:
-    """Return how much of each cell of a block takes part, ``(m0,)`` and ``(m1,)``, each summing to one; and its kin."""
-    plan = unbalanced(held, epsilon=epsilon, penalty=penalty)
-    if moves:
-        x0, x1 = held.x0.double(), held.x1.double()
-        near0, near1 = _neighbours(x0, held.mass0), _neighbours(x1, held.mass1)
-    for _ in range(moves):  # half-way to where the cells around go, and half-way back to where they came from
-        there = _mean_of(near0, plan.descendants(x1) - x0, held.mass0)
-        back = _mean_of(near1, plan.ancestors(x0) - x1, held.mass1)
-        plan = unbalanced(replace(held, x0=x0 + there / 2, x1=x1 + back / 2), epsilon=epsilon, penalty=penalty)
+def _taking_part(held: Interval, plan: UnbalancedPlan, part: Interval) -> Marginals:
+    """Return how much of each cell of a block takes part, ``(m0,)`` and ``(m1,)``, each summing to one."""
     # marginals that sum to one, however little of an unusual block takes part
     r, c = ((m.log() + ratio).softmax(0) for m, ratio in ((held.mass0, plan.log_ratio0), (held.mass1, plan.log_ratio1)))
     r, c = torch.maximum(r, LEAST * part.mass0), torch.maximum(c, LEAST * part.mass1)
-    return (r / r.sum(), c / c.sum()), _related(plan, part)
+    return r / r.sum(), c / c.sum()
+
+
+def _moved_along(
+    interval: Interval, near: Sequence[Tensor], descendants: Tensor, ancestors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the cells half-way to where those around them go, ``(n0, d)``, or back to where they came from."""
+    x0, x1 = interval.x0.double(), interval.x1.double()
+    there, back = _mean_of(near[0], descendants - x0, interval.mass0), _mean_of(near[1], ancestors - x1, interval.mass1)
+    return x0 + there / 2, x1 + back / 2
 
 
 def _neighbours(cells: Tensor, mass: Tensor) -> Tensor:
     """Return for each of ``n`` cells the indices of the cells with mass that are nearest to it, ``(n, k)``."""
-    n = int((mass > 0).sum())
-    k, centred, found = min(NEIGHBOURS, math.ceil(n / 4)), cells - cells.mean(0), []
+    k, found = min(NEIGHBOURS, math.ceil(int((mass > 0).sum()) / 4)), []
+    centred = cells.double() - cells.double().mean(0)  # as squares lose digits far from the origin
     for some in split(centred, len(cells)):
         squares = squared_distances(some, centred)
         squares[:, mass == 0] = torch.inf
@@ -302,11 +308,6 @@ def _mean_of(near: Tensor, values: Tensor, mass: Tensor) -> Tensor:
     """Return the means ``(n, d)``, by mass ``(n,)``, of the values ``(n, d)`` of each cell's neighbours ``(n, k)``."""
     weight = mass[near, None]
     return (weight * values[near]).sum(1) / weight.sum(1)
-
-
-def _kin(part: Interval, held: Interval, *, epsilon: float, penalty: float) -> Kin:
-    """Return the kin of a block's cells; ``held`` has them in the space whose squared distances are the cost."""
-    return _related(unbalanced(held, epsilon=epsilon, penalty=penalty), part)
 
 
 def _related(plan: UnbalancedPlan, part: Interval) -> Kin:
@@ -335,12 +336,12 @@ def _paired(block: Block, held: Interval) -> WeightedPairs:
     return WeightedPairs(block.i[best.i], block.j[best.j], mass0, mass1)
 
 
-def _of_all(interval: Interval, coupled: Sequence[Block], found: Sequence[Kin]) -> Kin:
-    """Return the mean descendants ``(n0, d)`` and ancestors ``(n1, d)`` of all cells, from those in each block."""
-    descendants, ancestors = zip(*found)
+def _kin_of_all(interval: Interval, parts: Sequence[Part], plans: Sequence[UnbalancedPlan]) -> Kin:
+    """Return the mean descendants ``(n0, d)`` and ancestors ``(n1, d)`` of all cells, from their blocks' plans."""
+    descendants, ancestors = zip(*at_once(_related, [(plan, part) for plan, (_, _, part) in zip(plans, parts)]))
     return (
-        _averaged([(b.i, b.part.mass0) for b in coupled], descendants, interval.x0),
-        _averaged([(b.j, b.part.mass1) for b in coupled], ancestors, interval.x1),
+        _averaged([(i, part.mass0) for i, _, part in parts], descendants, interval.x0),
+        _averaged([(j, part.mass1) for _, j, part in parts], ancestors, interval.x1),
     )
 
 
