@@ -386,7 +386,7 @@ def plot_command(ctx: click.Context, /, source: Path, output: Path, kind: str, *
     draw = getattr(pl, verb)
     unused = arguments.keys() - inspect.signature(draw).parameters.keys()
     if kind == "leave-one-out":
-        unused |= {"basis"}  # which is of the same function's map
+        unused |= {"basis"}  # pl.leave_one_out takes it for kind="map" alone
     for name in sorted(unused):
         if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
             raise click.UsageError(f"--{name} has no meaning for --kind {kind}.")

@@ -267,6 +267,11 @@ def make_grid(
             chosen = {**(shared if method in OWN else {}), **own.get(method, {})}
             told = dict.fromkeys(_taken(method, made, own.get(method, {})) for made in _combinations(chosen))
             units += [Unit(one.name, task, method, settings, leak_free, start, numbers) for settings in told]
+    if "frame" in shared and not any("frame" in dict(unit.settings) for unit in units):
+        raise ValueError(
+            f"expected a method that takes a frame (uot-cfm, or one with path='hermite') for "
+            f"frame={shared['frame']!r}, found none; leave it out"
+        )
     return Grid(tuple(data), tuple(units), bootstraps, where, threads)
 
 

@@ -123,7 +123,7 @@ def velocities(snapshots: Snapshots, plans: Sequence[GrowingPlan]) -> tuple[Tens
 def _along_arcs(
     found: Sequence[Tensor | None], snapshots: Snapshots, plans: Sequence[GrowingPlan], reliability: float
 ) -> tuple[Tensor | None, ...]:
-    """Return velocities as fast as they are along arcs, whose angles are the reliable share of the population's."""
+    """Return the velocities with speeds along arcs; an arc's angle is the reliable share of the population's turn."""
     along = list(found)
     for k, velocity in enumerate(found):
         if velocity is not None:
@@ -183,7 +183,7 @@ def _angle(before: Tensor, after: Tensor, mass: Tensor) -> float:
 
 
 def _arc(angle: float) -> float:
-    """Return the speed that takes a cubic half-way along the arc of a circle, as a multiple of the chord's speed.
+    """Return the speed at which a cubic meets the arc of a circle half-way, as a multiple of the chord's speed.
 
     The control points of the cubic are ``4/3 tan(angle / 4)`` radii from its ends, as where circles are drawn by Bezier
     curves, and the chord is ``2 sin(angle / 2)`` radii long.

@@ -103,10 +103,11 @@ def fit_flow(
     frame
         Where ``"uot-cfm"`` tells growth from movement. ``"fixed"``: at the cells' own places, so that part of every
         move is read as growth. ``"moving"``: after cells have been moved along with their neighbours, so that little
-        but what is left is; paths of a population that turns then go along arcs. On simulated courses velocities and
-        fates are nearer to the truth for it, and growth rates mostly are; held-out snapshots are restored as well
-        there, and 1 to 2 % less well on the real cells that the default was chosen on. A lineage of fewer cells than
-        eight in a snapshot is moved along with others. Curved paths of ``"ot-cfm"`` and ``"i-cfm"`` change, too.
+        but what is left is; paths of a population that turns then go along arcs. On simulated courses velocities, fates
+        and growth rates are then mostly nearer to the truth; held-out snapshots are restored nearly as well there, and
+        1 to 2 % less well on the real cells that the default was chosen on. A lineage with fewer than eight of the
+        cells of a snapshot that take part (see `block`) is moved along with others. Curved paths of ``"ot-cfm"`` and
+        ``"i-cfm"`` change, too.
     sigma
         Width of the probability path, in units of the representation (for ``"sb-cfm"``, per square root of time). By
         default, a fixed fraction of the root mean square displacement between snapshots. A single cell far from all

@@ -45,6 +45,9 @@ def test_a_frame_for_all_is_one_for_those_that_take_it():
     own = make_grid(data=[Data("cycle", "cycle")], tasks=["leave-one-out"], methods=["ot-cfm"], references=False,
                     settings={"ot-cfm": {"frame": ["fixed", "moving"]}})  # fmt: skip
     assert [dict(one.settings) for one in own.units] == [{"frame": "fixed"}, {"frame": "moving"}]  # refused when run
+    with pytest.raises(ValueError, match=r"expected a method that takes a frame .* for frame='moving', found none"):
+        make_grid(data=[Data("cycle", "cycle")], tasks=["leave-one-out"], methods=["ot-cfm"],
+                  settings={"frame": "moving"})  # fmt: skip
 
 
 def test_everything_is_multiplied_out_in_one_order(tmp_path):

@@ -351,9 +351,8 @@ def test_a_lineage_of_few_cells_goes_its_own_way_in_a_moving_frame():
     for frame in ("fixed", "moving"):
         pairs = grown(interval, frame=frame).pairs
         uneven[frame] = float((pairs.mass1 / pairs.mass0).log()[few[pairs.i]].std())
-    assert (
-        uneven["moving"] < uneven["fixed"] / 3
-    )  # what its cells die and are born as they seem to, if moved with others
+    # if they were moved along with the others, its cells would seem to die and to be born
+    assert uneven["moving"] < uneven["fixed"] / 3
 
 
 def test_neighbours_are_the_nearest_cells_with_mass_and_count_by_it():

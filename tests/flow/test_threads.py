@@ -43,7 +43,7 @@ def test_as_many_parts_at_once_as_torch_has_threads(threads_of_torch, monkeypatc
     assert threads_of_torch(3, together) == expected
 
 
-@pytest.mark.parametrize(("couple", "n_pools"), [(blocked, 1), (growing, 3)])  # the unit, who takes part and kin, pairs
+@pytest.mark.parametrize(("couple", "n_pools"), [(blocked, 1), (growing, 4)])  # the unit, plans, kin, pairs
 def test_blocks_of_an_interval_keep_to_torchs_threads(threads_of_torch, monkeypatch, couple, n_pools):
     started, start = [], threading.Thread.start
     monkeypatch.setattr(threading.Thread, "start", lambda self: (started.append(self), start(self))[1])

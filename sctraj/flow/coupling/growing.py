@@ -33,7 +33,8 @@ from .unbalanced import UnbalancedPlan, unbalanced
 
 # entropy of the plan that gives growth and kin, in units of the exact plan's cost: each cell has some ten partners
 EPSILON = 0.05
-NEIGHBOURS = 8  # cells whose ways are averaged, itself among them; of fewer than 32 cells a quarter. 5 or 15 do as well
+# a cell and those nearest to it, whose ways are averaged; a quarter of all if they are fewer than 32. 5 or 15 serve too
+NEIGHBOURS = 8
 LEAST = 1e-6  # of a cell's mass always takes part, as the network simplex loses masses of the order of rounding
 UNIT_BLOCKS = 3  # that the unit is taken from; of small blocks, as many as make up a usual one
 WHOLE = 1500  # cells a side that are coupled as a whole
