@@ -9,11 +9,11 @@ square of found minus true probability, over the cells of a snapshot, then over 
 draws; 0 is perfect.
 
 The columns are the default, also in a *moving frame*; both *with a prior*, every cell's true growth rate with noise as
-large as such rates are on the branching course; other flows; *chained plans*, the entropic plans of
-consecutive snapshots one after the other, as Waddington-OT and moscot follow cells, and *soft* ones, whose marginals
-hold only softly, both averaged over neighbouring cells as `tl.fates` does, which makes them better; *end shares*, which
-gives every cell the shares of the sides at the last time; and *cells like it*, the mean true fate of the 25 nearest
-cells of the same snapshot, which is about the best that noisy coordinates allow.
+large as such rates are on the branching course; other flows; *chained plans*, the entropic plans of consecutive
+snapshots one after the other, as Waddington-OT and moscot follow cells, and *soft* ones, whose marginals hold only
+softly, both averaged over neighbouring cells as `tl.fates` does, which makes them better; *end shares*, which gives
+every cell the shares of the sides at the last time; and *cells like it*, the mean true fate of the 25 nearest cells of
+the same snapshot, which is about the best that noisy coordinates allow.
 
 A second table has the mean probability, over the first snapshot's cells, of the side that grows (of either side, where
 none does), which shows how far growth is taken for cells that change sides.

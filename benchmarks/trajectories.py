@@ -6,8 +6,8 @@ python benchmarks/trajectories.py --data ipsc-10d ipsc-5d eb-50d eb-5d --seeds 3
 The first snapshot's cells are moved to the last one's time, and the last one's to the first one's. For each, two
 figures are given: the share of cells that are astray there, that is, farther from the cells sampled at that time than
 any of these is from the others (by the 5th nearest); and the energy distance to these cells as a share of that between
-the two snapshots. Nothing is held out. The default is also shown with narrow paths, which are not widened according to
-how far apart cells are.
+the two snapshots. Nothing is held out. The default is also shown in a moving frame, and with narrow paths, which are
+not widened according to how far apart cells are.
 """
 
 from __future__ import annotations

@@ -60,9 +60,9 @@ class Plans:
     def __init__(self, block: int | None = None, device: torch.device | None = None, frame: Frame = "fixed") -> None:
         if frame not in get_args(Frame):
             raise ValueError(f"expected a frame of {get_args(Frame)}, found {frame!r}")
-        self.frame = frame
         if block is not None and not (block >= 2 and block % 1 == 0):
             raise ValueError(f"expected block to be a whole number of cells of at least 2, found {block}")
+        self.frame: Frame = frame
         self.block = None if block is None else int(block)
         self.device = None if device is None or device.type == "mps" else device
         self._known: list[_Solved] = []

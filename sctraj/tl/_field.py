@@ -58,9 +58,9 @@ def warn_of_unused(
         logger.warning(f"{', '.join(given)} given, without effect on {other}")
     if block is not None and not any(method in LISTED or finds_kin(method, path) for method in methods):
         logger.warning(f"block given, without effect on {', '.join(methods)}")
-    others = [method for method in methods if not finds_kin(method, path)]
-    if frame != defaults["frame"].default and others:
-        logger.warning(f"frame given, without effect on {', '.join(others)}")
+    without_kin = [method for method in methods if not finds_kin(method, path)]
+    if frame != defaults["frame"].default and without_kin:
+        logger.warning(f"frame given, without effect on {', '.join(without_kin)}")
     for name, value, taken_by in (("path", path, WITH_PATH), ("growth_key", growth_key, ("uot-cfm",))):
         if value is not None and (others := [method for method in methods if method not in taken_by]):
             logger.warning(f"{name} given, without effect on {', '.join(others)}")

@@ -174,13 +174,8 @@ def leave_one_out(
     """
     _adata.check_own(adata, copy=copy)
     _adata.check_table_key(adata, key_added, use_rep)
-    methods = [methods] if isinstance(methods, str) else list(methods)
-    unknown = [m for m in methods if m not in METHODS]
-    if unknown or not methods or len(set(methods)) < len(methods):
-        raise ValueError(f"expected distinct methods of {METHODS}, found {methods}")
-    options = {method: _options(method, methods, path, growth_key) for method in methods}
-    for method, own in options.items():
-        check_method(method, path=own.path, sigma=sigma, prior=own.prior)
+    options = _options([methods] if isinstance(methods, str) else list(methods), path, growth_key, sigma)
+    methods = list(options)
     where = pick_device(device)
     training = Training(module, width, depth, n_steps, batch_size, learning_rate, weight_decay, ema_decay, patience)
     plans = Plans(block, where, frame)
@@ -224,16 +219,12 @@ def leave_one_out(
 
     judged = judge_all([(one.restoration, one.observed) for one in found])
     energies = _energies(found, judged)
-    protocol = fit_record(
-        field,
-        training,
-        time_key=time_key,
-        use_rep=use_rep,
-        growth_key=growth_key,
-        frame=frame if any(finds_kin(method, own.path) for method, own in options.items()) else None,
-        block=block,
-        device=where,
-    ) | {
+    kin = any(finds_kin(method, own.path) for method, own in options.items())
+    record = fit_record(
+        field, training, time_key=time_key, use_rep=use_rep, growth_key=growth_key, block=block, device=where,
+        frame=frame if kin else None,
+    )  # fmt: skip
+    protocol = record | {
         "methods": np.array(methods),
         "paths": np.array([path_name(options[method].path, of.problems[0]) for method, of in folds.items()]),
         "n_seeds": n_seeds,
@@ -266,11 +257,20 @@ class _Options(NamedTuple):
     prior: bool
 
 
-def _options(method: str, methods: Sequence[str], path: Path | None, growth_key: str | None) -> _Options:
-    """Return the options that a method takes; an option that no method takes is kept here, and refused later."""
-    bends = method in WITH_PATH or not {*methods} & {*WITH_PATH}
-    grows = method == "uot-cfm" or "uot-cfm" not in methods
-    return _Options(path if bends else None, growth_key is not None and grows)
+def _options(
+    methods: Sequence[str], path: Path | None, growth_key: str | None, sigma: float | None
+) -> dict[str, _Options]:
+    """Return the options that each method takes, checked; an option that no method takes is refused with the first."""
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown or not methods or len(set(methods)) < len(methods):
+        raise ValueError(f"expected distinct methods of {METHODS}, found {methods}")
+    found = {}
+    for method in methods:
+        bends = method in WITH_PATH or not {*methods} & {*WITH_PATH}
+        grows = method == "uot-cfm" or "uot-cfm" not in methods
+        found[method] = own = _Options(path if bends else None, growth_key is not None and grows)
+        check_method(method, path=own.path, sigma=sigma, prior=own.prior)
+    return found
 
 
 def _energies(found: Sequence[_Found], judged: Sequence[Judgement]) -> dict[str, float]:

@@ -5,7 +5,7 @@ are; an exact plan then pairs what takes part. What does not take part becomes g
 
 Where a population moves, such a plan takes part of the move for growth: cells behind seem to die, and cells ahead to be
 born. In a *moving* frame it is solved again after each cell is put half-way to where its neighbours go. What neighbours
-do together is then movement, and only what is left is growth.
+do together is then nearly all movement, and what is left is growth.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def growing(
     parts = [(i, j, part) for i, j, part, _ in cut]
     held = [_held(part) for _, _, part in parts]
     unit = _unit(held, epsilon, exact_cost if held[0] is interval else None)
-    strength = _strength(interval, penalty or (PENALTY if frame == "fixed" else MOVING_PENALTY), unit)
+    strength = _strength(interval, penalty or (MOVING_PENALTY if frame == "moving" else PENALTY), unit)
     solve = partial(unbalanced, epsilon=epsilon * unit, penalty=strength)
     plans = at_once(solve, [(own,) for own in held])
     if frame == "moving":
