@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 from unittest.mock import patch
@@ -70,20 +71,22 @@ FIRST = 2000  # seed of the first simulated data set: the default was chosen on 
 N_CELLS, QUICK_CELLS, QUICK_STEPS = 2000, 500, 50
 
 DEFAULT, BEFORE, FRAME = "uot-cfm", "uot-cfm, before", "uot-cfm, moving frame"
-INTERPOLATION, PUBLISHED = "ot-interpolation", "ot-cfm neural, before"
+INTERPOLATION, PUBLISHED, OT_BOTH = "ot-interpolation", "ot-cfm neural, before", "ot-cfm neural, both"
 # one ingredient more each, closed-form up to the pairs; the last is the default, which moves more than the nearest
 # snapshots where there are many
 STEPS = (
     "ot-cfm straight, before", "+ both sides", "+ hermite", "+ reliable turns", "+ growth", "+ pairs by velocity",
 )  # fmt: skip
-NETWORK, CLOCK, FARTHER = "+ network", "+ slow clock", "+ farther snapshots"
+NETWORK, WIDE, CLOCK, FARTHER = "+ network", "+ wide paths", "+ slow clock", "+ farther snapshots"
 TRUTH, DIFFUSE = "true dynamics", ("switch", "differentiation")  # of the latter there is no one true place
-COMPARED = (INTERPOLATION, PUBLISHED)
-PAIRED = ((DEFAULT, INTERPOLATION), (DEFAULT, PUBLISHED), (BEFORE, PUBLISHED), (FRAME, DEFAULT))
+COMPARED = (INTERPOLATION, PUBLISHED, OT_BOTH)
+PAIRED = (*((DEFAULT, other) for other in COMPARED), (BEFORE, PUBLISHED), (FRAME, DEFAULT))
 METRIC_PATHS = ("rbf", "land")
 MEASURES = {  # and their decimals
-    "energy": 3, "energy_about_mean": 3, "energy_unweighted": 3, "mmd": 4, "w1": 3, "variance_ratio": 2
+    "energy": 3, "energy_about_mean": 3, "energy_unweighted": 3, "mmd": 4, "w1": 3, "w1_unweighted": 3,
+    "variance_ratio": 2,
 }  # fmt: skip
+SMALLEST = 0.002  # energy distances below count as that in ratios, where sampling decides
 
 
 # --- data
@@ -127,6 +130,10 @@ class FullTempo(Problem):
     tempo = 1.0
 
 
+def at_full_tempo(one: Problem, **changes: object) -> FullTempo:
+    return FullTempo(**{f.name: getattr(one, f.name) for f in fields(Problem)} | changes)
+
+
 def restorations(
     snapshots: Snapshots, seeds: Sequence[int], training: Training
 ) -> Iterator[tuple[str, int, int, Restoration]]:
@@ -152,19 +159,20 @@ def restorations(
         (by_velocity, {STEPS[5]: "both"}),
     ]
     few = not any(one.farther for one in by_velocity)
+    neural = [(plain, {PUBLISHED: "before", OT_BOTH: "both"})]
     for path in METRIC_PATHS if few else ():  # of many snapshots they take their time
-        bent = hold_out.hold_out_problems(snapshots, method="ot-cfm", path=path, **(same | {"seeds": seeds[:1]}))[1]
-        closed.append(([p for p in bent for _ in seeds], {f"ot-cfm {path}, both": "both"}))
+        bent = hold_out.hold_out_problems(snapshots, method="ot-cfm", path=path, **same)[1]
+        closed.append((bent, {f"ot-cfm {path}, both": "both"}))
+        neural.append((bent, {f"ot-cfm {path} neural, before": "before"}))
     for problems, starts in closed:  # nothing is drawn: one seed's problems stand for all
         yield from _restored("closed-form", starts, held_out, problems, snapshots, len(seeds), training)
 
-    neural = [(plain, {PUBLISHED: "before"})]
     for method in ("i-cfm", "sb-cfm") if few else ():
         problems = hold_out.hold_out_problems(snapshots, method=method, path=None, **same)[1]
-        neural.append((problems, {f"{method} neural, before": "before"}))
-    neural.append(
-        ([FullTempo(**{f.name: getattr(p, f.name) for f in fields(p)}) for p in by_velocity], {NETWORK: "both"})
-    )
+        starts = ("before",) if method == "i-cfm" else ("before", "both")
+        neural.append((problems, {f"{method} neural, {start}": start for start in starts}))
+    neural.append(([at_full_tempo(p, spreads=()) for p in by_velocity], {NETWORK: "both"}))
+    neural.append(([at_full_tempo(p) for p in by_velocity], {WIDE: "both"}))
     neural.append((by_velocity, {DEFAULT: "both", BEFORE: "before"} | ({} if few else {CLOCK: "both"})))
     moving = hold_out.hold_out_problems(snapshots, method=DEFAULT, path=None, plans=Plans(frame="moving"), **same)[1]
     neural.append((moving, {FRAME: "both"}))
@@ -198,7 +206,7 @@ def judged(name: str, seed: int, n_seeds: int, n_cells: int, real: Path, trainin
 
     def judge(row: str, number: int, k: int, restoration: Restoration, cells: Observed) -> None:
         found = judgement.judge(restoration, cells)
-        values = found.values | {"energy_unweighted": found.unweighted["energy"]}
+        values = found.values | {f"{measure}_unweighted": value for measure, value in found.unweighted.items()}
         held_out = {"data": name, "method": row, "time": snapshots.times[k], "seed": seed + number}
         rows.append(held_out | {measure: values[measure] for measure in MEASURES})
 
@@ -236,7 +244,7 @@ def averages(frame: pd.DataFrame) -> str:
             spread = f" ({shown(by_seed[measure].std(), decimals)})" if len(by_seed) > 1 else ""
             cells.append(shown(by_seed[measure].mean(), decimals) + spread)
         rows.append([f"**{method}**" if method == DEFAULT else method, *cells])
-    return table(["", "energy", "about the mean", "unweighted", "MMD^2", "W1", "V"], rows)
+    return table(["", "energy", "about the mean", "unweighted", "MMD^2", "W1", "unweighted", "V"], rows)
 
 
 def energies(frame: pd.DataFrame, measure: str = "energy") -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -274,29 +282,67 @@ def paired(frame: pd.DataFrame) -> str:
     return table(["energy", *(f"{one} less {other}" for one, other in PAIRED)], rows)
 
 
+def ingredients(frame: pd.DataFrame) -> str:
+    """Ratio of the energy distance with an ingredient to that without: over data sets and, for the test, over kinds."""
+    by_set = frame.groupby(["data", "seed", "method"])["energy"].mean().clip(lower=SMALLEST).unstack()
+    order = [name for name in (*STEPS, NETWORK, WIDE, CLOCK, DEFAULT) if name in by_set]
+    rows = []
+    for without, within in pairwise(order):
+        ratio = np.log(by_set[within] / by_set[without])
+        kinds = ratio.groupby("data").mean()
+        affected = kinds.index.str.contains("+effects", regex=False)
+        name = {DEFAULT: FARTHER if CLOCK in by_set else CLOCK}.get(within, within)
+        means = [shown(np.exp(part.mean()), 3) for part in (kinds[~affected], kinds[affected])]
+        counts = f"{int((ratio < 0).sum())}, {int((ratio > 0).sum())}"
+        p = f"{wilcoxon(kinds).pvalue:.2g}" if len(kinds) > 1 and kinds.any() else ""
+        rows.append([name, *means, counts, p])
+    head = ["", "energy, of without it: no effects", "with effects", "sets better, worse", "p over kinds"]
+    return table(head, rows)
+
+
+def spread_and_w1(frame: pd.DataFrame) -> str:
+    """V and W1 of baselines and the default, data sets in rows."""
+    methods = [name for name in (NOISE_REFERENCE, *COMPARED, DEFAULT) if name in set(frame["method"])]
+    mean = frame.groupby(["data", "method"], sort=False)[["variance_ratio", "w1"]].mean()
+    cells = [
+        [name, *(f"{shown(v, 2)}, {shown(w, 3)}" for v, w in mean.loc[name].loc[methods].to_numpy())]
+        for name in frame["data"].unique()
+    ]
+    return table(["V, W1", *methods], cells)
+
+
 def report(frame: pd.DataFrame) -> None:
     for name, own in frame.groupby("data", sort=False):
         print(f"### {name}\n\n{averages(own)}")
     mean, sd = energies(frame)
-    columns = [NOISE_REFERENCE, INTERPOLATION, PUBLISHED, *STEPS, NETWORK, CLOCK, DEFAULT, TRUTH]
+    columns = [NOISE_REFERENCE, *COMPARED, *STEPS, NETWORK, WIDE, CLOCK, DEFAULT, TRUTH]
     columns = [name for name in columns if name in mean]  # of real data there is no truth
     print("### One ingredient at a time: energy distance\n")
     last = f"{FARTHER if CLOCK in columns else CLOCK} = {DEFAULT}"
     print(table(["", *(last if name == DEFAULT else name for name in columns)], with_spread(mean, sd, columns)))
-    columns = [name for name in (NOISE_REFERENCE, *COMPARED, NETWORK, DEFAULT, TRUTH) if name in mean]
+    columns = [name for name in (NOISE_REFERENCE, *COMPARED, WIDE, DEFAULT, TRUTH) if name in mean]
     print("### What is off in shape: energy distance about the mean\n")
     print(table(["", *columns], with_spread(*energies(frame, "energy_about_mean"), columns)))
-    print("### The default beside interpolation and OT-CFM from the snapshot before\n")
+    simulated = [name for name in mean.index if name not in FILES]
+    if simulated:
+        print("### What each ingredient is worth on simulated courses\n")
+        print(ingredients(frame[frame["data"].isin(simulated)]))
+        print("### Variance ratio and W1 on simulated courses\n")
+        print(spread_and_w1(frame[frame["data"].isin(simulated)]))
+    print("### The default beside interpolation and OT-CFM\n")
     print(
         "Mean difference of the energy distance, below zero where the first is nearer to the truth; in brackets of "
         "simulated courses\nits sd over draws, of real ones the smallest and the largest of the held-out snapshots.\n"
     )
     print(paired(frame))
-    simulated = [name for name in mean.index if name not in FILES]
     for one, other in PAIRED if simulated else ():
-        values = np.concatenate([differences(frame, name, one, other) for name in simulated])
-        found = f"below {other} in {int((values < 0).sum())} of {len(values)} simulated data sets"
-        print(f"{one} is {found}; Wilcoxon signed-rank p = {wilcoxon(values).pvalue:.2g}")
+        values = [differences(frame, name, one, other) for name in simulated]
+        below = f"{sum(int((v < 0).sum()) for v in values)} of {sum(map(len, values))} simulated data sets"
+        kinds = np.array([v.mean() for v in values])
+        print(
+            f"{one} is below {other} in {below} and in {int((kinds < 0).sum())} of {len(kinds)} kinds on average; "
+            f"Wilcoxon signed-rank p over kinds = {wilcoxon(kinds).pvalue:.2g}"
+        )
     print()
     for other in COMPARED:
         worse = [f"{n} (by {shown(d, 4)})" for n, d in (mean[DEFAULT] - mean[other]).items() if d > 0]

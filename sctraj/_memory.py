@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -22,6 +24,32 @@ def available_memory() -> int | None:
                 return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
         return None
     return int(psutil.virtual_memory().available)
+
+
+def check_room(what: str, found: str, needed: int, ways_out: str, *, store: Path | None = None) -> None:
+    """Raise a ValueError if something does not fit into the free memory, or on the disk of a store to be made.
+
+    Parameters
+    ----------
+    what, found
+        Its name, a plural, and its shape in words.
+    needed
+        Its size in bytes.
+    ways_out
+        What the user can do instead.
+    store
+        Folder that it is written to.
+    """
+    if store is None:
+        there, place = available_memory(), "memory"
+    else:
+        beside = next(folder for folder in store.resolve().parents if folder.exists())
+        there, place = shutil.disk_usage(beside).free, "disk"
+    if there is not None and needed > there:
+        raise ValueError(
+            f"expected {what} that fit into the {there / 2**30:.1f} GiB of {place} that are free, found {found}, "
+            f"{needed / 2**30:.1f} GiB; {ways_out}"
+        )
 
 
 def size_of(shape: Sequence[int], dtype: str) -> int:

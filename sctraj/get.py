@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from . import _adata
+from ._memory import check_room, size_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -162,6 +163,10 @@ def trajectories(
     decoded = None if names is None else _way_to_genes(adata, key, names)
     values = _adata.read_trajectories(adata, key, chosen)
     times = np.asarray(_adata.stored(adata, key)["trajectory_times"])
+    if names is not None:
+        shape = (*values.shape[:2], len(names))
+        asked = "{} cells x {} times x {} genes".format(*shape)
+        check_room("decoded genes", asked, size_of(shape, "float32"), "pass rows=... or fewer genes")
     index = pd.MultiIndex.from_product([adata.obs_names[chosen], times], names=["cell", "time"])
     points = values.reshape(len(index), values.shape[-1])
     return pd.DataFrame(points if decoded is None else decoded(points), index=index, columns=names)
@@ -241,13 +246,15 @@ def leave_one_out(adata: AnnData, *, key: str = _adata.FLOW, metric: str | None 
         Prefix of its slots.
     metric
         One of ``w1``, ``w2``, ``mmd``, ``energy``, ``energy_about_mean``, ``variance_ratio``, ``w1_unweighted``,
-        ``energy_unweighted``; None for all of them, as a tidy table.
+        ``energy_unweighted``, or the standard error of one that was estimated because there are many cells, such as
+        ``w1_error``; None for all of them, as a tidy table.
 
     Returns
     -------
     A tidy table (columns ``method``, ``time``, ``seed``, ``metric``, ``value``) or, for one metric, a wide one: a row
     per method or baseline, a column per held-out time (mean over seeds), their mean, and ``sd``, the standard deviation
-    over seeds of the mean over times (NaN for a single seed).
+    over seeds of the mean over times (NaN for a single seed). If distances were estimated, also ``error``, the standard
+    error of the mean that comes from this (it does not fall with the number of seeds; NaN where all were exact).
     """
     name = _adata.table_name(key)
     if name not in adata.uns:
@@ -264,6 +271,11 @@ def leave_one_out(adata: AnnData, *, key: str = _adata.FLOW, metric: str | None 
     by_seed = one.groupby(["method", "seed"], observed=True)["value"].mean()
     mean, sd = by_seed.groupby("method").mean(), by_seed.groupby("method").std()
     wide["mean"], wide["sd"] = mean.loc[order], sd.loc[order]
+    estimated = tidy[tidy["metric"] == f"{metric}_error"]
+    if len(estimated):
+        of_times = estimated.groupby(["method", "time"], observed=True)["value"].mean()
+        error = np.sqrt(of_times.pow(2).groupby("method").sum())
+        wide["error"] = (error / one.groupby("method", observed=True)["time"].nunique()).reindex(order)
     wide.columns.name = None
     return wide
 

@@ -12,6 +12,7 @@ import torch
 from anndata import AnnData
 
 from sctraj import tl
+from sctraj._adata import genes
 from sctraj.tl import _interpolate
 
 
@@ -106,6 +107,30 @@ def test_a_flow_of_genes_gives_genes_back(cells: AnnData) -> None:
     assert not there.obsm
     own = tl.interpolate(cells, 1.0)
     np.testing.assert_allclose(own.X, cells[own.obs["source_cell"].to_numpy()].X, rtol=1e-6)
+
+
+def test_genes_that_are_asked_for_are_those_of_all(cells: AnnData, caplog) -> None:
+    tl.fit_flow(cells, field="closed-form")
+    asked = [str(cells.var_names[k]) for k in (7, 2)]
+    caplog.set_level("INFO", logger="sctraj")
+    every, some, one = (tl.interpolate(cells, 1.5, genes=genes) for genes in (None, asked, asked[0]))
+    assert some.var_names.tolist() == asked
+    assert one.var_names.tolist() == asked[:1]
+    np.testing.assert_allclose(some.X, every[:, asked].X, rtol=1e-6)
+    assert caplog.text.count("of whose variance the components hold") == 1  # of all, not of these
+    with pytest.raises(KeyError, match="nothing of the sort"):
+        tl.interpolate(cells, 1.5, genes=["nothing of the sort"])
+    with pytest.raises(ValueError, match=r"a way back to genes, found none: by decode=False; leave genes out"):
+        tl.interpolate(cells, 1.5, genes=asked, decode=False)
+    tl.fit_flow(cells, use_rep="X", field="closed-form")
+    np.testing.assert_allclose(tl.interpolate(cells, 1.0, genes=asked).X, cells[cells.obs["time"] == 1, asked].X)
+
+
+def test_many_genes_are_decoded_in_parts_to_the_same_values(cells: AnnData, monkeypatch) -> None:
+    tl.fit_flow(cells, field="closed-form")
+    whole = tl.interpolate(cells, 1.5).X
+    monkeypatch.setattr(genes, "SLAB", 8 * cells.n_vars * 7)  # seven cells
+    np.testing.assert_allclose(tl.interpolate(cells, 1.5).X, whole, rtol=1e-6, atol=1e-6)
 
 
 def test_what_was_moved_is_said_and_nothing_is_at_a_snapshots_own_time(fitted: AnnData, caplog) -> None:

@@ -17,7 +17,7 @@ from anndata import AnnData
 import sctraj
 from sctraj import _adata, _memory
 from sctraj.flow.integrate import Moved
-from sctraj.tl import _moves
+from sctraj.tl import _interpolate, _moves
 from sctraj.tl import _trajectories as verb
 
 QUICK = {"n_steps": 5, "batch_size": 8}
@@ -220,11 +220,42 @@ def test_what_does_not_fit_is_said_before_the_work(fitted: AnnData, tmp_path, mo
         monkeypatch.setattr(_memory, "available_memory", lambda enough=enough: enough)
         with pytest.raises(AssertionError, match="moved"):
             sctraj.tl.trajectories(fitted, times=5)
-    monkeypatch.setattr(verb.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
+    monkeypatch.setattr(_memory.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
     with pytest.raises(ValueError, match=r"GiB of disk.*larger disk"):
         sctraj.tl.trajectories(fitted, times=5, store=str(tmp_path / "new" / "paths"))
     assert not any(tmp_path.iterdir())
     assert "flow_trajectories" not in fitted.obsm
+
+
+def test_genes_that_do_not_fit_are_said_before_cells_are_moved(cells: AnnData, monkeypatch) -> None:
+    sctraj.tl.fit_flow(cells, field="closed-form")
+    sctraj.tl.trajectories(cells, times=2, n_steps=1)
+    n_times, first = len(cells.uns["flow"]["trajectory_times"]), cells.obs["time"] == 0
+    n_moved, n_genes = int(cells.obs["time"].isin([1.0, 2.5]).sum()), cells.varm["PCs"].any(axis=1).sum()
+
+    monkeypatch.setattr(_memory, "available_memory", lambda: 4 * n_moved * n_genes - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(_interpolate, "moved", None)  # not called
+        with pytest.raises(ValueError, match=rf"{n_moved} cells x {n_genes} genes.*genes=.*decode=False"):
+            sctraj.tl.interpolate(cells, 1.5)
+    assert sctraj.tl.interpolate(cells, 1.5, genes=[cells.var_names[0]]).n_obs == n_moved
+    assert sctraj.tl.interpolate(cells, 1.5, decode=False).n_obs == n_moved
+    monkeypatch.setattr(_memory, "available_memory", lambda: 4 * n_moved * n_genes)
+    assert sctraj.tl.interpolate(cells, 1.5).n_vars == n_genes
+
+    monkeypatch.setattr(_memory, "available_memory", lambda: 4 * cells.n_obs * n_times * 2 - 1)
+    with pytest.raises(ValueError, match=rf"{cells.n_obs} cells x {n_times} times x 2 genes.*rows="):
+        sctraj.get.trajectories(cells, genes=cells.var_names[:2])
+    assert len(sctraj.get.trajectories(cells, genes=cells.var_names[:2], rows=first)) == first.sum() * n_times
+
+
+def test_trajectories_on_disk_that_do_not_fit_are_not_read(cells: AnnData, tmp_path, monkeypatch) -> None:
+    sctraj.tl.fit_flow(cells, field="closed-form")
+    sctraj.tl.trajectories(cells, times=2, n_steps=1, store=str(tmp_path / "paths"))
+    monkeypatch.setattr(_memory, "available_memory", lambda: 1000)
+    with pytest.raises(ValueError, match=rf"{cells.n_obs} cells x .* dimensions.*rows="):
+        sctraj.get.trajectories(cells)
+    assert len(sctraj.get.trajectories(cells, rows=[3])) == len(cells.uns["flow"]["trajectory_times"])
 
 
 def test_the_number_is_in_gibibytes(monkeypatch) -> None:

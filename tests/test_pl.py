@@ -556,6 +556,22 @@ def test_methods_are_their_means_and_bars_reach_over_the_seeds(adata):
     assert ax.get_xlabel() == "held-out day (days)"
 
 
+def test_where_distances_are_estimated_bars_reach_a_standard_error_farther(adata):
+    table = adata.uns["leave_one_out"]
+    errors = table[(table["metric"] == "energy") & table["method"].isin(["ot-cfm", "next"])]
+    errors = errors.assign(metric="energy_error", value=0.1 * errors["time"])
+    adata.uns["leave_one_out"] = pd.concat([table, errors])
+    ax = pl.leave_one_out(adata)
+    bars = {one.get_label(): one.lines for one in ax.containers}
+    for name, error in (("ot-cfm", 0.1 * DAYS[1:-1]), ("i-cfm", 0.0)):
+        _, caps, _ = bars[name]
+        np.testing.assert_allclose(caps[0].get_ydata(), values(adata, name).min() - error)
+        np.testing.assert_allclose(caps[1].get_ydata(), values(adata, name).max() + error)
+    (baseline,) = (lines for name, lines in bars.items() if name not in ("ot-cfm", "i-cfm"))  # of "next" alone
+    np.testing.assert_allclose(baseline[1][1].get_ydata(), values(adata, "next").mean() + 0.1 * DAYS[1:-1])
+    assert "error of estimate" in ax.get_legend().get_title().get_text()
+
+
 def test_a_unit_that_nobody_knows_is_left_out(adata):
     pp.parse_time(adata, "day")
     assert adata.uns["time"]["unit"] == "unknown"

@@ -18,7 +18,7 @@ from anndata import AnnData
 from torch import nn
 
 import sctraj
-from sctraj.flow import plans
+from sctraj.flow import distance_estimates, plans
 from sctraj.flow.plans import Plans
 from sctraj.tl._steps import steps_between
 
@@ -198,6 +198,29 @@ def test_share_averages_to_the_table(cells: AnnData) -> None:
     for method in ("ot-cfm", "i-cfm"):
         by_time = cells.obsm["flow_w1"][method].groupby(cells.obs["time"]).mean().dropna()
         np.testing.assert_allclose(by_time, wide.loc[method, by_time.index.tolist()], rtol=1e-9)
+
+
+def test_estimated_distances_are_shown_with_their_errors(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cells = sctraj.datasets.simulated_course("crossing", 1000)
+    caplog.set_level("INFO")
+    sctraj.tl.leave_one_out(cells, **QUICK)
+    assert "error" not in sctraj.get.leave_one_out(cells, metric="w1")
+    assert "estimated" not in caplog.text
+
+    monkeypatch.setattr(distance_estimates, "LARGEST_EXACT", 150)
+    monkeypatch.setattr(distance_estimates, "SIZES", (16, 32, 64, 128))
+    monkeypatch.setattr(distance_estimates, "PLAN_BLOCK", 64)
+    sctraj.tl.leave_one_out(cells, **QUICK)
+    tidy, wide = (sctraj.get.leave_one_out(cells, metric=metric) for metric in (None, "w1"))
+    errors = tidy[tidy["metric"] == "w1_error"].groupby(["method", "time"])["value"].mean()
+    for method in ("uot-cfm", "ot-interpolation"):
+        independent = np.sqrt((errors[method] ** 2).sum()) / 3  # of three held-out times, whose blocks are their own
+        assert wide["error"][method] == pytest.approx(independent) != 0
+    assert np.isnan(wide["error"]["noise-reference"])  # halves of 100 cells are compared whole
+    assert "error" not in sctraj.get.leave_one_out(cells, metric="energy")  # all pairs were met
+    assert f"w1 {tidy[tidy['metric'] == 'w1_error']['value'].max():.2g}" in caplog.text
 
 
 def test_baselines_and_noise_reference(cells: AnnData, caplog: pytest.LogCaptureFixture) -> None:

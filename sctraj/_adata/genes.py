@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._memory import size_of
+
 if TYPE_CHECKING:
     from anndata import AnnData
 
 CLOSE = 1e-2  # tolerated difference of recomputed components, relative to the largest one
+SLAB = 2**26  # bytes of genes that are decoded at once
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Decoder:
     loadings
         Change of the genes per unit of each coordinate, ``(g, d)``.
     held
-        Share of their variance that the components hold; None if scanpy has not written it.
+        Share of their variance that the components hold; None for some genes alone, or if scanpy has not written it.
     """
 
     genes: np.ndarray
@@ -37,7 +40,12 @@ class Decoder:
 
     def __call__(self, points: np.ndarray) -> np.ndarray:
         """Return the genes' values ``(n, g)`` float32 at points ``(n, d)``."""
-        return (points.astype(np.float64) @ self.loadings.T + self.mean).astype(np.float32)
+        values = np.empty((len(points), len(self.genes)), np.float32)
+        rows = max(1, SLAB // size_of((1, len(self.genes)), "float64"))
+        for start in range(0, len(points), rows):
+            part = points[start : start + rows].astype(np.float64)
+            values[start : start + rows] = part @ self.loadings.T + self.mean
+        return values
 
     def only(self, adata: AnnData, names: Sequence[str]) -> Decoder:
         """Return the decoder for some genes, in the order of the given names."""
@@ -49,7 +57,8 @@ class Decoder:
                 f"{'has' if len(left) == 1 else 'have'} no loading. Recompute the PCA with them."
             )
         chosen = [rows[gene] for gene in numbers]
-        return replace(self, genes=self.genes[chosen], mean=self.mean[chosen], loadings=self.loadings[chosen])
+        parts = {"genes": self.genes[chosen], "mean": self.mean[chosen], "loadings": self.loadings[chosen]}
+        return replace(self, **parts, held=None)
 
 
 def gene_numbers(adata: AnnData, names: Sequence[str]) -> np.ndarray:

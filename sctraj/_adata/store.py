@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from .._memory import size_of
+from .._memory import check_room, size_of
 from .cells import names_digest
 from .slots import STORE
 
@@ -99,4 +99,7 @@ def read_stored(adata: AnnData, key: str, where: str, identity: Any, rows: Any) 
             f"Expected the trajectories of these {adata.n_obs} cells in {where}, found others, or the same ones in "
             f"another order. Take the rows from the AnnData they were computed for."
         )
+    shape = (points.shape[0] if isinstance(rows, slice) else len(rows), *points.shape[1:])
+    asked = "{} cells x {} times x {} dimensions".format(*shape)
+    check_room("trajectories", asked, size_of(shape, str(points.dtype)), "pass rows=... for some of the cells")
     return np.asarray(points[rows] if isinstance(rows, slice) else points.oindex[np.asarray(rows)])

@@ -89,7 +89,7 @@ def run(
 
 def _as_text(table: Any) -> str:
     names = {column: f"t = {column:g}" for column in table.columns if not isinstance(column, str)}
-    table = table.rename(columns=names | {"sd": "sd over seeds"})
+    table = table.rename(columns=names | {"sd": "sd over seeds", "error": "error of estimate"})
     table.index.name = None
     return table.to_string(float_format=lambda value: f"{value:.3f}", na_rep="-")
 

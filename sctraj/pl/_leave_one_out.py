@@ -61,8 +61,9 @@ def leave_one_out(
         have the same weight.
     kind
         "distances": the metric at every held-out time. Each method's line is its mean over seeds, and the bars range
-        from the lowest seed to the highest. Baselines are grey and dashed. The solid grey line and band are the noise
-        reference, mean and standard deviation over its seeds: the distance between two halves of the held-out snapshot.
+        from the lowest seed to the highest and, where there are so many cells that distances were estimated, a standard
+        error beyond. Baselines are grey and dashed. The solid grey line and band are the noise reference, mean and
+        standard deviation over its seeds: the distance between two halves of the held-out snapshot.
         "map": every held-out cell, coloured by its distance from the restored cells with which it is paired (the mean
         over a snapshot is its W1); cells of snapshots that were never held out (the first and the last) are grey.
     method
@@ -99,17 +100,19 @@ def leave_one_out(
     known = [name for name in table["method"].unique() if name not in (*BASELINES, NOISE)]
     if method is not None:
         _check("method", method, known)
+    errors = table[table["metric"] == f"{metric}_error"].groupby(["method", "time"])["value"].mean()
     table = table[table["metric"] == metric]
     ax = axes_or_new(ax)
     _draw_noise(ax, table[table["method"] == NOISE], metric)
-    _draw_baselines(ax, table)
+    _draw_baselines(ax, table, errors)
     looks = zip(known, cycle(palette(ax)), cycle(MARKERS))  # a method keeps its colour and marker when drawn alone
     for name, color, marker in looks:
         if method in (None, name):
-            _draw_method(ax, table[table["method"] == name], name, color, marker)
+            _draw_method(ax, table[table["method"] == name], errors, name, color, marker)
     if metric == "variance_ratio":
         ax.axhline(1.0, color=GREY, lw=1, zorder=0)
-    _finish(ax, np.sort(table["time"].unique()), time_label(adata, adata.uns[_protocol(key)]["time_key"]), metric)
+    bars = "mean, range over seeds" + "\n± error of estimate" * bool(len(errors))
+    _finish(ax, np.sort(table["time"].unique()), time_label(adata, adata.uns[_protocol(key)]["time_key"]), metric, bars)
     return ax
 
 
@@ -138,23 +141,33 @@ def _draw_noise(ax: Axes, table: pd.DataFrame, metric: str) -> None:
         line.set_label(f"noise reference{halves}")
 
 
-def _draw_baselines(ax: Axes, table: pd.DataFrame) -> None:
+def _draw_baselines(ax: Axes, table: pd.DataFrame, errors: pd.Series) -> None:
     greys = ("#8c8c8c", "#8c8c8c", "#6b6b6b")
     for grey, (name, (marker, dash)) in zip(greys, BASELINES.items()):
         mean = table[table["method"] == name].groupby("time")["value"].mean()
         if len(mean):
             ax.plot(mean.index, mean, color=grey, ls=dash, lw=1.3, marker=marker, ms=4.5, label=name, zorder=2)
+            error = _errors(errors, name, mean.index)
+            if error.any():
+                at = (mean.index.to_numpy(), mean.to_numpy())
+                ax.errorbar(*at, error, color=grey, fmt="none", capsize=2, elinewidth=1, zorder=2)
 
 
-def _draw_method(ax: Axes, table: pd.DataFrame, name: str, color: str, marker: str) -> None:
+def _errors(errors: pd.Series, name: str, times: pd.Index) -> np.ndarray:
+    """Return the standard errors of a method's estimated distances at these times, 0 where they are exact."""
+    own = errors[errors.index.get_level_values("method") == name].droplevel("method")
+    return own.reindex(times).fillna(0.0).to_numpy(dtype=float)
+
+
+def _draw_method(ax: Axes, table: pd.DataFrame, errors: pd.Series, name: str, color: str, marker: str) -> None:
     by_time = table.groupby("time")["value"]
     mean = by_time.mean()
-    reach = np.stack([mean - by_time.min(), by_time.max() - mean]).clip(min=0)
+    reach = np.stack([mean - by_time.min(), by_time.max() - mean]).clip(min=0) + _errors(errors, name, mean.index)
     style: dict[str, Any] = {"color": color, "lw": 1.8, "marker": marker, "ms": 5.5, "capsize": 3, "elinewidth": 1.2}
     ax.errorbar(mean.index.to_numpy(), mean.to_numpy(), yerr=reach, label=name, zorder=3, **style)
 
 
-def _finish(ax: Axes, times: np.ndarray, xlabel: str, metric: str) -> None:
+def _finish(ax: Axes, times: np.ndarray, xlabel: str, metric: str, bars: str) -> None:
     ax.set(xlabel=f"held-out {xlabel}", ylabel=LABELS.get(metric, metric))
     if times.size == 1 or np.diff(times).min() > 0.06 * np.ptp(times):  # otherwise their labels would overlap
         ax.set_xticks(times, [f"{time:g}" for time in times])
@@ -162,7 +175,7 @@ def _finish(ax: Axes, times: np.ndarray, xlabel: str, metric: str) -> None:
     handles, labels = ax.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: (labels[i] in BASELINES, "noise" in labels[i]))
     # long enough to show the dashes
-    legend_beside(ax, *(handles[i] for i in order), title="mean, range over seeds", handlelength=3.0)
+    legend_beside(ax, *(handles[i] for i in order), title=bars, handlelength=3.0)
     make_room(ax)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
@@ -9,6 +10,7 @@ import pandas as pd
 
 from .. import _adata
 from .._log import logger
+from .._memory import check_room, size_of
 from ..flow.flow_matching import pick_device
 from ..flow.integrate import Integration, Solver
 from ..flow.restoration import Restoration, mixed, moved
@@ -31,6 +33,7 @@ def interpolate(
     n_steps: int | None = None,
     tolerance: float = TOLERANCE,
     decode: bool = True,
+    genes: Sequence[str] | None = None,
     module: nn.Module | None = None,
     device: str = "auto",
     key: str = "flow",
@@ -64,6 +67,8 @@ def interpolate(
     decode
         Decode to genes if the flow is in ``obsm["X_pca"]``, or in a standardised form of it, and ``varm["PCs"]``
         exists.
+    genes
+        Names of the genes to decode to, in the order wanted; None: all from which the components were computed.
     module
         The user's own module, if the flow was fitted with one.
     device
@@ -82,11 +87,12 @@ def interpolate(
     Raises
     ------
     KeyError
-        No such flow.
+        No such flow, or no genes of these names.
     ValueError
         A time that is not a number or is outside the range; other cells than those fitted; a solver, steps or a
         tolerance that cannot be used; a flow whose `time_key` is the name of another column that is written; components
-        that do not reproduce ``X_pca`` from ``X`` (``decode=False`` then leaves the genes out).
+        that do not reproduce ``X_pca`` from ``X`` (``decode=False`` then leaves the genes out); `genes`, but no way
+        back to them; more values than there is memory for.
     TypeError
         `module` is not an instance of ``torch.nn.Module``.
     """
@@ -114,9 +120,22 @@ def interpolate(
         raise ValueError(f"expected a start of {get_args(Start)}, found {start!r}")
     check_jitter(jitter, flow.params["field"])
     decoder, why_not = _adata.read_decoder(adata, use_rep) if decode else (None, "by decode=False")
+    wanted = None if genes is None else [genes] if isinstance(genes, str) else list(genes)
+    if wanted is not None and use_rep != "X":
+        if decoder is None:
+            raise ValueError(f"expected a way back to genes, found none: {why_not}; leave genes out")
+        decoder = decoder.only(adata, wanted)
     field = flow.vector_field.to(where).ensemble()
     stiff = flow.params["field"] == "closed-form" and field.has_score
     per_gap = steps_per_gap(solver, stiff=stiff) if n_steps is None else n_steps
+
+    at_own = time in snapshots.times
+    starts = [] if at_own else origins(snapshots.times, time, start, farther=float(flow.params.get("farther", 0.0)))
+    used = [snapshots.times.index(time)] if at_own else [origin.snapshot for origin in starts]
+    if decoder is not None:
+        shape = (sum(len(snapshots.points[k]) for k in used), len(decoder.genes))
+        ways = "name the genes you need (genes=...), or pass decode=False"
+        check_room("decoded genes", "{} cells x {} genes".format(*shape), size_of(shape, "float32"), ways)
 
     def from_snapshot(k: int) -> Restoration:
         cells = [(snapshots.points[k], snapshots.mass[k])]
@@ -124,12 +143,9 @@ def interpolate(
         (there,) = moved(field, cells, [snapshots.times[k]], [time], how, jitter=jitter, seeds=[k])
         return there
 
-    if time in snapshots.times:
-        used = [snapshots.times.index(time)]
+    if at_own:
         population = Restoration(snapshots.points[used[0]].cpu(), snapshots.mass[used[0]])
     else:
-        starts = origins(snapshots.times, time, start, farther=float(flow.params.get("farther", 0.0)))
-        used = [origin.snapshot for origin in starts]
         population = mixed([from_snapshot(k) for k in used], [origin.share for origin in starts])
     restored = population.points.numpy().astype(np.float32)
 
@@ -143,8 +159,10 @@ def interpolate(
         index=pd.Index([f"{name}_at_{time:g}" for name in sources]),
     )
     result, genes_told = _with_genes(adata, use_rep, restored, obs, decoder, why_not)
+    if wanted is not None and use_rep == "X":
+        result = result[:, _adata.gene_numbers(adata, wanted)].copy()
     origin = f"moved from {' and '.join(f'{snapshots.times[i]:g}' for i in sorted(used))}"
-    if time in snapshots.times:
+    if at_own:
         origin = "that were sampled then, as they are"
     logger.info(f"the population at {time:g}: {len(sources)} cells {origin}, {genes_told}")
     return result

@@ -17,7 +17,7 @@ from ..flow.baselines import BASELINES, NEXT, PREVIOUS
 from ..flow.fields import FieldKind, distinct_seeds, farther_shares, make_field
 from ..flow.flow_matching import Training, pick_device
 from ..flow.integrate import AS_PUBLISHED
-from ..flow.judgement import Judgement, judge_all
+from ..flow.judgement import METRICS, Judgement, judge_all
 from ..flow.plans import Frame, Plans
 from ..flow.problem import METHODS, WITH_PATH, check_method
 from ..flow.restoration import Restoration
@@ -244,7 +244,7 @@ def leave_one_out(
         f"left out each of {len(snapshots) - 2} snapshots, {n_seeds} seed(s), {', '.join(methods)} ({field} field). "
         f"{use_rep} was computed beforehand: if on all cells, it has seen the held-out snapshots. The noise "
         f"reference's halves have {_sizes(halves)} cells. Energy distances, mean over the times: "
-        f"{', '.join(f'{name} {value:.3g}' for name, value in energies.items())}. Wrote {written}"
+        f"{', '.join(f'{name} {value:.3g}' for name, value in energies.items())}. {_estimated(judged)}Wrote {written}"
     )
     _say_what_tells_nothing(methods, energies)
     return adata if copy else None
@@ -279,6 +279,18 @@ def _energies(found: Sequence[_Found], judged: Sequence[Judgement]) -> dict[str,
     for one, judgement in zip(found, judged, strict=True):
         of.setdefault(one.method, {}).setdefault(one.k, []).append(judgement.values["energy"])
     return {name: float(np.mean([np.mean(values) for values in by_time.values()])) for name, by_time in of.items()}
+
+
+def _estimated(judged: Sequence[Judgement]) -> str:
+    """Return a sentence about the standard errors of distances that were estimated; empty if none was."""
+    largest: dict[str, float] = {}
+    for one in judged:
+        for name, error in one.errors.items():
+            largest[name] = max(error, largest.get(name, 0.0))
+    if not largest:
+        return ""
+    named = ", ".join(f"{name} {largest[name]:.2g}" for name in METRICS if name in largest)
+    return f"Distances between this many cells are estimated, with standard errors of up to: {named}. "
 
 
 def _say_what_tells_nothing(methods: Sequence[str], energies: Mapping[str, float]) -> None:

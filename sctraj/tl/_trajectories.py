@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -12,9 +11,9 @@ from uuid import uuid4
 import numpy as np
 import torch
 
-from .. import _adata, _memory
+from .. import _adata
 from .._log import logger
-from .._memory import size_of
+from .._memory import check_room, size_of
 from ..flow.flow_matching import pick_device
 from ..flow.integrate import Field, Moved, Solver
 from ._field import check_module
@@ -240,20 +239,16 @@ def _check_half(snapshots: Snapshots) -> None:
 def _check_size(shape: tuple[int, int, int], dtype: str, store: str | None) -> None:
     """Raise a ValueError if the trajectories do not fit into the free memory or, with a store, on the disk."""
     needed = size_of(shape, dtype) + size_of(shape[:2], "float32")  # with the weights
-    if store is None:
-        there, what = _memory.available_memory(), "memory"
-    else:
-        beside = next(folder for folder in Path(store).resolve().parents if folder.exists())
-        there, what = shutil.disk_usage(beside).free, "disk"
-    if there is not None and needed > there:
-        cells, times, d = shape
-        half = "" if dtype == "float16" else "dtype='float16' (half the size), "
-        elsewhere = "store=FOLDER (on disk)" if store is None else "a store on a larger disk"
-        raise ValueError(
-            f"expected trajectories that fit into the {there / 2**30:.1f} GiB of {what} that are free, found "
-            f"{cells} cells x {times} times x {d} dimensions in {dtype}, {needed / 2**30:.1f} GiB; pass fewer times, "
-            f"{half}or {elsewhere}, or fit the flow to a part of the cells"
-        )
+    cells, times, d = shape
+    half = "" if dtype == "float16" else "dtype='float16' (half the size), "
+    elsewhere = "store=FOLDER (on disk)" if store is None else "a store on a larger disk"
+    check_room(
+        "trajectories",
+        f"{cells} cells x {times} times x {d} dimensions in {dtype}",
+        needed,
+        f"pass fewer times, {half}or {elsewhere}, or fit the flow to a part of the cells",
+        store=None if store is None else Path(store),
+    )
 
 
 def _time_grid(times: int | Sequence[float], snapshots: Sequence[float]) -> np.ndarray:
