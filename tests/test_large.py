@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -293,7 +295,9 @@ def test_the_blocks_that_snapshots_are_coupled_in_are_said_and_can_be_chosen(few
     sigma = few.uns["flow"]["params"]["sigma"]
     told = said(sctraj.tl.fit_flow, method=method, block=20)
     assert len(told) == 2  # intervals
-    assert all("blocks of" in line for line in told)
+    sizes = few.obs["time"].value_counts(sort=False).sort_index()
+    for (n0, n1), line in zip(pairwise(sizes), told, strict=True):
+        assert re.search(rf": {n0} and {n1} cells in \d blocks$", line)
     assert few.uns["flow"]["params"]["sigma"] == pytest.approx(sigma, rel=1e-12)  # measured whole
     assert not np.array_equal(few.obsm["flow_velocity"], as_it_is)
     assert len(said(sctraj.tl.leave_one_out, methods=(method,), n_seeds=1, block=20)) == 1  # the gap

@@ -106,7 +106,7 @@ def test_blocks_are_drawn_of_large_snapshots_alone_and_said(caplog):
         assert len(blocked(interval, torch.Generator(), block=50).i.unique()) == 50
         assert not caplog.text  # a snapshot met whole is nothing to tell
         assert len(blocked(interval, torch.Generator(), block=20).i.unique()) == 50
-    assert "3 blocks of 50 and 40 cells" in caplog.text
+    assert "50 and 40 cells in 3 blocks" in caplog.text
 
 
 def test_cells_without_mass_make_no_blocks(caplog):
@@ -219,10 +219,14 @@ def test_float32_is_taken_only_where_its_rounding_may_pass():
 
 
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-8])
-def test_a_plan_in_tiles_keeps_the_marginals_that_it_says(monkeypatch, tolerance):
+def test_a_plan_in_tiles_keeps_the_marginals_that_it_says(monkeypatch, caplog, tolerance):
     interval = make_interval(200, 150, weighted=True)
+    caplog.set_level("INFO", logger="sctraj")
+    entropic(interval, epsilon=0.2, tolerance=tolerance)
+    assert not caplog.text  # kept whole
     monkeypatch.setattr(kernel, "MOST_KEPT", 1000)
     plan = entropic(interval, epsilon=0.2, tolerance=tolerance)
+    assert "of the plan's 200 x 150 pairs only dual potentials are kept" in caplog.text
     matrix = plan.matrix()
     rounding = sinkhorn.ROUNDING * tolerance  # what float32 may add
     assert float((matrix.sum(1) - interval.mass0).abs().sum()) < rounding

@@ -167,7 +167,7 @@ def test_snapshots_too_large_to_be_met_whole_are_met_in_small_blocks(monkeypatch
         grown(cloud(72, 50))  # as many pairs as of 60 a side
         assert not caplog.records
         grown(cloud(73, 50))
-        assert "3 blocks of 73 and 50 cells" in caplog.text
+        assert "73 and 50 cells in 3 blocks" in caplog.text
         caplog.clear()
         grown(cloud(73, 50), block=80)
         assert not caplog.records

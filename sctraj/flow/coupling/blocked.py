@@ -56,7 +56,7 @@ def blocks(
         return
     n_blocks = math.ceil(side / (block - 1))  # a block may contain one more, shared cell
     logger.info(
-        "coupling from %g to %g: %d blocks of %d and %d cells", interval.t0, interval.t1, n_blocks, *map(len, ends)
+        "coupling from %g to %g: %d and %d cells in %d blocks", interval.t0, interval.t1, *map(len, ends), n_blocks
     )
     order0, order1 = (torch.randperm(len(m), generator=rng) for m in ends)
     parts = zip(_cut(interval.mass0[order0], n_blocks), _cut(interval.mass1[order1], n_blocks), strict=True)

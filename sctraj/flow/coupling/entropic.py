@@ -124,6 +124,9 @@ def entropic(
             f"{1.1 * math.sqrt(SHARPEST * ends.scale / epsilon):.2g} times larger, or the exact coupling "
             "(method='ot-cfm'), the limit of sigma = 0"
         )
+    if not fits(ends.x0, ends.x1):
+        what = interval.t0, interval.t1, len(ends.x0), len(ends.x1)
+        logger.info("coupling from %g to %g: of the plan's %d x %d pairs only dual potentials are kept", *what)
     found = sinkhorn(
         ends,
         epsilon=epsilon,
