@@ -16,7 +16,7 @@ from matplotlib.quiver import Quiver
 
 from sctraj import _adata, get, pl, pp, tl
 from sctraj.flow.vector_field import MLP, NeuralField, Scaling
-from sctraj.pl._basis import MOST_CELLS, find_basis, project_velocity, projection, thin
+from sctraj.pl._basis import MOST_CELLS, find_basis, projection, thin
 from sctraj.pl._cells import GREY
 from sctraj.pl._velocity import grid_average
 
@@ -229,7 +229,7 @@ def test_a_plane_of_the_representations_own_columns_is_a_slice(adata, basis):
     points = np.random.default_rng(0).normal(size=(20, 4)) * 100  # far from any cell
     project = projection(plane, x, dims=(2, 0))
     np.testing.assert_array_equal(project(points), points[:, [2, 0]])
-    np.testing.assert_allclose(project_velocity(project, x, x**2), (x**2)[:, [2, 0]], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(project.velocities(x, x**2), (x**2)[:, [2, 0]], rtol=1e-9, atol=1e-9)
 
 
 def test_a_linear_basis_is_recovered_inside_the_cloud():
@@ -244,10 +244,27 @@ def test_a_linear_basis_is_recovered_inside_the_cloud():
     assert np.sqrt(np.mean(error**2)) < 0.03 * spread
     assert error.max() < 0.1 * spread
     velocity = rng.normal(size=inside.shape)
-    found, true = project_velocity(project, inside, velocity), velocity @ map_
+    found, true = project.velocities(inside, velocity), velocity @ map_
     cosine = np.sum(found * true, 1) / np.linalg.norm(found, axis=1) / np.linalg.norm(true, axis=1)
     assert np.median(cosine) > 0.99
     assert np.median(np.linalg.norm(found, axis=1) / np.linalg.norm(true, axis=1)) == pytest.approx(1, abs=0.1)
+
+
+def test_velocities_keep_their_length_where_cells_end():
+    """At the rim of the cells their means can move to one side only, but velocities there are as large as elsewhere."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1, 1, size=(3000, 3))
+    a = anndata.AnnData(
+        obs=pd.DataFrame(index=np.arange(len(x)).astype(str)), obsm={"X_pca": x, "X_umap": 2 * x[:, 1:]}
+    )
+    project = projection(find_basis(a, "umap", dims=(0, 1), use_rep="X_pca"), x, dims=(0, 1))
+    rim = rng.uniform(-0.7, 0.7, size=(100, 3))
+    rim[:, 1] = 1.0
+    for way in (1.0, -1.0):  # out of the cells and into them
+        length = project.velocities(rim, np.tile([0.0, way, 0.0], (100, 1)))[:, 0] * way
+        assert np.median(length) == pytest.approx(2, rel=0.1)
+    bare = (project(rim + 0.1 * np.eye(3)[1])[:, 0] - project(rim - 0.1 * np.eye(3)[1])[:, 0]) / 0.2
+    assert np.median(bare) < 1.5  # which means by themselves would not keep
 
 
 def test_an_embedding_is_never_left_and_what_is_missing_stays_missing(adata):
@@ -262,7 +279,7 @@ def test_an_embedding_is_never_left_and_what_is_missing_stays_missing(adata):
 def test_cells_at_rest_have_no_velocity_in_the_plane(adata):
     x = adata.obsm["X_pca"]
     project = projection(find_basis(adata, "linear", dims=(0, 1), use_rep="X_pca"), x, dims=(0, 1))
-    np.testing.assert_array_equal(project_velocity(project, x, np.zeros_like(x)), 0)
+    np.testing.assert_array_equal(project.velocities(x, np.zeros_like(x)), 0)
 
 
 def test_thinning_keeps_all_of_few_and_a_bounded_number_of_many():

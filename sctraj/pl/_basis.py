@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 MOST_CELLS = 20_000  # at most so many cells are searched for neighbours and averaged over for arrows
 N_NEIGHBORS = 30
 STEP = 0.1  # length of a finite difference, as a fraction of the cells' rms distance from their mean
-
-Projection = Callable[[np.ndarray], np.ndarray]  # m x d -> m x 2
+LEAST_MOVED = 0.2  # share of a way that means over neighbours are taken to move at least; less is noise of few cells
+AT_ONCE = 1000  # cells whose neighbours are gathered at once
 
 
 class Basis(NamedTuple):
@@ -96,51 +96,85 @@ def projection(basis: Basis, representation: np.ndarray, *, dims: tuple[int, int
     """
     columns = list(dims)
     if max(dims) < representation.shape[1] and np.allclose(representation[:, columns], basis.cells, equal_nan=True):
-        return lambda points: np.asarray(points, dtype=float)[:, columns]
+        return Slice(columns)
     known = np.flatnonzero(np.isfinite(representation).all(1) & np.isfinite(basis.cells).all(1))
     known = known[thin(known.size)]
-    targets = basis.cells[known]
+    cells = representation[known].astype(float)
     # brute force is a matrix product, in ten dimensions eight times as fast as the tree that "auto" would build, but
     # only if cells and queries have the same dtype
-    search = NearestNeighbors(n_neighbors=min(N_NEIGHBORS, known.size), algorithm="brute")
-    search.fit(representation[known].astype(float))
+    search = NearestNeighbors(n_neighbors=min(N_NEIGHBORS, known.size), algorithm="brute").fit(cells)
+    return Neighbours(search, cells, basis.cells[known])
 
-    def project(points: np.ndarray) -> np.ndarray:
-        projected = np.full((len(points), 2), np.nan)
-        finite = np.isfinite(points).all(1)
+
+@dataclass(frozen=True)
+class Slice:
+    """The map to a plane of two of the flow's own columns."""
+
+    columns: list[int]
+
+    def __call__(self, points: np.ndarray) -> np.ndarray:
+        """Return places in the plane, m x 2, of points m x d."""
+        return np.asarray(points, dtype=float)[:, self.columns]
+
+    def velocities(self, points: np.ndarray, velocity: np.ndarray) -> np.ndarray:
+        """Return velocities in the plane, m x 2, of those at points of the flow's space, m x d each."""
+        return self(velocity)
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The map to a plane in which cells have places, by weighted means over the nearest of them."""
+
+    search: NearestNeighbors
+    cells: np.ndarray  # n x d, in the flow's space
+    places: np.ndarray  # n x 2, in the plane
+
+    def __call__(self, points: np.ndarray) -> np.ndarray:
+        """Return places in the plane, m x 2, of points m x d; NaN where these are not finite."""
+        points = np.asarray(points, dtype=float)
+        projected, finite = np.full((len(points), 2), np.nan), np.isfinite(points).all(1)
         if finite.any():
-            distance, neighbor = search.kneighbors(np.asarray(points, dtype=float)[finite])  # both m x k
-            bandwidth = np.maximum(distance[:, -1:] / 2, np.finfo(float).tiny)
-            weight = np.exp(-0.5 * (distance / bandwidth) ** 2)
-            projected[finite] = np.einsum("mk,mkc->mc", weight / weight.sum(1, keepdims=True), targets[neighbor])
+            neighbor, weight = self._weights(points[finite])
+            projected[finite] = np.einsum("mk,mkc->mc", weight, self.places[neighbor])
         return projected
 
-    return project
+    def velocities(self, points: np.ndarray, velocity: np.ndarray) -> np.ndarray:
+        """Return velocities in the plane, m x 2, of those at points of the flow's space, m x d each.
+
+        They are central differences along each velocity, which all span the same length, whatever the speed, so that
+        directions of slow cells are as accurate as those of fast ones. Where cells end on one side, as at the first and
+        the last snapshot, weighted means move less than the point does, in both spaces alike; so the difference in the
+        plane is divided by how far the mean of the same cells moves in the flow's own space, of the way of the point.
+        """
+        points, velocity = np.asarray(points, dtype=float), np.asarray(velocity, dtype=float)
+        speed = np.linalg.norm(velocity, axis=1, keepdims=True)
+        direction = np.divide(velocity, speed, out=np.zeros_like(velocity), where=speed > 0)
+        spread = np.sqrt(np.nanmean(np.sum((points - np.nanmean(points, axis=0)) ** 2, axis=1)))
+        step = STEP * (spread or 1.0)
+        moved = np.full((len(points), 2), np.nan)
+        finite = np.flatnonzero(np.isfinite(points).all(1) & np.isfinite(velocity).all(1))
+        for rows in np.array_split(finite, max(1, len(finite) // AT_ONCE)):
+            at, along = points[rows], direction[rows]
+            ahead, behind = (self._along(at + way * along, along) for way in (step, -step))
+            in_plane, in_space = ((one - other) / (2 * step) for one, other in zip(ahead, behind))
+            moved[rows] = in_plane / np.maximum(in_space, LEAST_MOVED)[:, None]
+        return moved * speed
+
+    def _along(self, points: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the mean place in the plane, m x 2, and the mean coordinate along a direction of each, m."""
+        neighbor, weight = self._weights(points)
+        places = np.einsum("mk,mkc->mc", weight, self.places[neighbor])
+        return places, np.einsum("mk,mkd,md->m", weight, self.cells[neighbor], direction, optimize=True)
+
+    def _weights(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the nearest cells, m x k, and their weights, which sum to one."""
+        distance, neighbor = self.search.kneighbors(points)
+        bandwidth = np.maximum(distance[:, -1:] / 2, np.finfo(float).tiny)
+        weight = np.exp(-0.5 * (distance / bandwidth) ** 2)
+        return neighbor, weight / weight.sum(1, keepdims=True)
 
 
-def project_velocity(project: Projection, points: np.ndarray, velocity: np.ndarray) -> np.ndarray:
-    """Project velocities into the plane, by a central difference along each.
-
-    All differences span the same length, whatever the speed, so that directions of slow cells are as accurate as those
-    of fast ones.
-
-    Parameters
-    ----------
-    project
-        The map to the plane.
-    points, velocity
-        Positions and velocities in the flow's space, m x d each.
-
-    Returns
-    -------
-    The velocities in the plane, m x 2, per unit time.
-    """
-    points, velocity = np.asarray(points, dtype=float), np.asarray(velocity, dtype=float)
-    speed = np.linalg.norm(velocity, axis=1, keepdims=True)
-    direction = np.divide(velocity, speed, out=np.zeros_like(velocity), where=speed > 0)
-    spread = np.sqrt(np.nanmean(np.sum((points - np.nanmean(points, axis=0)) ** 2, axis=1)))
-    step = STEP * (spread or 1.0) * direction
-    return (project(points + step) - project(points - step)) / (2 * STEP * (spread or 1.0)) * speed
+Projection = Slice | Neighbours
 
 
 def thin(n: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 from sctraj import get
 from sctraj._adata import VELOCITY, check_cells, stored
 
-from ._basis import find_basis, project_velocity, projection, thin
+from ._basis import find_basis, projection, thin
 from ._cells import axes_or_new, check_color, draw_cells, ink, make_room, shrinkage, time_range, times_of
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def velocity(
     rows = np.flatnonzero(np.logical_and.reduce(finite))
     rows = rows[thin(rows.size)]
     project = projection(plane, representation, dims=dims)
-    arrows = project_velocity(project, representation[rows], velocities[rows])
+    arrows = project.velocities(representation[rows], velocities[rows])
     n_grid = max(2, round(GRID[kind] * density))
     bandwidth = BANDWIDTH[kind] * (n_grid - 1) / (GRID[kind] - 1)  # a length: the estimate is the same at any density
     x, y, mean = grid_average(plane.cells[rows], arrows, n_grid=n_grid, bandwidth=bandwidth, min_mass=min_mass)
