@@ -285,6 +285,8 @@ def row_numbers(adata: AnnData, rows: Sequence[int] | Sequence[bool] | Sequence[
     asked = np.asarray(rows)
     kind = pd.api.types.infer_dtype(asked, skipna=False) if asked.ndim == 1 else "no row of values"
     if kind == "boolean" and len(asked) == adata.n_obs:
+        if not asked.any():
+            raise ValueError(f"Expected rows to choose cells, found a mask that is False at all {adata.n_obs} cells.")
         return np.flatnonzero(asked)
     if kind == "string":
         found = adata.obs_names.get_indexer_for(asked)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
 
-from sctraj import _adata, pp, tl
+from sctraj import _adata, get, pp, tl
 
 QUICK = {"n_steps": 5, "batch_size": 8}
 
@@ -64,7 +65,7 @@ def test_growth_rates_may_be_categories_of_numbers_as_times_may(cells: AnnData) 
     cells.obs["numbers"], cells.obs["categories"] = rates, pd.Categorical(rates)
     np.testing.assert_array_equal(_adata.read_rates(cells, "categories"), _adata.read_rates(cells, "numbers"))
     cells.obs["text"] = pd.Categorical(rates.astype(str))
-    with pytest.raises(ValueError, match=r'growth rates.*obs\["text"\]; found (object|str)'):
+    with pytest.raises(ValueError, match=r'growth rates.*obs\["text"\]; found text'):
         _adata.read_rates(cells, "text")
 
 
@@ -94,11 +95,29 @@ def test_cells_by_other_names_or_in_another_order_are_told_from_other_cells(cell
     renamed = cells.copy()
     renamed.obs_names = [f"other {name}" for name in cells.obs_names]
     for same in (renamed, cells[::-1].copy()):
-        with pytest.raises(ValueError, match=r"found the same cells by other names, in another order, or .* Put"):
+        with pytest.raises(ValueError, match=r"found the same ones sorted otherwise, renamed, or .* Put"):
             _adata.read_flow(same, "flow")
     renamed.obsm["X_pca"] = renamed.obsm["X_pca"][::-1]
     with pytest.raises(ValueError, match="found other times or coordinates"):
         _adata.read_flow(renamed, "flow")
+
+
+def test_a_part_of_the_cells_is_told_so_even_where_it_has_too_few_of_a_snapshot(cells: AnnData) -> None:
+    tl.fit_flow(cells, field="closed-form")
+    part = cells[np.r_[0:2, 200:600]].copy()
+    with pytest.raises(ValueError, match=rf"Expected the 600 cells.*found {part.n_obs} cells.*by rows="):
+        tl.trajectories(part)
+
+
+def test_what_concat_leaves_of_two_flows_is_told_from_a_flow(cells: AnnData) -> None:
+    early, late = cells[cells.obs["time"] < 3].copy(), cells[cells.obs["time"] > 3].copy()
+    for part in (early, late):
+        tl.fit_flow(part, field="closed-form")
+    both = anndata.concat([early, late], uns_merge="same")
+    assert "flow" in both.uns
+    for read in (get.velocity, get.loss, get.vector_field, tl.trajectories):
+        with pytest.raises(KeyError, match=r"is incomplete, as after anndata\.concat.*fit_flow again"):
+            read(both)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -28,6 +28,14 @@ def _nan_times(adata: AnnData) -> None:
     adata.obs.loc[adata.obs_names[[3, 7]], "time"] = np.nan
 
 
+def _text_time(adata: AnnData) -> None:
+    adata.obs["time"] = "D" + adata.obs["time"].astype(str)
+
+
+def _rounded(adata: AnnData) -> None:
+    adata.obs["time"] = np.tile([0.3, 0.1 + 0.2, 1.0], adata.n_obs // 3)
+
+
 def _nan_cells(adata: AnnData) -> None:
     adata.obsm["X_pca"][[5, 9], 1] = np.inf
 
@@ -52,6 +60,13 @@ def _one_snapshot(adata: AnnData) -> None:
 
 CASES: dict[str, tuple[Change, dict[str, object], type[Exception], str]] = {
     "no such time column": (lambda a: None, {"time_key": "hour"}, KeyError, "look like times.*day.*time|time.*day"),
+    "no numbers in what looks like times": (lambda a: a.obs.drop(columns="time", inplace=True), {}, KeyError,
+                                            r"look like times: day\. Call sctraj\.pp\.parse_time\(adata, \"day\"\)"),
+    "text in the usual column": (_text_time, {}, ValueError,
+                                 r"found text such as D.*parse_time\(adata, \"time\", key_added=\"time_parsed\"\)"),
+    "dates": (lambda a: a.obs.insert(0, "date", pd.Timestamp("2020-01-01")), {"time_key": "date"}, ValueError,
+              r"\(adata\.obs\[\"date\"\] - adata\.obs\[\"date\"\]\.min\(\)\)\.dt\.total_seconds\(\) / 86400.*\"days\""),
+    "times that are one but for rounding": (_rounded, {}, ValueError, "found 0.3 and 0.30000000000000004: if they are"),
     "text times": (lambda a: None, {"time_key": "day"}, ValueError, r"pp\.parse_time\(adata, \"day\"\)"),
     "boolean times": (lambda a: a.obs.insert(0, "b", True), {"time_key": "b"}, ValueError, "bool"),
     "NaN times": (_nan_times, {}, ValueError, "2 of 600 cells.*cell_3, cell_7"),

@@ -153,7 +153,7 @@ def test_cells_that_come_out_beside_the_sampled_ones_are_said(cells: AnnData, ca
     sctraj.tl.fit_flow(cells, module=Away(), learning_rate=1e-12, n_steps=1, batch_size=6)
     caplog.set_level(logging.WARNING, "sctraj")
     sctraj.tl.fates(cells, "fate", module=Away(), n_steps=1)
-    assert "100% of the cells of time 5.5 are by time 7 farther" in caplog.text
+    assert "100% of the cells of time 5.5 arrive at time 7 where no cells were sampled" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,12 @@ def test_what_names_no_cells_is_refused(followed: AnnData, rows, error, message)
         get.trajectories(followed, rows=rows)
 
 
+def test_a_mask_of_no_cell_is_refused(followed: AnnData) -> None:
+    with pytest.raises(ValueError, match=rf"a mask that is False at all {followed.n_obs} cells"):
+        get.trajectories(followed, rows=followed.obs["time"] == -1)
+    assert len(get.trajectories(followed, rows=[])) == 0
+
+
 @pytest.mark.parametrize(
     ("t", "shape", "message"),
     [

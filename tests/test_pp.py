@@ -155,7 +155,7 @@ def test_unit_names_what_has_none_and_converts_what_has():
     assert parsed([0.0, 2.5], unit="passage") == ([0, 2.5], "passage")
     assert parsed(["D1", "D2"], unit="h") == ([24, 48], "hour")
     for unit in ("month", "passage"):
-        assert f"not to be converted to {unit}." in refusal(["D1", "D2"], unit=unit)
+        assert f"not to be converted to {unit}: expected all of one kind" in refusal(["D1", "D2"], unit=unit)
     assert "unit must be a name" in refusal(["D1"], unit="")
     assert "unit must be a name" in refusal(["D1"], unit=3)
 

@@ -1075,6 +1075,51 @@ def test_a_flow_that_tells_nothing_is_said(cells: AnnData, caplog) -> None:
     )
 
 
+def test_where_nothing_moves_or_no_model_is_needed_it_is_said(cells: AnnData, caplog) -> None:
+    caplog.set_level("INFO", logger="sctraj")
+    cells.obs["time"] = np.random.default_rng(0).permutation(cells.obs["time"])
+    sctraj.tl.leave_one_out(cells, field="closed-form")
+    assert "as near to the held-out ones as sampling noise allows" in caplog.text
+    assert "there is nothing to restore. Are the times right?" in caplog.text
+    assert "interpolation without a model" not in caplog.text
+
+
+def test_a_method_behind_straight_lines_is_told_so(cells: AnnData, caplog) -> None:
+    caplog.set_level("INFO", logger="sctraj")
+    sctraj.tl.leave_one_out(cells, methods=("i-cfm",), **QUICK)
+    energy = sctraj.get.leave_one_out(cells, metric="energy")["mean"]
+    assert energy["ot-interpolation"] < energy["i-cfm"] < energy["previous"]
+    (told,) = (record.getMessage() for record in caplog.records if "without a model" in record.getMessage())
+    assert f"({energy['i-cfm']:.3g} for {energy['ot-interpolation']:.3g}): trust" in told
+
+
+def test_a_flow_that_is_not_the_one_judged_is_said(cells: AnnData, caplog) -> None:
+    caplog.set_level("WARNING", logger="sctraj")
+    same = {"field": "closed-form", "use_rep": "X_latent"}
+    sctraj.tl.fit_flow(cells, method="ot-cfm", **same)
+    sctraj.tl.leave_one_out(cells, methods=("ot-cfm", "i-cfm"), **same)
+    sctraj.tl.leave_one_out(cells, key_added="other", **QUICK)
+    assert "fitted with" not in caplog.text
+    sctraj.tl.leave_one_out(cells, **QUICK)
+    told = "fitted with use_rep='X_latent', field='closed-form', method='ot-cfm': other fits are judged here"
+    assert told in caplog.text
+
+
+def test_times_in_single_precision_are_the_snapshots_own(cells: AnnData, caplog) -> None:
+    cells.obs["time"] = (8 + cells.obs["time"] / 10).astype(np.float32)
+    sctraj.tl.fit_flow(cells, field="closed-form")
+    last, before, sizes = 8.7, 8.55, cells.obs["time"].value_counts().sort_index().to_numpy()
+    caplog.set_level("INFO", logger="sctraj")
+    assert sctraj.tl.interpolate(cells, last).n_obs == sizes[-1]  # and not beyond the last snapshot
+    assert sctraj.tl.interpolate(cells, before).n_obs == sizes[-2]
+    assert caplog.text.count("that were sampled then, as they are") == 2
+    sctraj.tl.trajectories(cells, times=[8.0, before, last], n_steps=1)
+    own = np.unique(cells.obs["time"].astype(np.float64))
+    np.testing.assert_array_equal(cells.uns["flow"]["trajectory_times"], own[[0, -2, -1]])
+    with pytest.raises(ValueError, match=r"the snapshots' range, found 8\.71"):
+        sctraj.tl.interpolate(cells, 8.71)
+
+
 def test_what_another_wrote_is_never_replaced(cells: AnnData) -> None:
     cells.obsm["rna_velocity"], cells.obs["rna_growth"] = np.zeros((600, 3)), "mine"
     with pytest.raises(ValueError, match=r'found adata\.obsm\["rna_velocity"\], adata\.obs\["rna_growth"\] without'):

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from .slots import is_ours
+from .slots import TIME, is_ours
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -138,18 +138,31 @@ def missing_time(adata: AnnData, time_key: str) -> KeyError:
     looks = [str(name) for name in adata.obs if looks_like_time(str(name))]
     there = looks or [str(name) for name in adata.obs]
     label = "columns that look like times" if looks else "there are"
-    return KeyError(
-        f'No column "{time_key}" in adata.obs; {label}: {_some(there, 20) or "none"}. Pass one of them as time_key.'
-    )
+    advice = "Pass one of them as time_key."
+    if looks and not any(holds_numbers(read_column(adata, name)) for name in looks):
+        advice = _parse_advice(adata, looks[0])
+    return KeyError(f'No column "{time_key}" in adata.obs; {label}: {_some(there, 20) or "none"}. {advice}')
+
+
+def _parse_advice(adata: AnnData, name: str) -> str:
+    """Return what to do with a column of times that are not numbers."""
+    kind, types = _kind(read_column(adata, name)), pd.api.types
+    if types.is_datetime64_any_dtype(kind) or types.is_timedelta64_dtype(kind):
+        since = "" if types.is_timedelta64_dtype(kind) else f' - adata.obs["{name}"].min()'
+        return (
+            f'Make them numbers in another column, such as days: adata.obs["days"] = (adata.obs["{name}"]{since})'
+            f'.dt.total_seconds() / 86400, and pass time_key="days".'
+        )
+    other = f', key_added="{name}_parsed"' if name == TIME else ""
+    return f'Call sctraj.pp.parse_time(adata, "{name}"{other}) first and pass the column it writes.'
 
 
 def read_times(adata: AnnData, time_key: str) -> np.ndarray:
     """Return the cells' real times, float64."""
     if time_key not in adata.obs:
         raise missing_time(adata, time_key)
-    parse = f'Call sctraj.pp.parse_time(adata, "{time_key}") first and pass the column it writes.'
     fill = "Leave those cells out or fill the times in."
-    times = _numbers(adata, time_key, "times", of_another_kind=parse, not_finite=fill)
+    times = _numbers(adata, time_key, "times", of_another_kind=_parse_advice(adata, time_key), not_finite=fill)
     if np.abs(times).max() > 2**53:
         raise ValueError(
             f'Expected times that float64 tells apart in obs["{time_key}"]; found {np.abs(times).max():.3g}. '
@@ -189,8 +202,10 @@ def _numbers(adata: AnnData, name: str, what: str, *, of_another_kind: str, not_
     """Return a column of ``obs`` as float64; if that fails, raise a ValueError that ends with the given advice."""
     column = read_column(adata, name)
     if not holds_numbers(column):
+        kind = _kind(column)
+        found = "text" if pd.api.types.is_object_dtype(kind) or pd.api.types.is_string_dtype(kind) else kind
         raise ValueError(
-            f'Expected {what}, real numbers, in obs["{name}"]; found {_kind(column)} such as '
+            f'Expected {what}, real numbers, in obs["{name}"]; found {found} such as '
             f"{_some(column.astype(str).unique(), 3)}. {of_another_kind}"
         )
     numbers = column.astype(np.float64).to_numpy()
@@ -275,7 +290,8 @@ def _by_time(times: np.ndarray, time_key: str, least: int) -> tuple[tuple[float,
     if len(unique) < least:
         raise ValueError(
             f'Expected at least {least} snapshots in obs["{time_key}"], found {len(unique)} '
-            f"({_some(unique)}). Check that this is the column of sampling times."
+            f"({_some(unique)}). {'Two have none between them to hold out. ' * (len(unique) == 2 < least)}"
+            f"Check that this is the column of sampling times."
         )
     index = tuple(np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1]))
     small = [f"{t:g} ({len(rows)})" for t, rows in zip(unique, index) if len(rows) < SMALLEST_SNAPSHOT]

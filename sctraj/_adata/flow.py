@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..flow.vector_field import VectorField
 
 FEW = 256  # cells whose stored velocities are computed again to check whether they belong to a flow
+WRITTEN = ("params", "weights", "loss", "times", "fingerprint")  # what every flow has
 APART = 2e-3  # tolerated relative difference of velocities, which covers rounding, also of coordinates kept in float16
 
 
@@ -69,6 +70,11 @@ def stored(adata: AnnData, key: str) -> dict[str, Any]:
     flow = adata.uns.get(key)
     if not is_flow(flow):
         raise KeyError(f'No flow in adata.uns["{key}"]. Call sctraj.tl.fit_flow(adata) first, or pass its key.')
+    if missing := [name for name in WRITTEN if name not in flow]:
+        raise KeyError(
+            f'The flow in adata.uns["{key}"] is incomplete, as after anndata.concat, which keeps of it what several '
+            f"have in common; without {', '.join(missing)}. Call sctraj.tl.fit_flow again, on all cells."
+        )
     return dict(flow)
 
 
@@ -84,6 +90,8 @@ def read_flow(adata: AnnData, key: str, *, module: Any = None) -> StoredFlow:
     """
     flow = stored(adata, key)
     params = flow["params"]
+    if adata.n_obs != int(params["n_obs"]):
+        raise _other_cells(adata, key, module)
     cells = read_snapshots(adata, str(params["time_key"]), str(params["use_rep"]), least=1)
     if cells.fingerprint != str(flow["fingerprint"]):
         raise _other_cells(adata, key, module)
@@ -106,15 +114,15 @@ def _other_cells(adata: AnnData, key: str, module: Any) -> ValueError:
         found = f"{adata.n_obs} cells"
     elif _velocities_belong(adata, key, module):
         return ValueError(
-            f'Expected the cells that uns["{key}"] was fitted on by their names and in their order, and coordinates to '
-            f"the last digit, found the same cells by other names, in another order, or in another precision than "
-            f'"{params["use_rep"]}" had. Put that back, or call sctraj.tl.fit_flow again.'
+            f'Expected the cells that uns["{key}"] was fitted on, found the same ones sorted otherwise, renamed, or '
+            f'with "{params["use_rep"]}" rounded. Put that back, or call sctraj.tl.fit_flow again.'
         )
     else:
         found = "other times or coordinates"
     return ValueError(
         f'Expected the {int(params["n_obs"])} cells, times and "{params["use_rep"]}" that uns["{key}"] was fitted '
-        f"on, found {found}. Call sctraj.tl.fit_flow again, or go back to the AnnData it was fitted on."
+        f"on, found {found}. Call sctraj.tl.fit_flow again, or go back to the AnnData it was fitted on, where some of "
+        f"the cells can be looked at by rows=."
     )
 
 

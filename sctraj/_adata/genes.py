@@ -104,8 +104,8 @@ def read_decoder(adata: AnnData, use_rep: str) -> tuple[Decoder | None, str]:
             return None, reason
         raise ValueError(
             f"Expected X and varm['PCs'] to reproduce obsm['X_pca'], to decode cells to genes; found: {reason} "
-            f"(X was changed, or scaled, after the PCA?). Recompute the PCA, or do without genes: decode=False, where "
-            f"that is an option."
+            f"(X was changed or scaled after the PCA, or genes were removed?). Recompute the PCA, or do without genes: "
+            f"decode=False, where that is an option."
         )
     mean = mean - loadings @ centre
     if standardised:

@@ -81,11 +81,12 @@ class Snapshots:
             raise ValueError(f"expected one snapshot per time and at least one, found {len(times)}, {len(points)}")
         if any(not b > a for a, b in pairwise(times)) or not all(abs(t) < float("inf") for t in times):
             raise ValueError(f"expected finite, strictly increasing times, found {times}; merge or sort the snapshots")
-        if any(b - a < COARSEST * max(abs(a), abs(b)) for a, b in pairwise(times)):
-            raise ValueError(
-                f"expected times that single precision tells apart, found {times}, too close together for that; "
-                f"subtract the first time from all"
-            )
+        for a, b in pairwise(times):
+            if b - a < COARSEST * max(abs(a), abs(b)):
+                raise ValueError(
+                    f"expected times that single precision tells apart, found {a!r} and {b!r}: if they are one time, "
+                    f"round the times, or else subtract the first time from all"
+                )
         shapes = [tuple(x.shape) for x in points]
         if any(len(s) != 2 or s[0] == 0 or s[1] != shapes[0][1] for s in shapes):
             raise ValueError(f"expected non-empty snapshots (n_k, d) of one dimension d, found shapes {shapes}")

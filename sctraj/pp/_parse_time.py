@@ -322,12 +322,22 @@ def _in_one_unit(readings: list[_Reading], key: str, unit: str | None) -> tuple[
     target = target or min(found, key=lambda name: size.get(name, math.inf))
     if not found | {target} <= size.keys():
         raise ValueError(
-            f'The times of obs["{key}"] are in {_quote(sorted(found))}, not to be converted to {unit or "one unit"}. '
-            f"Expected all of one kind, {', '.join(_SECONDS)} or {', '.join(_MONTHS)}; pass another unit=, or mapping=."
+            f'The times of obs["{key}"] are in {_quote(sorted(found))}, not to be converted to {unit or "one unit"}: '
+            f"expected all of one kind, {', '.join(_SECONDS)} or {', '.join(_MONTHS)}"
+            f"{_unit_advice(found)}"
         )
     values = [((r.low + r.high) / 2, size[r.unit] / size[target]) for r in readings]
     # 12 digits, so that "D0.1" and "2.4h" are the same time despite rounding
     return np.array([time if ratio == 1 else float(f"{time * ratio:.12g}") for time, ratio in values]), target
+
+
+def _unit_advice(found: set[str]) -> str:
+    """Return what to do with units, where no one number converts them all."""
+    if found <= _SECONDS.keys() or found <= _MONTHS.keys():
+        return "; pass another unit=."
+    if found <= _SECONDS.keys() | _MONTHS.keys():
+        return ", as months and years have no fixed number of days. Say the times yourself with mapping=."
+    return ". Say the times yourself with mapping=."
 
 
 def _mapping_advice(labels: Sequence[Any], known: Mapping[Any, float] | None = None) -> str:

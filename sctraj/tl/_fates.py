@@ -18,7 +18,7 @@ from ._doubts import doubt_groups
 from ._field import check_module
 from ._moves import Movement, check_score, movement, warn_of_strays
 from ._seeds import seed_of
-from ._steps import TOLERANCE, check_steps, check_whole, warn_of_unused_steps
+from ._steps import TOLERANCE, check_steps, check_whole, near, warn_of_unused_steps
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -220,10 +220,8 @@ def _snapshot_at(time: float | None, times: tuple[float, ...]) -> int:
     if time is None:
         return len(times) - 1
     at = np.asarray(time)
-    if at.ndim == 0 and at.dtype.kind in "iuf":
-        off = np.abs(np.array(times) - float(at))
-        if off.min() <= 1e-3 * np.diff(times).min():  # as times are shown, or kept in single precision
-            return int(off.argmin())
+    if at.ndim == 0 and at.dtype.kind in "iuf" and (number := near(float(at), times)) is not None:
+        return number
     told = ", ".join(f"{t:g}" for t in times)
     raise ValueError(
         f"expected the time of a snapshot, whose cells have groups, found {time!r}; there are {told}. For the "

@@ -16,7 +16,7 @@ from ..flow.integrate import Integration, Solver
 from ..flow.restoration import Restoration, mixed, moved
 from ..flow.starts import Start, origins
 from ._field import check_jitter, check_module
-from ._steps import TOLERANCE, check_steps, steps_between, steps_per_gap, warn_of_unused_steps
+from ._steps import TOLERANCE, check_steps, near, steps_between, steps_per_gap, warn_of_unused_steps
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -111,7 +111,8 @@ def interpolate(
             f'expected times in a column other than "source_cell" and "weight", which the result holds beside it, '
             f'found a flow fitted with time_key="{time_key}"; rename the column and fit again'
         )
-    if not snapshots.times[0] <= time <= snapshots.times[-1]:
+    own = near(time, snapshots.times)
+    if own is None and not snapshots.times[0] <= time <= snapshots.times[-1]:
         raise ValueError(
             f"expected a time from {snapshots.times[0]:g} to {snapshots.times[-1]:g}, the snapshots' range, found "
             f"{time}; beyond it the flow was never trained"
@@ -129,9 +130,9 @@ def interpolate(
     stiff = flow.params["field"] == "closed-form" and field.has_score
     per_gap = steps_per_gap(solver, stiff=stiff) if n_steps is None else n_steps
 
-    at_own = time in snapshots.times
-    starts = [] if at_own else origins(snapshots.times, time, start, farther=float(flow.params.get("farther", 0.0)))
-    used = [snapshots.times.index(time)] if at_own else [origin.snapshot for origin in starts]
+    farther = float(flow.params.get("farther", 0.0))
+    starts = origins(snapshots.times, time, start, farther=farther) if own is None else []
+    used = [origin.snapshot for origin in starts] if own is None else [own]
     if decoder is not None:
         shape = (sum(len(snapshots.points[k]) for k in used), len(decoder.genes))
         ways = "name the genes you need (genes=...), or pass decode=False"
@@ -143,8 +144,8 @@ def interpolate(
         (there,) = moved(field, cells, [snapshots.times[k]], [time], how, jitter=jitter, seeds=[k])
         return there
 
-    if at_own:
-        population = Restoration(snapshots.points[used[0]].cpu(), snapshots.mass[used[0]])
+    if own is not None:
+        population = Restoration(snapshots.points[own].cpu(), snapshots.mass[own])
     else:
         population = mixed([from_snapshot(k) for k in used], [origin.share for origin in starts])
     restored = population.points.numpy().astype(np.float32)
@@ -162,7 +163,7 @@ def interpolate(
     if wanted is not None and use_rep == "X":
         result = result[:, _adata.gene_numbers(adata, wanted)].copy()
     origin = f"moved from {' and '.join(f'{snapshots.times[i]:g}' for i in sorted(used))}"
-    if at_own:
+    if own is not None:
         origin = "that were sampled then, as they are"
     logger.info(f"the population at {time:g}: {len(sources)} cells {origin}, {genes_told}")
     return result

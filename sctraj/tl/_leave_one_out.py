@@ -13,7 +13,7 @@ import torch
 from .. import _adata
 from .._log import logger
 from ..flow import hold_out
-from ..flow.baselines import BASELINES, NEXT, PREVIOUS
+from ..flow.baselines import BASELINES, INTERPOLATION, NEXT, PREVIOUS
 from ..flow.fields import FieldKind, distinct_seeds, farther_shares, make_field
 from ..flow.flow_matching import Training, pick_device
 from ..flow.integrate import AS_PUBLISHED
@@ -192,6 +192,8 @@ def leave_one_out(
         leave_one_out, field, training, methods=methods, path=path, block=block, growth_key=growth_key, frame=frame
     )
     say_doubts(adata, cells, use_rep, growth_key)
+    asked = {"use_rep": use_rep, "time_key": time_key, "growth_key": growth_key, "field": field, "frame": frame}
+    _say_if_another_fit(adata, key_added, methods, asked)
 
     without_prior = replace(snapshots, growth=()) if snapshots.growth else snapshots  # the same, whose plans are shared
     folds = {
@@ -218,7 +220,7 @@ def leave_one_out(
     found += references
 
     judged = judge_all([(one.restoration, one.observed) for one in found])
-    energies = _energies(found, judged)
+    energies, noise = _energies(found, judged)
     kin = any(finds_kin(method, own.path) for method, own in options.items())
     record = fit_record(
         field, training, time_key=time_key, use_rep=use_rep, growth_key=growth_key, block=block, device=where,
@@ -241,12 +243,12 @@ def leave_one_out(
     adata = _adata.own(adata, copy=copy)
     written = _write(adata, key_added, cells, methods, list(zip(found, judged)), protocol)
     logger.info(
-        f"left out each of {len(snapshots) - 2} snapshots, {n_seeds} seed(s), {', '.join(methods)} ({field} field). "
-        f"{use_rep} was computed beforehand: if on all cells, it has seen the held-out snapshots. The noise "
-        f"reference's halves have {_sizes(halves)} cells. Energy distances, mean over the times: "
-        f"{', '.join(f'{name} {value:.3g}' for name, value in energies.items())}. {_estimated(judged)}Wrote {written}"
+        f"energy distance to the held-out snapshots, mean over {len(snapshots) - 2} time(s) and {n_seeds} seed(s) "
+        f"({field} field): {', '.join(f'{name} {value:.3g}' for name, value in energies.items())}. "
+        f"{_estimated(judged)}The noise reference's halves have {_sizes(halves)} cells. {use_rep} was computed "
+        f"beforehand: if on all cells, it has seen the held-out snapshots. Wrote {written}"
     )
-    _say_what_tells_nothing(methods, energies)
+    _say_what_tells_nothing(methods, energies, noise)
     return adata if copy else None
 
 
@@ -273,12 +275,31 @@ def _options(
     return found
 
 
-def _energies(found: Sequence[_Found], judged: Sequence[Judgement]) -> dict[str, float]:
-    """Return the mean energy distance of every method, baseline and the noise reference."""
+def _energies(found: Sequence[_Found], judged: Sequence[Judgement]) -> tuple[dict[str, float], float]:
+    """Return the mean energy distance of every method, baseline and the noise reference, and how large noise may be.
+
+    The latter is two standard deviations over seeds of the noise reference, or its size, if that is more.
+    """
     of: dict[str, dict[int, list[float]]] = {}
     for one, judgement in zip(found, judged, strict=True):
         of.setdefault(one.method, {}).setdefault(one.k, []).append(judgement.values["energy"])
-    return {name: float(np.mean([np.mean(values) for values in by_time.values()])) for name, by_time in of.items()}
+    mean = {name: float(np.mean([np.mean(values) for values in by_time.values()])) for name, by_time in of.items()}
+    halves = np.array(list(of[hold_out.NOISE_REFERENCE].values())).mean(0)  # of each seed
+    return mean, max(abs(mean[hold_out.NOISE_REFERENCE]), 2 * float(halves.std(ddof=1)) if len(halves) > 1 else 0.0)
+
+
+def _say_if_another_fit(adata: AnnData, key: str, methods: Sequence[str], asked: Mapping[str, object]) -> None:
+    """Log in what the flow of the same name differs from the fits that are judged."""
+    flow = adata.uns.get(key)
+    if not _adata.is_flow(flow):
+        return
+    there = {"growth_key": None, "frame": "fixed"} | dict(flow["params"])
+    other = {name: there[name] for name, value in asked.items() if name in there and there[name] != value}
+    if there["method"] not in methods:
+        other["method"] = there["method"]
+    if other:
+        told = ", ".join(f"{name}={value!r}" for name, value in other.items())
+        logger.warning(f'the flow in uns["{key}"] was fitted with {told}: other fits are judged here; pass the same')
 
 
 def _estimated(judged: Sequence[Judgement]) -> str:
@@ -293,18 +314,26 @@ def _estimated(judged: Sequence[Judgement]) -> str:
     return f"Distances between this many cells are estimated, with standard errors of up to: {named}. "
 
 
-def _say_what_tells_nothing(methods: Sequence[str], energies: Mapping[str, float]) -> None:
-    """Log if even the best method is farther from the held-out snapshots than a copied neighbouring snapshot is.
-
-    The margin is the distance between their halves, because where nothing moves, copies are as near.
-    """
+def _say_what_tells_nothing(methods: Sequence[str], energies: Mapping[str, float], noise: float) -> None:
+    """Log if nothing moves, or if even the best method is no nearer to held-out snapshots than what needs no model."""
     copied = min((PREVIOUS, NEXT), key=lambda name: energies[name])
     best = min(methods, key=lambda name: energies[name])
-    if energies[best] > energies[copied] + abs(energies[hold_out.NOISE_REFERENCE]):
+    farther = f"{best} is farther from the held-out snapshots, in the mean over times, than"
+    if energies[best] > energies[copied] + noise:
         logger.warning(
-            f"{best} is farther from the held-out snapshots, in the mean over times, than a neighbour copied "
-            f"({copied}; energy distance {energies[best]:.3g} for {energies[copied]:.3g}): its flow tells nothing "
-            f"there. Are the times right, and the snapshots of one course?"
+            f"{farther} a neighbour copied ({copied}; energy distance {energies[best]:.3g} for "
+            f"{energies[copied]:.3g}): its flow tells nothing there. Are the times right, and the snapshots of one "
+            f"course?"
+        )
+    elif energies[copied] <= noise:
+        logger.warning(
+            f"neighbouring snapshots are as near to the held-out ones as sampling noise allows ({copied} copied: "
+            f"energy distance {energies[copied]:.3g}): there is nothing to restore. Are the times right?"
+        )
+    elif energies[best] > energies[INTERPOLATION]:
+        logger.info(
+            f"{farther} interpolation without a model ({energies[best]:.3g} for {energies[INTERPOLATION]:.3g}): trust "
+            f"its flow no more than straight lines, and make sure that the times are right"
         )
 
 

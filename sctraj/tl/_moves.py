@@ -81,6 +81,6 @@ def warn_of_strays(cells: _adata.Cells, grid: np.ndarray, points: Any) -> None:
     share, t0, t1 = max(found, default=(0.0, 0.0, 0.0))
     if share > ASTRAY:
         logger.warning(
-            f"{share:.0%} of the cells of time {t0:g} are by time {t1:g} farther from the cells sampled there than any "
-            f"of these is from the others; do not follow their paths so far"
+            f"{share:.0%} of the cells of time {t0:g} arrive at time {t1:g} where no cells were sampled: do not rely "
+            f"on paths or fates over so long a time, but over a shorter one"
         )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import get_args
+
+import numpy as np
 
 from .._log import logger
 from ..flow.integrate import Solver
@@ -12,6 +15,7 @@ from ..flow.integrate import Solver
 RK4_STEPS = 10  # per mean gap: the error is some 1e-4 of the data's spread, far less than that of any field
 OTHER_STEPS = 50  # for first-order solvers
 TOLERANCE = 1e-4  # for solvers that choose their own steps
+AS_SHOWN = 1e-3  # of the smallest gap: so far from a snapshot's time is still that time
 STIFF = 10  # times as many steps if velocities grow without bound towards the snapshots, as those of a bridge do
 
 
@@ -23,6 +27,14 @@ def steps_per_gap(solver: Solver, *, stochastic: bool = False, stiff: bool = Fal
 def steps_between(per_gap: float, t0: float, t1: float, mean_gap: float) -> int:
     """Return the number of steps between two times; a length in excess by rounding only adds none."""
     return max(1, math.ceil(per_gap * abs(t1 - t0) / mean_gap - 1e-9))
+
+
+def near(time: float, times: Sequence[float]) -> int | None:
+    """Return the number of the snapshot whose time this is, as times are shown or kept in single precision, or None."""
+    off = np.abs(np.asarray(times) - time)
+    nearest = int(off.argmin())
+    smallest = float(np.diff(times).min()) if len(times) > 1 else 1.0
+    return nearest if off[nearest] <= AS_SHOWN * smallest else None
 
 
 def check_steps(solver: Solver, n_steps: float, tolerance: float) -> None:

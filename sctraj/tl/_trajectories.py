@@ -19,7 +19,7 @@ from ..flow.integrate import Field, Moved, Solver
 from ._field import check_module
 from ._moves import Movement, check_score, movement, warn_of_strays
 from ._seeds import seed_of
-from ._steps import TOLERANCE, check_steps, warn_of_unused_steps
+from ._steps import TOLERANCE, check_steps, near, warn_of_unused_steps
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -269,6 +269,9 @@ def _time_grid(times: int | Sequence[float], snapshots: Sequence[float]) -> np.n
         ) from error
     if grid.ndim == 0:
         raise ValueError(f"expected a whole number of times, or the times themselves as a sequence, found {times!r}")
+    if grid.ndim == 1:
+        beside = [near(t, snapshots) for t in grid]
+        grid = np.array([t if k is None else snapshots[k] for t, k in zip(grid, beside)])
     if grid.ndim != 1 or not len(grid) or not (np.diff(grid) > 0).all() or not first <= grid[0] <= grid[-1] <= last:
         raise ValueError(
             f"expected increasing times from {first:g} to {last:g}, the snapshots' range, found {grid.tolist()}; "
