@@ -617,6 +617,20 @@ def test_baselines_are_dashed_and_the_noise_reference_is_a_band(adata):
     assert band.y1 == pytest.approx((noise.mean() + noise.std(ddof=0)).max())
 
 
+def test_copies_far_above_everything_else_are_cut_off_and_said_so(adata):
+    whole = pl.leave_one_out(adata)
+    assert not [text for text in whole.get_legend().get_texts() if "above" in text.get_text()]
+    table = adata.uns["leave_one_out"]
+    far = table["method"] == "next"
+    table["value"] = table["value"].where(~far, 100 + table["value"])
+    ax = pl.leave_one_out(adata)
+    rest = table[~table["method"].isin(["previous", "next"]) & (table["metric"] == "energy")]["value"].max()
+    assert rest < ax.get_ylim()[1] < 2 * rest
+    told = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert told[-3:] == ["previous", "next (above)", "ot-interpolation"]
+    assert pl.leave_one_out(adata, metric="variance_ratio").get_ylim()[1] > 100  # a ratio may be anything
+
+
 @pytest.mark.parametrize("times", [DAYS[1:-1], DAYS[1:2]])
 def test_the_noise_reference_of_one_seed_is_a_line(adata, times):
     table = adata.uns["leave_one_out"]

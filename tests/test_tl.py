@@ -1086,7 +1086,7 @@ def test_where_nothing_moves_or_no_model_is_needed_it_is_said(cells: AnnData, ca
 
 def test_a_method_behind_straight_lines_is_told_so(cells: AnnData, caplog) -> None:
     caplog.set_level("INFO", logger="sctraj")
-    sctraj.tl.leave_one_out(cells, methods=("i-cfm",), **QUICK)
+    sctraj.tl.leave_one_out(cells, methods=("i-cfm",), n_steps=5, batch_size=32)  # too few steps for a flow
     energy = sctraj.get.leave_one_out(cells, metric="energy")["mean"]
     assert energy["ot-interpolation"] < energy["i-cfm"] < energy["previous"]
     (told,) = (record.getMessage() for record in caplog.records if "without a model" in record.getMessage())

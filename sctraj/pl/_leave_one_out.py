@@ -27,6 +27,9 @@ BASELINES = {
     "next": ("^", (0, (4, 1.5))),
     "ot-interpolation": ("D", (0, (6, 1.5, 1, 1.5))),
 }
+COPIES = ("previous", "next")
+MOST, ROOM = 3.0, 1.5  # copies that are farther than so many times the rest are cut off, at so many times the rest
+ABOVE = " (above)"
 LABELS = {
     "w1": "Wasserstein-1 distance",
     "w2": "Wasserstein-2 distance",
@@ -62,8 +65,9 @@ def leave_one_out(
     kind
         "distances": the metric at every held-out time. Each method's line is its mean over seeds, and the bars range
         from the lowest seed to the highest and, where there are so many cells that distances were estimated, a standard
-        error beyond. Baselines are grey and dashed. The solid grey line and band are the noise reference, mean and
-        standard deviation over its seeds: the distance between two halves of the held-out snapshot.
+        error beyond. Baselines are grey and dashed; copied neighbours far above everything else are left out, as the
+        legend then says. The solid grey line and band are the noise reference, mean and standard deviation over its
+        seeds: the distance between two halves of the held-out snapshot.
         "map": every held-out cell, coloured by its distance from the restored cells with which it is paired (the mean
         over a snapshot is its W1); cells of snapshots that were never held out (the first and the last) are grey.
     method
@@ -104,11 +108,15 @@ def leave_one_out(
     table = table[table["metric"] == metric]
     ax = axes_or_new(ax)
     _draw_noise(ax, table[table["method"] == NOISE], metric)
-    _draw_baselines(ax, table, errors)
+    top = None if metric == "variance_ratio" else _top(table)
+    _draw_baselines(ax, table, errors, top)
     looks = zip(known, cycle(palette(ax)), cycle(MARKERS))  # a method keeps its colour and marker when drawn alone
     for name, color, marker in looks:
         if method in (None, name):
             _draw_method(ax, table[table["method"] == name], errors, name, color, marker)
+    if top is not None:
+        low = float(min(0.0, table["value"].min()))
+        ax.set_ylim(low - 0.05 * (top - low), top)
     if metric == "variance_ratio":
         ax.axhline(1.0, color=GREY, lw=1, zorder=0)
     bars = "mean, range over seeds" + "\n± error of estimate" * bool(len(errors))
@@ -141,12 +149,20 @@ def _draw_noise(ax: Axes, table: pd.DataFrame, metric: str) -> None:
         line.set_label(f"noise reference{halves}")
 
 
-def _draw_baselines(ax: Axes, table: pd.DataFrame, errors: pd.Series) -> None:
+def _top(table: pd.DataFrame) -> float | None:
+    """Return where to end the axis, if copied neighbours would take up most of it; None if they would not."""
+    copied = table["method"].isin(COPIES)
+    highest, copies = table["value"][~copied].max(), table["value"][copied].max()
+    return float(ROOM * highest) if 0 < MOST * highest < copies else None
+
+
+def _draw_baselines(ax: Axes, table: pd.DataFrame, errors: pd.Series, top: float | None) -> None:
     greys = ("#8c8c8c", "#8c8c8c", "#6b6b6b")
     for grey, (name, (marker, dash)) in zip(greys, BASELINES.items()):
         mean = table[table["method"] == name].groupby("time")["value"].mean()
         if len(mean):
-            ax.plot(mean.index, mean, color=grey, ls=dash, lw=1.3, marker=marker, ms=4.5, label=name, zorder=2)
+            label = name if top is None or mean.max() <= top else f"{name}{ABOVE}"
+            ax.plot(mean.index, mean, color=grey, ls=dash, lw=1.3, marker=marker, ms=4.5, label=label, zorder=2)
             error = _errors(errors, name, mean.index)
             if error.any():
                 at = (mean.index.to_numpy(), mean.to_numpy())
@@ -173,7 +189,7 @@ def _finish(ax: Axes, times: np.ndarray, xlabel: str, metric: str, bars: str) ->
         ax.set_xticks(times, [f"{time:g}" for time in times])
     ax.spines[["top", "right"]].set_visible(False)
     handles, labels = ax.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda i: (labels[i] in BASELINES, "noise" in labels[i]))
+    order = sorted(range(len(labels)), key=lambda i: (labels[i].removesuffix(ABOVE) in BASELINES, "noise" in labels[i]))
     # long enough to show the dashes
     legend_beside(ax, *(handles[i] for i in order), title=bars, handlelength=3.0)
     make_room(ax)
