@@ -159,20 +159,26 @@ class Verb(click.Command):
             raise click.ClickException(told or type(error).__name__) from error
 
 
+ZARR = (".zgroup", "zarr.json")  # of which a zarr store has one
+
+
 # --- files ---------------------------------------------------------------------------------------------------------
 def read(path: Path) -> AnnData:
-    """Read an h5ad file."""
+    """Read an h5ad file or a zarr store."""
     import anndata
     import h5py
 
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected an h5ad file, found {'a folder' if path.is_dir() else 'nothing'}: {path}")
-    if not h5py.is_hdf5(path):
+    stored = path.is_dir() and any((path / name).exists() for name in ZARR)
+    if not stored and not path.is_file():
+        found = "another folder" if path.is_dir() else "nothing"
+        raise FileNotFoundError(f"Expected an h5ad file or a zarr store, found {found}: {path}")
+    if not stored and not h5py.is_hdf5(path):
         raise OSError(f"Expected an h5ad file, found something else: {path}. Write one with adata.write_h5ad().")
+    what = "a zarr store" if stored else "an h5ad file"
     try:
-        adata = anndata.read_h5ad(path)
+        adata = anndata.read_zarr(path) if stored else anndata.read_h5ad(path)
     except Exception as error:
-        raise OSError(f"Expected an h5ad file, found one that anndata cannot read: {path} ({error}).") from error
+        raise OSError(f"Expected {what}, found one that anndata cannot read: {path} ({error}).") from error
     if adata.n_obs == 0:
         raise ValueError(f"Expected cells, found none in {path}.")
     return adata
@@ -247,7 +253,7 @@ def fit_command(
     ctx: click.Context, /, source: Path, output: Path, trajectories: bool, column: str | None, pca: int | None,
     unit: str | None, window: str, **arguments: Any,
 ) -> None:  # fmt: skip
-    """Fit a flow to the cells of IN (h5ad), and write the cells together with the flow."""
+    """Fit a flow to the cells of IN (h5ad or zarr), and write the cells together with the flow."""
     if column is None:
         _refuse(_given(ctx) & READING, "without --parse-time")
     check_output(output, ".h5ad")
@@ -297,7 +303,7 @@ def benchmark_command(
     ctx: click.Context, /, source: Path | None, output: Path | None, grid: Path | None, published: bool,
     column: str | None, pca: int | None, unit: str | None, window: str, n_dims: int, **arguments: Any,
 ) -> None:  # fmt: skip
-    """Leave out every interior snapshot of IN (h5ad; by default the simulated example) in turn, and restore it.
+    """Leave out every interior snapshot of IN (h5ad or zarr; by default the simulated example) in turn, and restore it.
 
     With --grid, --published, --tasks, --strict, --bootstraps, --labels, --threads, --jobs, --dask or --plan, with
     --start first, or with a method of your own (--methods module:function, which is also searched for in the current
@@ -380,7 +386,7 @@ KINDS = "velocity: arrows; stream: streamlines; leave-one-out: distances over ti
 @click.option("--kind", type=click.Choice(list(PLOTS)), default=next(iter(PLOTS)), show_default=True, help=KINDS)
 @click.pass_context
 def plot_command(ctx: click.Context, /, source: Path, output: Path, kind: str, **arguments: Any) -> None:
-    """Plot the cells of IN (h5ad), as written by fit or benchmark."""
+    """Plot the cells of IN (h5ad or zarr), as written by fit or benchmark."""
     check_output(output, ".png", ".pdf", ".svg")
     verb, fixed = PLOTS[kind]
     draw = getattr(pl, verb)

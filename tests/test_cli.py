@@ -136,7 +136,7 @@ def test_expected_errors_are_one_line_and_code_1(source, here):
     out = here / "out.h5ad"
     wrong = {
         "found nothing": ("fit", "nowhere.h5ad", "-o", out),
-        "found a folder": ("fit", here, "-o", out),
+        "found another folder": ("fit", here, "-o", out),
         "found something else": ("fit", "text.h5ad", "-o", out),
         "ends in .h5ad": ("fit", source, "-o", "out.txt"),
         "no folder": ("fit", source, "-o", here / "no" / "out.h5ad"),
@@ -159,6 +159,17 @@ def test_expected_errors_are_one_line_and_code_1(source, here):
         assert lines[0].startswith("Error: ")
         assert message in lines[0]
     assert not out.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Writing zarr v2", "ignore:Consolidated metadata")
+def test_a_zarr_store_is_read_as_a_file_is(source, here):
+    anndata.read_h5ad(source).write_zarr(here / "cells.zarr")
+    for there in (source, here / "cells.zarr"):
+        assert sctraj("fit", there, "-o", here / f"{there.suffix[1:]}.h5ad", "--field", "closed-form").exit_code == 0
+    one, other = (anndata.read_h5ad(here / f"{suffix}.h5ad") for suffix in ("h5ad", "zarr"))
+    np.testing.assert_array_equal(one.obsm["flow_velocity"], other.obsm["flow_velocity"])
+    (here / "cells.zarr" / "obs").rename(here / "elsewhere")
+    assert "anndata cannot read" in sctraj("fit", here / "cells.zarr", "-o", here / "out.h5ad").output
 
 
 @pytest.mark.parametrize("command", ["fit", "benchmark"])

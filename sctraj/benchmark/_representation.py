@@ -121,15 +121,15 @@ def check_expression(adata: AnnData) -> None:
     if adata.n_vars == 0 or adata.X is None:
         raise ValueError(
             "expected expression of genes in X, to fit the representation anew in every fold without the held-out "
-            "cells; found a finished representation alone, which was computed on all cells at once. Leave "
-            "strict out (the published form has seen the held-out cells and says so), or give data with genes"
+            "cells; found a finished representation alone, which was computed on all cells at once. Leave strict out "
+            "and use_rep='recipe' (the published form has seen the held-out cells and says so), or give data with genes"
         )
     values = adata.X.data if sparse.issparse(adata.X) else np.asarray(adata.X)
     if (values < 0).any():
         raise ValueError(
             "expected counts or log-expression in X, not below zero; found negative values: scaled or centred, with "
             "what was computed on all cells, held-out ones included. Put the expression before scaling into X, or "
-            "leave strict out"
+            "leave strict out and use_rep='recipe'"
         )
 
 

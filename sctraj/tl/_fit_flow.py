@@ -209,6 +209,11 @@ def fit_flow(
         fit_flow, field, training, methods=[method], path=path, block=block, growth_key=growth_key, frame=frame
     )
     say_doubts(adata, cells, use_rep, growth_key)
+    if len(cells.snapshots) == 2 and method == "uot-cfm":
+        logger.warning(
+            f'two snapshots do not tell growth from movement, so obs["{key_added}_growth"] may be either; '
+            f'method="ot-cfm" takes all change to be movement'
+        )
 
     validate = patience is not None and field == "neural"
     make = partial(make_problems, method=method, path=path, validate=validate, plans=plans)

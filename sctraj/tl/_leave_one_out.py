@@ -194,6 +194,8 @@ def leave_one_out(
     say_doubts(adata, cells, use_rep, growth_key)
     asked = {"use_rep": use_rep, "time_key": time_key, "growth_key": growth_key, "field": field, "frame": frame}
     _say_if_another_fit(adata, key_added, methods, asked)
+    if len(snapshots) == 3 and "uot-cfm" in methods and "sb-cfm" not in methods:
+        logger.info("of three snapshots two are kept, between which sb-cfm mostly restores better: compare it, too")
 
     without_prior = replace(snapshots, growth=()) if snapshots.growth else snapshots  # the same, whose plans are shared
     folds = {
