@@ -57,7 +57,7 @@ def main() -> None:
     # what is compared are the estimators, also at sizes at which the package would not call them
     distance_estimates.LARGEST_EXACT = pairwise_estimates.LARGEST_PAIRWISE = 0
     print(f"{n} cells a side, {repeats} repeats\n")
-    print("| | d | laws | exact | miss, mean | miss, rms | said error | z, rms | seconds exact | seconds estimate |")
+    print("| | d | laws | exact | miss, mean | miss, rms | stated error | z, rms | seconds exact | seconds estimate |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name in names:
         exact, estimated = MEASURES[name]
