@@ -206,6 +206,8 @@ def prepare(adata: AnnData, *, time_key: str, column: str | None, pca: int | Non
             pp.parse_time(adata, column, key_added=time_key, **reading)
         except ValueError as error:  # on a command line, --key-added is the name of the flow
             raise ValueError(str(error).replace("key_added", "--time-key")) from error
+        except KeyError as error:
+            raise KeyError(str(error.args[0]).replace("as key.", "as --parse-time.")) from error
     if pca is None:
         return
     if adata.X is None or adata.n_vars == 0:

@@ -144,6 +144,7 @@ def test_expected_errors_are_one_line_and_code_1(source, here):
         "No representation": ("fit", source, "-o", out, "--use-rep", "X_umap"),
         "--parse-time": ("fit", source, "-o", out, "--time-key", "day"),
         "expected a finite sigma": ("fit", source, "-o", out, "--sigma", "-1"),
+        "Pass one of them as --parse-time": ("fit", source, "-o", out, "--parse-time", "stage"),
         "Leave --pca out": ("fit", source, "-o", out, "--pca", 3),
         "expected distinct methods": ("benchmark", source, "--methods", "ot-cfm,guess"),
         "--n-dims must be": ("benchmark", source, "--n-dims", 50),
