@@ -244,7 +244,8 @@ def averages(frame: pd.DataFrame) -> str:
             spread = f" ({shown(by_seed[measure].std(), decimals)})" if len(by_seed) > 1 else ""
             cells.append(shown(by_seed[measure].mean(), decimals) + spread)
         rows.append([f"**{method}**" if method == DEFAULT else method, *cells])
-    return table(["", "energy", "about the mean", "unweighted", "MMD^2", "W1", "unweighted", "V"], rows)
+    head = ["", "energy", "about the mean", "energy, unweighted", "MMD^2", "W1", "W1, unweighted", "V"]
+    return table(head, rows)
 
 
 def energies(frame: pd.DataFrame, measure: str = "energy") -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -289,7 +290,7 @@ def ingredients(frame: pd.DataFrame) -> str:
     rows = []
     for without, within in pairwise(order):
         ratio = np.log(by_set[within] / by_set[without])
-        kinds = ratio.groupby("data").mean()
+        kinds = ratio.groupby("data").mean().dropna()
         affected = kinds.index.str.contains("+effects", regex=False)
         name = {DEFAULT: FARTHER if CLOCK in by_set else CLOCK}.get(within, within)
         means = [shown(np.exp(part.mean()), 3) for part in (kinds[~affected], kinds[affected])]

@@ -106,9 +106,15 @@ def options(*functions: Callable[..., Any], skip: Iterable[str] = (), only: Iter
 
 def as_options(message: str, flags: Mapping[str, str]) -> str:
     """Rewrite an error about arguments in terms of a command's options; ``flags`` maps arguments to options."""
-    parse = r'[Cc]all sctraj\.pp\.parse_time\(adata, "(.+?)"\) first and pass the column it writes'
+    names = r'"([^"]+)"(?:, key_added="([^"]+)")?'
+    parse = rf"[Cc]all sctraj\.pp\.parse_time\(adata, {names}\) first and pass the column it writes"
+
+    def read(found: re.Match[str]) -> str:
+        into = f' {flags["time_key"]} "{found[2]}"' if found[2] else ""
+        return f'Read them with {flags["column"]} "{found[1]}"{into}'
+
     if "column" in flags:
-        message = re.sub(parse, lambda found: f'Read them with {flags["column"]} "{found[1]}"', message)
+        message = re.sub(parse, read, message)
     for name, flag in flags.items():
         # key="value", and names that are not ordinary words
         message = re.sub(rf"(?<![\w-]){name}=(True|False)", _switch(flag), message)

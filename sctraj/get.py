@@ -154,8 +154,9 @@ def trajectories(
     IndexError
         Row numbers that do not exist.
     ValueError
-        `rows` that are neither numbers nor names nor a mask of n_obs booleans; cells with other times or coordinates
-        than at the fit; a flow that cannot be decoded to genes.
+        `rows` that are neither numbers nor names nor a mask of n_obs booleans, or a mask of no cell; cells with other
+        times or coordinates than at the fit; a flow that cannot be decoded to genes; more values than there is memory
+        for.
     """
     _check(adata, key)
     chosen = slice(None) if rows is None else row_numbers(adata, rows)

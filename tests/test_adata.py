@@ -118,6 +118,7 @@ def test_what_concat_leaves_of_two_flows_is_told_from_a_flow(cells: AnnData) -> 
     for read in (get.velocity, get.loss, get.vector_field, tl.trajectories):
         with pytest.raises(KeyError, match=r"is incomplete, as after anndata\.concat.*fit_flow again"):
             read(both)
+    tl.leave_one_out(both, field="closed-form")  # which needs no flow
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -162,6 +162,16 @@ def test_expected_errors_are_one_line_and_code_1(source, here):
     assert not out.exists()
 
 
+def test_labels_in_the_usual_column_of_times_can_be_read_as_the_error_says(source, here):
+    cells = anndata.read_h5ad(source)
+    cells.obs["time"] = "D" + cells.obs["time"].astype(str)
+    cells.write_h5ad(here / "text.h5ad")
+    fit = ("fit", here / "text.h5ad", "-o", here / "out.h5ad", "--field", "closed-form")
+    told = sctraj(*fit).output
+    assert 'Read them with --parse-time "time" --time-key "time_parsed".' in told
+    assert sctraj(*fit, "--parse-time", "time", "--time-key", "time_parsed").exit_code == 0
+
+
 @pytest.mark.filterwarnings("ignore:Writing zarr v2", "ignore:Consolidated metadata")
 def test_a_zarr_store_is_read_as_a_file_is(source, here):
     anndata.read_h5ad(source).write_zarr(here / "cells.zarr")

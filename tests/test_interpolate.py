@@ -109,7 +109,7 @@ def test_a_flow_of_genes_gives_genes_back(cells: AnnData) -> None:
     np.testing.assert_allclose(own.X, cells[own.obs["source_cell"].to_numpy()].X, rtol=1e-6)
 
 
-def test_genes_that_are_asked_for_are_those_of_all(cells: AnnData, caplog) -> None:
+def test_genes_that_are_asked_for_are_those_of_all(cells: AnnData, caplog, monkeypatch) -> None:
     tl.fit_flow(cells, field="closed-form")
     asked = [str(cells.var_names[k]) for k in (7, 2)]
     caplog.set_level("INFO", logger="sctraj")
@@ -118,11 +118,17 @@ def test_genes_that_are_asked_for_are_those_of_all(cells: AnnData, caplog) -> No
     assert one.var_names.tolist() == asked[:1]
     np.testing.assert_allclose(some.X, every[:, asked].X, rtol=1e-6)
     assert caplog.text.count("of whose variance the components hold") == 1  # of all, not of these
+    assert tl.interpolate(cells, 1.5, genes=[]).shape == (every.n_obs, 0)
     with pytest.raises(KeyError, match="nothing of the sort"):
         tl.interpolate(cells, 1.5, genes=["nothing of the sort"])
     with pytest.raises(ValueError, match=r"a way back to genes, found none: by decode=False; leave genes out"):
         tl.interpolate(cells, 1.5, genes=asked, decode=False)
     tl.fit_flow(cells, use_rep="X", field="closed-form")
+    for wrong in ({"genes": ["nothing of the sort"]}, {"genes": asked, "decode": False}):
+        with monkeypatch.context() as patch:
+            patch.setattr(_interpolate, "moved", None)  # refused before cells are moved
+            with pytest.raises((KeyError, ValueError), match=r"nothing of the sort|by decode=False"):
+                tl.interpolate(cells, 1.5, **wrong)
     np.testing.assert_allclose(tl.interpolate(cells, 1.0, genes=asked).X, cells[cells.obs["time"] == 1, asked].X)
 
 

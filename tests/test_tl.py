@@ -1089,6 +1089,7 @@ def test_a_method_behind_straight_lines_is_told_so(cells: AnnData, caplog) -> No
     sctraj.tl.leave_one_out(cells, methods=("i-cfm",), n_steps=5, batch_size=32)  # too few steps for a flow
     energy = sctraj.get.leave_one_out(cells, metric="energy")["mean"]
     assert energy["ot-interpolation"] < energy["i-cfm"] < energy["previous"]
+    assert energy["i-cfm"] - energy["ot-interpolation"] > abs(energy["noise-reference"])
     (told,) = (record.getMessage() for record in caplog.records if "without a model" in record.getMessage())
     assert f"({energy['i-cfm']:.3g} for {energy['ot-interpolation']:.3g}): trust" in told
 
@@ -1100,6 +1101,9 @@ def test_a_flow_that_is_not_the_one_judged_is_said(cells: AnnData, caplog) -> No
     sctraj.tl.leave_one_out(cells, methods=("ot-cfm", "i-cfm"), **same)
     sctraj.tl.leave_one_out(cells, key_added="other", **QUICK)
     assert "fitted with" not in caplog.text
+    sctraj.tl.leave_one_out(cells, methods=("ot-cfm",), path="hermite", sigma=0.5, **same)
+    sigma = cells.uns["flow"]["params"]["sigma"]
+    assert f"fitted with sigma={sigma!r}, path='straight': other fits are judged here" in caplog.text
     sctraj.tl.leave_one_out(cells, **QUICK)
     told = "fitted with use_rep='X_latent', field='closed-form', method='ot-cfm': other fits are judged here"
     assert told in caplog.text
@@ -1112,10 +1116,15 @@ def test_times_in_single_precision_are_the_snapshots_own(cells: AnnData, caplog)
     caplog.set_level("INFO", logger="sctraj")
     assert sctraj.tl.interpolate(cells, last).n_obs == sizes[-1]  # and not beyond the last snapshot
     assert sctraj.tl.interpolate(cells, before).n_obs == sizes[-2]
-    assert caplog.text.count("that were sampled then, as they are") == 2
+    assert set(sctraj.tl.interpolate(cells, before).obs["time"]) == {float(np.float32(before))}  # that of its cells
+    assert caplog.text.count("that were sampled then, as they are") == 3
     sctraj.tl.trajectories(cells, times=[8.0, before, last], n_steps=1)
     own = np.unique(cells.obs["time"].astype(np.float64))
     np.testing.assert_array_equal(cells.uns["flow"]["trajectory_times"], own[[0, -2, -1]])
+    sctraj.tl.trajectories(cells, times=[8.0, 8.000001, last], n_steps=1)  # one of them twice
+    np.testing.assert_array_equal(cells.uns["flow"]["trajectory_times"], own[[0, -1]])
+    with pytest.raises(ValueError, match=r"increasing times .* found \[8\.7, 8\.0\]"):
+        sctraj.tl.trajectories(cells, times=[last, 8.0])
     with pytest.raises(ValueError, match=r"the snapshots' range, found 8\.71"):
         sctraj.tl.interpolate(cells, 8.71)
 

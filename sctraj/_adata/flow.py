@@ -109,9 +109,10 @@ def _field_of(flow: Mapping[str, Any], module: Any = None) -> VectorField:
 
 def _other_cells(adata: AnnData, key: str, module: Any) -> ValueError:
     """Return the error for a flow of other cells, which says how they differ."""
-    params = stored(adata, key)["params"]
+    params, some = stored(adata, key)["params"], ""
     if adata.n_obs != int(params["n_obs"]):
         found = f"{adata.n_obs} cells"
+        some = ", where some of the cells can be looked at by rows=" * (adata.n_obs < int(params["n_obs"]))
     elif _velocities_belong(adata, key, module):
         return ValueError(
             f'Expected the cells that uns["{key}"] was fitted on, found the same ones sorted otherwise, renamed, or '
@@ -121,8 +122,7 @@ def _other_cells(adata: AnnData, key: str, module: Any) -> ValueError:
         found = "other times or coordinates"
     return ValueError(
         f'Expected the {int(params["n_obs"])} cells, times and "{params["use_rep"]}" that uns["{key}"] was fitted '
-        f"on, found {found}. Call sctraj.tl.fit_flow again, or go back to the AnnData it was fitted on, where some of "
-        f"the cells can be looked at by rows=."
+        f"on, found {found}. Call sctraj.tl.fit_flow again, or go back to the AnnData it was fitted on{some}."
     )
 
 

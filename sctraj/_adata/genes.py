@@ -41,7 +41,7 @@ class Decoder:
     def __call__(self, points: np.ndarray) -> np.ndarray:
         """Return the genes' values ``(n, g)`` float32 at points ``(n, d)``."""
         values = np.empty((len(points), len(self.genes)), np.float32)
-        rows = max(1, SLAB // size_of((1, len(self.genes)), "float64"))
+        rows = max(1, SLAB // max(1, size_of((1, len(self.genes)), "float64")))
         for start in range(0, len(points), rows):
             part = points[start : start + rows].astype(np.float64)
             values[start : start + rows] = part @ self.loadings.T + self.mean

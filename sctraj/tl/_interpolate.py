@@ -112,6 +112,7 @@ def interpolate(
             f'found a flow fitted with time_key="{time_key}"; rename the column and fit again'
         )
     own = near(time, snapshots.times)
+    time = time if own is None else snapshots.times[own]
     if own is None and not snapshots.times[0] <= time <= snapshots.times[-1]:
         raise ValueError(
             f"expected a time from {snapshots.times[0]:g} to {snapshots.times[-1]:g}, the snapshots' range, found "
@@ -122,10 +123,11 @@ def interpolate(
     check_jitter(jitter, flow.params["field"])
     decoder, why_not = _adata.read_decoder(adata, use_rep) if decode else (None, "by decode=False")
     wanted = None if genes is None else [genes] if isinstance(genes, str) else list(genes)
-    if wanted is not None and use_rep != "X":
+    if wanted is not None and (use_rep != "X" or not decode):
         if decoder is None:
             raise ValueError(f"expected a way back to genes, found none: {why_not}; leave genes out")
         decoder = decoder.only(adata, wanted)
+    columns = None if wanted is None or use_rep != "X" else _adata.gene_numbers(adata, wanted)
     field = flow.vector_field.to(where).ensemble()
     stiff = flow.params["field"] == "closed-form" and field.has_score
     per_gap = steps_per_gap(solver, stiff=stiff) if n_steps is None else n_steps
@@ -160,8 +162,8 @@ def interpolate(
         index=pd.Index([f"{name}_at_{time:g}" for name in sources]),
     )
     result, genes_told = _with_genes(adata, use_rep, restored, obs, decoder, why_not)
-    if wanted is not None and use_rep == "X":
-        result = result[:, _adata.gene_numbers(adata, wanted)].copy()
+    if columns is not None:
+        result = result[:, columns].copy()
     origin = f"moved from {' and '.join(f'{snapshots.times[i]:g}' for i in sorted(used))}"
     if own is not None:
         origin = "that were sampled then, as they are"

@@ -192,8 +192,6 @@ def leave_one_out(
         leave_one_out, field, training, methods=methods, path=path, block=block, growth_key=growth_key, frame=frame
     )
     say_doubts(adata, cells, use_rep, growth_key)
-    asked = {"use_rep": use_rep, "time_key": time_key, "growth_key": growth_key, "field": field, "frame": frame}
-    _say_if_another_fit(adata, key_added, methods, asked)
     if len(snapshots) == 3 and "uot-cfm" in methods and "sb-cfm" not in methods:
         logger.info("of three snapshots two are kept, between which sb-cfm mostly restores better: compare it, too")
 
@@ -210,6 +208,9 @@ def leave_one_out(
         )
         for method, own in options.items()
     }
+    paths = {method: path_name(options[method].path, of.problems[0]) for method, of in folds.items()}
+    asked = {"use_rep": use_rep, "time_key": time_key, "growth_key": growth_key, "field": field, "frame": frame}
+    _say_if_another_fit(adata, key_added, paths, asked if sigma is None else asked | {"sigma": sigma})
     farther = {
         method: farther_shares(field, of.problems) if start == "both" else [0.0] * len(of.problems)
         for method, of in folds.items()
@@ -230,7 +231,7 @@ def leave_one_out(
     )  # fmt: skip
     protocol = record | {
         "methods": np.array(methods),
-        "paths": np.array([path_name(options[method].path, of.problems[0]) for method, of in folds.items()]),
+        "paths": np.array(list(paths.values())),
         "n_seeds": n_seeds,
         "seed": seed,
         "start": STARTS[start],
@@ -290,15 +291,19 @@ def _energies(found: Sequence[_Found], judged: Sequence[Judgement]) -> tuple[dic
     return mean, max(abs(mean[hold_out.NOISE_REFERENCE]), 2 * float(halves.std(ddof=1)) if len(halves) > 1 else 0.0)
 
 
-def _say_if_another_fit(adata: AnnData, key: str, methods: Sequence[str], asked: Mapping[str, object]) -> None:
-    """Log in what the flow of the same name differs from the fits that are judged."""
-    flow = adata.uns.get(key)
-    if not _adata.is_flow(flow):
+def _say_if_another_fit(adata: AnnData, key: str, paths: Mapping[str, str], asked: Mapping[str, object]) -> None:
+    """Log in what a flow of the same name differs from the fits that are judged, by methods with these paths."""
+    try:
+        params = _adata.stored(adata, key)["params"]
+    except KeyError:  # no flow, or what is left of one
         return
-    there = {"growth_key": None, "frame": "fixed"} | dict(flow["params"])
+    there = {"growth_key": None, "frame": "fixed"} | dict(params)
     other = {name: there[name] for name, value in asked.items() if name in there and there[name] != value}
-    if there["method"] not in methods:
-        other["method"] = there["method"]
+    method = str(there["method"])
+    if method not in paths:
+        other["method"] = method
+    elif there["path"] != paths[method]:
+        other["path"] = there["path"]
     if other:
         told = ", ".join(f"{name}={value!r}" for name, value in other.items())
         logger.warning(f'the flow in uns["{key}"] was fitted with {told}: other fits are judged here; pass the same')
@@ -332,7 +337,7 @@ def _say_what_tells_nothing(methods: Sequence[str], energies: Mapping[str, float
             f"neighbouring snapshots are as near to the held-out ones as sampling noise allows ({copied} copied: "
             f"energy distance {energies[copied]:.3g}): there is nothing to restore. Are the times right?"
         )
-    elif energies[best] > energies[INTERPOLATION]:
+    elif energies[best] > energies[INTERPOLATION] + noise:
         logger.info(
             f"{farther} interpolation without a model ({energies[best]:.3g} for {energies[INTERPOLATION]:.3g}): trust "
             f"its flow no more than straight lines, and make sure that the times are right"

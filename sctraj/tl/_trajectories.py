@@ -269,15 +269,17 @@ def _time_grid(times: int | Sequence[float], snapshots: Sequence[float]) -> np.n
         ) from error
     if grid.ndim == 0:
         raise ValueError(f"expected a whole number of times, or the times themselves as a sequence, found {times!r}")
+    asked = grid
     if grid.ndim == 1:
         beside = [near(t, snapshots) for t in grid]
         grid = np.array([t if k is None else snapshots[k] for t, k in zip(grid, beside)])
-    if grid.ndim != 1 or not len(grid) or not (np.diff(grid) > 0).all() or not first <= grid[0] <= grid[-1] <= last:
+    increasing = grid.ndim == 1 and len(grid) and (np.diff(asked) > 0).all()
+    if not increasing or not first <= grid[0] <= grid[-1] <= last:
         raise ValueError(
-            f"expected increasing times from {first:g} to {last:g}, the snapshots' range, found {grid.tolist()}; "
+            f"expected increasing times from {first:g} to {last:g}, the snapshots' range, found {asked.tolist()}; "
             f"beyond it the flow was never trained"
         )
-    return grid
+    return np.unique(grid)  # a snapshot's own time once, whichever near it were asked for
 
 
 def _path(
