@@ -5,8 +5,8 @@ python benchmarks/training_step.py                     # on the CPU, torch's num
 python benchmarks/training_step.py --device cuda
 
 It uses 15 members of a leave-one-out (3 folds x 5 seeds of a simulated course in 5 dimensions) with the default network
-and batch. There are two rates: that of one large product, the most that the machine does, and that of the hidden
-layers' batched product at its own size, which is less. Drawing pairs and, on a CPU, the optimiser are timed separately;
+and batch. The floor is at the rate of the hidden layers' batched product at its own size; that of one large product,
+the most that the machine does, is printed beside it. Drawing pairs and, on a CPU, the optimiser are timed separately;
 the rest of a step is activations, narrow products, sums over the batch and the interpreter.
 """
 
@@ -107,14 +107,15 @@ def main() -> None:
         optimiser.step([w.detach() for w in weights], 0.0)
 
     floor = flop / rate
-    shown = [("floor: the products at the machine's rate", flop / peak), ("the products at their own", floor)]
-    shown.append(("drawing pairs", drawing))
+    shown = [("floor: the products", floor), ("drawing pairs", drawing)]
     if device.type == "cpu":  # on a GPU a recorded step's parts take less than each launched by itself
         moving = seconds(move, device, least)
         shown += [("optimiser", moving), ("the rest", step - floor - drawing - moving)]
     print(f"{members} members x {batch} pairs, {sizes}; {torch.get_num_threads()} threads, {device}\n")
-    rates = f"{peak / 1e9:.0f} GFLOP/s by a product of {n} x {n}, {rate / 1e9:.0f} by the hidden layers' own"
-    print(f"{flop / 1e6:.0f} MFLOP a step; {rates}\n")
+    print(f"{flop / 1e6:.0f} MFLOP a step, {rate / 1e9:.0f} GFLOP/s in the hidden layers' products")
+    print(
+        f"{peak / 1e9:.0f} GFLOP/s in a product of {n} x {n}, by which a step would take {1e3 * flop / peak:.2f} ms\n"
+    )
     rows = [[name, f"{1e3 * t:.2f}", f"{t / step:.0%}"] for name, t in [*shown, ("a step", step)]]
     print(table(["", "ms", "of a step"], rows))
 
