@@ -183,4 +183,4 @@ def _with_genes(
         return AnnData(obs=obs, obsm={use_rep: points}), f"not decoded to genes ({why_not})"
     held = "" if decoder.held is None else f", of whose variance the components hold {decoder.held:.0%}"
     made = AnnData(X=decoder(points), obs=obs, var=adata.var.iloc[decoder.genes].copy(), obsm={use_rep: points})
-    return made, f"decoded to {made.n_vars} genes{held}"
+    return made, f"decoded to {made.n_vars} gene{'s' * (made.n_vars != 1)}{held}"
