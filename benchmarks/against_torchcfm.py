@@ -28,7 +28,8 @@ import joblib
 import numpy as np
 import pandas as pd
 import torch
-from restoration import REAL, shown, table
+from courses import REAL
+from tables import shown, table
 
 from sctraj import pp, tl
 from sctraj._adata import read_snapshots

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import anndata as ad
 import torch
-from restoration import table
+from tables import table
 
 from sctraj import pp, tl
 from sctraj.flow.closed_form import ClosedFormField, closed_form

@@ -33,8 +33,8 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 
 import torch
-from restoration import table
 from solvers import METHODS, ON_GPU, PEERS, SOFT, TOLERANCE, Case, Pairs, rng
+from tables import table
 from torch import Tensor
 
 from sctraj._adata import read_snapshots

@@ -31,8 +31,9 @@ import numpy as np
 import ot
 import pandas as pd
 import torch
-from restoration import DEFAULT, load, on_draws, shown, table
+from courses import load, on_draws
 from sklearn.neighbors import KNeighborsRegressor
+from tables import DEFAULT, shown, table
 
 from sctraj import get, tl
 from sctraj.datasets._courses import _COURSES, _moved

@@ -13,30 +13,40 @@ than those without. Of real data there is one set each, and seeds are those of n
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
-from itertools import pairwise
 from pathlib import Path
-from typing import get_args
 from unittest.mock import patch
 
 import anndata as ad
 import joblib
 import numpy as np
 import pandas as pd
-import scanpy as sc
 import torch
-from scipy.stats import wilcoxon
+from courses import DIFFUSE, FILES, N_CELLS, OTHERS, QUICK_CELLS, QUICK_STEPS, REAL, SIMULATED, load, options
+from tables import (
+    BEFORE,
+    CLOCK,
+    DEFAULT,
+    FRAME,
+    INTERPOLATION,
+    MEASURES,
+    NETWORK,
+    OT_BOTH,
+    PUBLISHED,
+    STEPS,
+    TRUTH,
+    WIDE,
+    report,
+)  # fmt: skip
 
-from sctraj import pp, tl
-from sctraj._adata import read_snapshots
-from sctraj.datasets import simulated_course, simulated_differentiation
-from sctraj.datasets._courses import _COURSES, Family, carried
+from sctraj import tl
+from sctraj.datasets import simulated_course
+from sctraj.datasets._courses import carried
 from sctraj.flow import hold_out, judgement, problem
 from sctraj.flow.baselines import BASELINES
 from sctraj.flow.fields import make_field
@@ -50,72 +60,9 @@ from sctraj.flow.restoration import CONTROLS, Restoration, mixed
 from sctraj.flow.snapshots import Snapshots
 from sctraj.tl._seeds import member_seeds
 
-REAL = {
-    "eb-5d": "embryoid_body_2750.h5ad",
-    "eb-50d": "embryoid_body_2750.h5ad",
-    "ipsc-5d": "ipsc_cardiomyocyte_1081.h5ad",
-}
-OTHERS = {  # held-out snapshots entered no choice; made by other_courses.py
-    "myoblast-5d": "myoblast_271.h5ad",
-    "myoblast-20d": "myoblast_271.h5ad",
-    "embryo-5d": "mouse_embryo_428.h5ad",
-    "embryo-20d": "mouse_embryo_428.h5ad",
-}
-WIDER = {"ipsc-10d": REAL["ipsc-5d"]}  # for trajectories.py; never held out
-FILES = REAL | OTHERS | WIDER
-SIMULATED = [f"{family}{effects}" for family in get_args(Family) for effects in ("", "+effects")] + ["differentiation"]
-COUNTS = (3, 4, 12)  # snapshots of the same families at even times, as many cells in all
-RESAMPLED = [f"{family}:{n}{effects}" for n in COUNTS for family in get_args(Family) for effects in ("", "+effects")]
-EFFECTS_SEED = 1000  # on top of the seed where there are sample effects: the same cells again would tell less
-FIRST = 2000  # seed of the first simulated data set: the default was chosen on others, docs/tried.md has a list
-N_CELLS, QUICK_CELLS, QUICK_STEPS = 2000, 500, 50
-
-DEFAULT, BEFORE, FRAME = "uot-cfm", "uot-cfm, before", "uot-cfm, moving frame"
-INTERPOLATION, PUBLISHED, OT_BOTH = "ot-interpolation", "ot-cfm neural, before", "ot-cfm neural, both"
-# one ingredient more each, closed-form up to the pairs; the last is the default, which moves more than the nearest
-# snapshots where there are many
-STEPS = (
-    "ot-cfm straight, before", "+ both sides", "+ hermite", "+ reliable turns", "+ growth", "+ pairs by velocity",
-)  # fmt: skip
-NETWORK, WIDE, CLOCK, FARTHER = "+ network", "+ wide paths", "+ slow clock", "+ farther snapshots"
-TRUTH, DIFFUSE = "true dynamics", ("switch", "differentiation")  # of the latter there is no one true place
-COMPARED = (INTERPOLATION, PUBLISHED, OT_BOTH)
-PAIRED = (*((DEFAULT, other) for other in COMPARED), (BEFORE, PUBLISHED), (FRAME, DEFAULT))
 METRIC_PATHS = ("rbf", "land")
-MEASURES = {  # and their decimals
-    "energy": 3, "energy_about_mean": 3, "energy_unweighted": 3, "mmd": 4, "w1": 3, "w1_unweighted": 3,
-    "variance_ratio": 2,
-}  # fmt: skip
-SMALLEST = 0.002  # energy distances below count as that in ratios, where sampling decides
 
 
-# --- data
-def load(name: str, seed: int, n_cells: int, real: Path) -> tuple[ad.AnnData, Snapshots]:
-    """Read or draw one data set; those without a file are simulated."""
-    if name not in FILES:
-        family, _, effects = name.partition("+")
-        family, _, count = family.partition(":")
-        if family == "differentiation":
-            adata = simulated_differentiation(rng=seed)
-        else:
-            rng = seed + EFFECTS_SEED * bool(effects)
-            course = _COURSES[family].times
-            times = np.linspace(course[0], course[-1], int(count)) if count else None
-            adata = simulated_course(family, n_cells, times=times, sample_effects=float(bool(effects)), rng=rng)
-        return adata, read_snapshots(adata, "time", "X_pca", least=3).snapshots
-    adata, n_dims = ad.read_h5ad(real / FILES[name]), int(name.rpartition("-")[2].removesuffix("d"))
-    if "time" not in adata.obs:
-        pp.parse_time(adata, "day")
-    if "X_pca" not in adata.obsm:  # in float64, as the command line does
-        sc.pp.pca(adata, n_comps=n_dims, svd_solver="full", dtype="float32")
-    if n_dims == 5:
-        pp.standardize(adata, n_dims=n_dims)
-    else:
-        adata.obsm["X_std"] = adata.obsm["X_pca"][:, :n_dims]
-    return adata, read_snapshots(adata, "time", "X_std", least=3).snapshots
-
-
-# --- restorations
 def truth(adata: ad.AnnData, times: Sequence[float], k: int) -> Restoration:
     """Restore snapshot ``k`` from both neighbours as the default does of few, by the true dynamics and growth."""
     t0, t, t1 = times[k - 1 : k + 2]
@@ -222,134 +169,6 @@ def judged(name: str, seed: int, n_seeds: int, n_cells: int, real: Path, trainin
     return rows
 
 
-# --- tables
-def shown(value: float, decimals: int) -> str:
-    if np.isnan(value):
-        return ""
-    text = f"{round(value, decimals) + 0.0:.{decimals}f}"  # + 0.0: no minus at zero
-    return text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)) + "\n"
-
-
-def averages(frame: pd.DataFrame) -> str:
-    """One data set: means over held-out snapshots, then over seeds, with the sd over seeds where there are some."""
-    rows = []
-    for method in frame["method"].unique():
-        by_seed = frame[frame["method"] == method].groupby("seed")[list(MEASURES)].mean()
-        cells = []
-        for measure, decimals in MEASURES.items():
-            spread = f" ({shown(by_seed[measure].std(), decimals)})" if len(by_seed) > 1 else ""
-            cells.append(shown(by_seed[measure].mean(), decimals) + spread)
-        rows.append([f"**{method}**" if method == DEFAULT else method, *cells])
-    head = ["", "energy", "about the mean", "energy, unweighted", "MMD^2", "W1", "W1, unweighted", "V"]
-    return table(head, rows)
-
-
-def energies(frame: pd.DataFrame, measure: str = "energy") -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Mean energy distance, data sets x methods, and its sd over seeds."""
-    by_seed = frame.groupby(["data", "method", "seed"], sort=False)[measure].mean()
-    grouped, methods = by_seed.groupby(["data", "method"], sort=False), list(frame["method"].unique())
-    return grouped.mean().unstack()[methods], grouped.std().unstack()[methods]
-
-
-def with_spread(mean: pd.DataFrame, sd: pd.DataFrame, columns: Sequence[str]) -> list[list[str]]:
-    """Rows of a table: a data set each, means and in brackets their sd where there are several seeds."""
-    rows = []
-    for name in mean.index:
-        spread = ["" if np.isnan(s) else f" ({shown(s, 3)})" for s in sd.loc[name, columns]]
-        rows.append([name, *(shown(v, 3) + s for v, s in zip(mean.loc[name, columns], spread))])
-    return rows
-
-
-def differences(frame: pd.DataFrame, name: str, one: str, other: str) -> np.ndarray:
-    """Energy of one row less that of another: means over held-out snapshots, by draw; of real data, by snapshot."""
-    of = frame[frame["data"] == name].groupby(["method", "time" if name in FILES else "seed"])["energy"].mean()
-    return (of[one] - of[other]).to_numpy()
-
-
-def paired(frame: pd.DataFrame) -> str:
-    rows = []
-    for name in frame["data"].unique():
-        cells = []
-        for pair in PAIRED:
-            values = differences(frame, name, *pair)
-            spread = (values.min(), values.max()) if name in FILES else (values.std(ddof=1),) if len(values) > 1 else ()
-            brackets = f" ({' to '.join(shown(v, 3) for v in spread)})" if spread else ""
-            cells.append(shown(values.mean(), 3) + brackets)
-        rows.append([name, *cells])
-    return table(["energy", *(f"{one} less {other}" for one, other in PAIRED)], rows)
-
-
-def ingredients(frame: pd.DataFrame) -> str:
-    """Ratio of the energy distance with an ingredient to that without: over data sets and, for the test, over kinds."""
-    by_set = frame.groupby(["data", "seed", "method"])["energy"].mean().clip(lower=SMALLEST).unstack()
-    order = [name for name in (*STEPS, NETWORK, WIDE, CLOCK, DEFAULT) if name in by_set]
-    rows = []
-    for without, within in pairwise(order):
-        ratio = np.log(by_set[within] / by_set[without])
-        kinds = ratio.groupby("data").mean().dropna()
-        affected = kinds.index.str.contains("+effects", regex=False)
-        name = {DEFAULT: FARTHER if CLOCK in by_set else CLOCK}.get(within, within)
-        means = [shown(np.exp(part.mean()), 3) for part in (kinds[~affected], kinds[affected])]
-        counts = f"{int((ratio < 0).sum())}, {int((ratio > 0).sum())}"
-        p = f"{wilcoxon(kinds).pvalue:.2g}" if len(kinds) > 1 and kinds.any() else ""
-        rows.append([name, *means, counts, p])
-    head = ["", "energy, of without it: no effects", "with effects", "sets better, worse", "p over kinds"]
-    return table(head, rows)
-
-
-def spread_and_w1(frame: pd.DataFrame) -> str:
-    """V and W1 of baselines and the default, data sets in rows."""
-    methods = [name for name in (NOISE_REFERENCE, *COMPARED, DEFAULT) if name in set(frame["method"])]
-    mean = frame.groupby(["data", "method"], sort=False)[["variance_ratio", "w1"]].mean()
-    cells = [
-        [name, *(f"{shown(v, 2)}, {shown(w, 3)}" for v, w in mean.loc[name].loc[methods].to_numpy())]
-        for name in frame["data"].unique()
-    ]
-    return table(["V, W1", *methods], cells)
-
-
-def report(frame: pd.DataFrame) -> None:
-    for name, own in frame.groupby("data", sort=False):
-        print(f"### {name}\n\n{averages(own)}")
-    mean, sd = energies(frame)
-    columns = [NOISE_REFERENCE, *COMPARED, *STEPS, NETWORK, WIDE, CLOCK, DEFAULT, TRUTH]
-    columns = [name for name in columns if name in mean]  # of real data there is no truth
-    print("### One ingredient at a time: energy distance\n")
-    last = f"{FARTHER if CLOCK in columns else CLOCK} = {DEFAULT}"
-    print(table(["", *(last if name == DEFAULT else name for name in columns)], with_spread(mean, sd, columns)))
-    columns = [name for name in (NOISE_REFERENCE, *COMPARED, WIDE, DEFAULT, TRUTH) if name in mean]
-    print("### What is off in shape: energy distance about the mean\n")
-    print(table(["", *columns], with_spread(*energies(frame, "energy_about_mean"), columns)))
-    simulated = [name for name in mean.index if name not in FILES]
-    if simulated:
-        print("### What each ingredient is worth on simulated courses\n")
-        print(ingredients(frame[frame["data"].isin(simulated)]))
-        print("### Variance ratio and W1 on simulated courses\n")
-        print(spread_and_w1(frame[frame["data"].isin(simulated)]))
-    print("### The default beside interpolation and OT-CFM\n")
-    print(
-        "Mean difference of the energy distance, below zero where the first is nearer to the truth; in brackets of "
-        "simulated courses\nits sd over draws, of real ones the smallest and the largest of the held-out snapshots.\n"
-    )
-    print(paired(frame))
-    for one, other in PAIRED if simulated else ():
-        values = [differences(frame, name, one, other) for name in simulated]
-        below = f"{sum(int((v < 0).sum()) for v in values)} of {sum(map(len, values))} simulated data sets"
-        kinds = np.array([v.mean() for v in values])
-        print(
-            f"{one} is below {other} in {below} and in {int((kinds < 0).sum())} of {len(kinds)} kinds on average; "
-            f"Wilcoxon signed-rank p over kinds = {wilcoxon(kinds).pvalue:.2g}"
-        )
-    print()
-    for other in COMPARED:
-        worse = [f"{n} (by {shown(d, 4)})" for n, d in (mean[DEFAULT] - mean[other]).items() if d > 0]
-        print(f"Data on which the default's energy is above that of {other}: {', '.join(worse) or 'none'}")
-
-
 def check_default(rows: pd.DataFrame, name: str, seed: int, n_cells: int, training: Training) -> None:
     """Compare the default's rows with what a user gets from ``tl.leave_one_out``."""
     adata = simulated_course(name, n_cells, rng=seed)
@@ -359,34 +178,6 @@ def check_default(rows: pd.DataFrame, name: str, seed: int, n_cells: int, traini
         own = rows[rows["method"] == method].set_index("time")[list(MEASURES)]
         np.testing.assert_allclose(own, theirs.loc[method][list(MEASURES)], rtol=0, atol=1e-6, err_msg=method)
     print(f"{DEFAULT} and the baselines are what tl.leave_one_out gives, to 1e-6\n")
-
-
-def options(description: str, real: Iterable[str], *, default: Sequence[str], seeds: int) -> argparse.ArgumentParser:
-    """What to run on: the named ``real`` sets and all simulated ones; for other scripts too."""
-    parser = argparse.ArgumentParser(description=description)
-    names = [*real, *SIMULATED, *RESAMPLED]
-    parser.add_argument("--quick", action="store_true", help="one small simulated set, short training")
-    parser.add_argument("--data", nargs="+", choices=names, default=default, metavar="NAME", help=", ".join(names))
-    parser.add_argument(
-        "--seeds", type=int, default=seeds, help="simulated data sets of a kind; of real ones fits of a neural field"
-    )
-    parser.add_argument("--first", type=int, default=FIRST, help="seed of the first simulated data set of a kind")
-    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
-    parser.add_argument("--real", type=Path, default=beside, help="folder of the real data")
-    parser.add_argument("--jobs", type=int, default=1, help="data sets at once, a thread each")
-    return parser
-
-
-def on_draws(description: str, courses: Sequence[str], judged: Callable[..., list[dict]], seeds: int) -> pd.DataFrame:
-    """Rows of ``judged(course, seed, n_cells, real, n_steps)`` on draws of simulated courses, as the options say."""
-    args = options(description, [], default=courses, seeds=seeds).parse_args()
-    logging.getLogger("sctraj").setLevel(logging.WARNING)
-    n_cells, n_steps = (QUICK_CELLS, QUICK_STEPS) if args.quick else (N_CELLS, None)
-    tasks = [(name, args.first + draw) for name in args.data for draw in range(args.seeds)]
-    if args.quick:
-        tasks = [("branching", args.first)]
-    each = joblib.Parallel(args.jobs)(joblib.delayed(judged)(*task, n_cells, args.real, n_steps) for task in tasks)
-    return pd.DataFrame([row for rows in each for row in rows])
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from restoration import table
+from tables import table
 from torch import Tensor
 
 from sctraj.flow.flow_matching import Training, fit

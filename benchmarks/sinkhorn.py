@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 
 import torch
-from restoration import table
+from tables import table
 from torch import Tensor
 
 from sctraj._adata import read_snapshots

@@ -21,7 +21,7 @@ from dataclasses import fields, replace
 from itertools import pairwise
 
 import torch
-from restoration import table
+from tables import table
 
 from sctraj import tl
 from sctraj._adata import read_snapshots

@@ -19,7 +19,8 @@ from unittest.mock import patch
 import joblib
 import pandas as pd
 import torch
-from restoration import DEFAULT, FILES, N_CELLS, QUICK_CELLS, QUICK_STEPS, REAL, WIDER, load, options, shown, table
+from courses import FILES, N_CELLS, QUICK_CELLS, QUICK_STEPS, REAL, WIDER, load, options
+from tables import DEFAULT, shown, table
 
 from sctraj import tl
 from sctraj._adata import read_flow

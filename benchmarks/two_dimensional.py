@@ -23,8 +23,8 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from restoration import table
 from sklearn.datasets import make_moons, make_s_curve
+from tables import table
 from torch import Tensor
 
 from sctraj.flow.coupling import exact

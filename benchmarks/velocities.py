@@ -20,7 +20,8 @@ from typing import get_args
 import numpy as np
 import pandas as pd
 import torch
-from restoration import DIFFUSE, load, on_draws, shown, table
+from courses import DIFFUSE, load, on_draws
+from tables import shown, table
 
 from sctraj import tl
 from sctraj.datasets._courses import Family

@@ -28,8 +28,8 @@ from sctraj.benchmark._methods import REFERENCES, find_method
 from sctraj.cli import prepare
 from sctraj.datasets import simulated_differentiation
 
-from ..restoration import N_CELLS, load
-from ..restoration import SIMULATED as FAMILIES
+from ..courses import N_CELLS, load
+from ..courses import SIMULATED as FAMILIES
 
 HERE = "benchmarks.peers"
 OWN = ("ot-cfm", "uot-cfm")
