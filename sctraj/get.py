@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -161,7 +161,9 @@ def trajectories(
     _check(adata, key)
     chosen = slice(None) if rows is None else row_numbers(adata, rows)
     names = [genes] if isinstance(genes, str) else None if genes is None else list(genes)
-    decoded = None if names is None else _way_to_genes(adata, key, names)
+    decoded = None
+    if names is not None:
+        decoded = _adata.way_to_genes(adata, str(_adata.stored(adata, key)["params"]["use_rep"]), names)
     values = _adata.read_trajectories(adata, key, chosen)
     times = np.asarray(_adata.stored(adata, key)["trajectory_times"])
     if names is not None:
@@ -171,21 +173,6 @@ def trajectories(
     index = pd.MultiIndex.from_product([adata.obs_names[chosen], times], names=["cell", "time"])
     points = values.reshape(len(index), values.shape[-1])
     return pd.DataFrame(points if decoded is None else decoded(points), index=index, columns=names)
-
-
-def _way_to_genes(adata: AnnData, key: str, genes: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a function from points of a flow ``(n, d)`` to the genes' values ``(n, n_genes)``."""
-    use_rep = str(_adata.stored(adata, key)["params"]["use_rep"])
-    if use_rep == "X":
-        columns = _adata.gene_numbers(adata, genes)
-        return lambda points: points[:, columns]
-    decoder, why_not = _adata.read_decoder(adata, use_rep)
-    if decoder is None:
-        raise ValueError(
-            f"Expected a flow from which there is a way back to genes; found none: {why_not}. Fit one in "
-            f'obsm["X_pca"] beside its varm["PCs"], or leave genes out.'
-        )
-    return decoder.only(adata, genes)
 
 
 def fates(adata: AnnData, *, key: str = _adata.FLOW) -> pd.DataFrame:
@@ -287,7 +274,10 @@ def row_numbers(adata: AnnData, rows: Sequence[int] | Sequence[bool] | Sequence[
     kind = pd.api.types.infer_dtype(asked, skipna=False) if asked.ndim == 1 else "no row of values"
     if kind == "boolean" and len(asked) == adata.n_obs:
         if not asked.any():
-            raise ValueError(f"Expected rows to choose cells, found a mask that is False at all {adata.n_obs} cells.")
+            raise ValueError(
+                f"Expected rows to choose cells, found a mask that is False at all {adata.n_obs} cells. Does it "
+                f"compare with a value that is there?"
+            )
         return np.flatnonzero(asked)
     if kind == "string":
         found = adata.obs_names.get_indexer_for(asked)

@@ -17,7 +17,7 @@ from .cells import (
     write_by_cell,
 )
 from .flow import StoredFlow, check_cells, check_some_cells, read_flow, read_trajectories, stored, versions, write_flow
-from .genes import Decoder, gene_numbers, read_decoder
+from .genes import Columns, Decoder, read_decoder, way_to_genes
 from .slots import (
     FATES,
     FLOW,
@@ -63,6 +63,7 @@ __all__ = [
     "W1",
     "WEIGHTS",
     "Cells",
+    "Columns",
     "Decoder",
     "StoredFlow",
     "add_array",
@@ -76,7 +77,6 @@ __all__ = [
     "check_some_cells",
     "check_table_key",
     "drop_column",
-    "gene_numbers",
     "is_flow",
     "is_ours",
     "looks_like_time",
@@ -95,6 +95,7 @@ __all__ = [
     "stored",
     "table_name",
     "versions",
+    "way_to_genes",
     "write_by_cell",
     "write_flow",
 ]

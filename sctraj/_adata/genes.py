@@ -61,6 +61,36 @@ class Decoder:
         return replace(self, **parts, held=None)
 
 
+@dataclass(frozen=True)
+class Columns:
+    """Genes that are themselves coordinates of the representation.
+
+    Attributes
+    ----------
+    genes
+        Their positions in ``var``, ``(g,)``.
+    """
+
+    genes: np.ndarray
+
+    def __call__(self, points: np.ndarray) -> np.ndarray:
+        """Return the genes' values ``(n, g)`` at points ``(n, d)``."""
+        return points[:, self.genes]
+
+
+def way_to_genes(adata: AnnData, use_rep: str, names: Sequence[str]) -> Decoder | Columns:
+    """Return the way from a representation to some genes, in the order of their names; raise an error without one."""
+    if use_rep == "X":
+        return Columns(gene_numbers(adata, names))
+    decoder, why_not = read_decoder(adata, use_rep)
+    if decoder is None:
+        raise ValueError(
+            f"Expected a flow from which there is a way back to genes; found none: {why_not}. Fit one in "
+            f'obsm["X_pca"] beside its varm["PCs"], or leave genes out.'
+        )
+    return decoder.only(adata, names)
+
+
 def gene_numbers(adata: AnnData, names: Sequence[str]) -> np.ndarray:
     """Return the genes' positions in ``var``, in the order of the names; raise a KeyError for unknown names."""
     twice = {*adata.var_names[adata.var_names.duplicated()]} & {*names}

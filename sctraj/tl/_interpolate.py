@@ -121,13 +121,7 @@ def interpolate(
     if start not in get_args(Start):
         raise ValueError(f"expected a start of {get_args(Start)}, found {start!r}")
     check_jitter(jitter, flow.params["field"])
-    decoder, why_not = _adata.read_decoder(adata, use_rep) if decode else (None, "by decode=False")
-    wanted = None if genes is None else [genes] if isinstance(genes, str) else list(genes)
-    if wanted is not None and (use_rep != "X" or not decode):
-        if decoder is None:
-            raise ValueError(f"expected a way back to genes, found none: {why_not}; leave genes out")
-        decoder = decoder.only(adata, wanted)
-    columns = None if wanted is None or use_rep != "X" else _adata.gene_numbers(adata, wanted)
+    decoder, why_not = _to_genes(adata, use_rep, genes, decode=decode)
     field = flow.vector_field.to(where).ensemble()
     stiff = flow.params["field"] == "closed-form" and field.has_score
     per_gap = steps_per_gap(solver, stiff=stiff) if n_steps is None else n_steps
@@ -135,7 +129,7 @@ def interpolate(
     farther = float(flow.params.get("farther", 0.0))
     starts = origins(snapshots.times, time, start, farther=farther) if own is None else []
     used = [origin.snapshot for origin in starts] if own is None else [own]
-    if decoder is not None:
+    if isinstance(decoder, _adata.Decoder):
         shape = (sum(len(snapshots.points[k]) for k in used), len(decoder.genes))
         ways = "name the genes you need (genes=...), or pass decode=False"
         check_room("decoded genes", "{} cells x {} genes".format(*shape), size_of(shape, "float32"), ways)
@@ -162,8 +156,6 @@ def interpolate(
         index=pd.Index([f"{name}_at_{time:g}" for name in sources]),
     )
     result, genes_told = _with_genes(adata, use_rep, restored, obs, decoder, why_not)
-    if columns is not None:
-        result = result[:, columns].copy()
     origin = f"moved from {' and '.join(f'{snapshots.times[i]:g}' for i in sorted(used))}"
     if own is not None:
         origin = "that were sampled then, as they are"
@@ -171,16 +163,36 @@ def interpolate(
     return result
 
 
+def _to_genes(
+    adata: AnnData, use_rep: str, genes: Sequence[str] | None, *, decode: bool
+) -> tuple[_adata.Decoder | _adata.Columns | None, str]:
+    """Return what gives all genes, or those asked for, at points of a representation; or text on why nothing does."""
+    if genes is not None:
+        if not decode:
+            raise ValueError("expected decode=True to decode genes to, found decode=False; leave one of both out")
+        return _adata.way_to_genes(adata, use_rep, [genes] if isinstance(genes, str) else list(genes)), ""
+    if use_rep == "X":  # the genes themselves
+        return _adata.Columns(np.arange(adata.n_vars)), ""
+    return _adata.read_decoder(adata, use_rep) if decode else (None, "by decode=False")
+
+
 def _with_genes(
-    adata: AnnData, use_rep: str, points: np.ndarray, obs: pd.DataFrame, decoder: _adata.Decoder | None, why_not: str
+    adata: AnnData,
+    use_rep: str,
+    points: np.ndarray,
+    obs: pd.DataFrame,
+    decoder: _adata.Decoder | _adata.Columns | None,
+    why_not: str,
 ) -> tuple[AnnData, str]:
     """Return cells at points ``(n, d)`` of a representation, decoded to genes if possible, and text that says so."""
     from anndata import AnnData
 
-    if use_rep == "X":  # the genes themselves
-        return AnnData(X=points, obs=obs, var=adata.var.copy()), f"of {adata.n_vars} genes"
     if decoder is None:
         return AnnData(obs=obs, obsm={use_rep: points}), f"not decoded to genes ({why_not})"
+    obsm = {} if use_rep == "X" else {use_rep: points}
+    made = AnnData(X=decoder(points), obs=obs, var=adata.var.iloc[decoder.genes].copy(), obsm=obsm)
+    count = f"{made.n_vars} gene{'s' * (made.n_vars != 1)}"
+    if isinstance(decoder, _adata.Columns):
+        return made, f"of {count}"
     held = "" if decoder.held is None else f", of whose variance the components hold {decoder.held:.0%}"
-    made = AnnData(X=decoder(points), obs=obs, var=adata.var.iloc[decoder.genes].copy(), obsm={use_rep: points})
-    return made, f"decoded to {made.n_vars} gene{'s' * (made.n_vars != 1)}{held}"
+    return made, f"decoded to {count}{held}"

@@ -13,11 +13,11 @@ import torch
 from .. import _adata
 from .._log import logger
 from ..flow import hold_out
-from ..flow.baselines import BASELINES, INTERPOLATION, NEXT, PREVIOUS
+from ..flow.baselines import BASELINES
 from ..flow.fields import FieldKind, distinct_seeds, farther_shares, make_field
 from ..flow.flow_matching import Training, pick_device
 from ..flow.integrate import AS_PUBLISHED
-from ..flow.judgement import METRICS, Judgement, judge_all
+from ..flow.judgement import Judgement, judge_all
 from ..flow.plans import Frame, Plans
 from ..flow.problem import METHODS, WITH_PATH, check_method
 from ..flow.restoration import Restoration
@@ -26,6 +26,7 @@ from ._doubts import say_doubts
 from ._field import check_field, check_jitter, finds_kin, fit_record, path_name, warn_of_unused
 from ._fit_flow import Path
 from ._seeds import member_seeds, seed_of
+from ._verdict import about_estimates, mean_energies, say_if_another_fit, say_what_tells_nothing
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -193,7 +194,7 @@ def leave_one_out(
     )
     say_doubts(adata, cells, use_rep, growth_key)
     if len(snapshots) == 3 and "uot-cfm" in methods and "sb-cfm" not in methods:
-        logger.info("of three snapshots two are kept, between which sb-cfm mostly restores better: compare it, too")
+        logger.info("of three snapshots two are kept; on simulated ones sb-cfm then restores better: compare it, too")
 
     without_prior = replace(snapshots, growth=()) if snapshots.growth else snapshots  # the same, whose plans are shared
     folds = {
@@ -210,7 +211,7 @@ def leave_one_out(
     }
     paths = {method: path_name(options[method].path, of.problems[0]) for method, of in folds.items()}
     asked = {"use_rep": use_rep, "time_key": time_key, "growth_key": growth_key, "field": field, "frame": frame}
-    _say_if_another_fit(adata, key_added, paths, asked if sigma is None else asked | {"sigma": sigma})
+    say_if_another_fit(adata, key_added, paths, asked if sigma is None else asked | {"sigma": sigma})
     farther = {
         method: farther_shares(field, of.problems) if start == "both" else [0.0] * len(of.problems)
         for method, of in folds.items()
@@ -223,7 +224,7 @@ def leave_one_out(
     found += references
 
     judged = judge_all([(one.restoration, one.observed) for one in found])
-    energies, noise = _energies(found, judged)
+    energies, noise = mean_energies([(one.method, one.k, of.values["energy"]) for one, of in zip(found, judged)])
     kin = any(finds_kin(method, own.path) for method, own in options.items())
     record = fit_record(
         field, training, time_key=time_key, use_rep=use_rep, growth_key=growth_key, block=block, device=where,
@@ -245,13 +246,14 @@ def leave_one_out(
     }
     adata = _adata.own(adata, copy=copy)
     written = _write(adata, key_added, cells, methods, list(zip(found, judged)), protocol)
+    estimates = about_estimates([of.errors for of in judged])
     logger.info(
         f"energy distance to the held-out snapshots, mean over {len(snapshots) - 2} time(s) and {n_seeds} seed(s) "
-        f"({field} field): {', '.join(f'{name} {value:.3g}' for name, value in energies.items())}. "
-        f"{_estimated(judged)}The noise reference's halves have {_sizes(halves)} cells. {use_rep} was computed "
-        f"beforehand: if on all cells, it has seen the held-out snapshots. Wrote {written}"
+        f"({field} field): {', '.join(f'{name} {value:.3g}' for name, value in energies.items())}. {estimates}"
+        f"The noise reference's halves have {_sizes(halves)} cells. {use_rep} was computed beforehand: if on all "
+        f"cells, it has seen the held-out snapshots. Wrote {written}"
     )
-    _say_what_tells_nothing(methods, energies, noise)
+    say_what_tells_nothing(methods, energies, noise)
     return adata if copy else None
 
 
@@ -276,72 +278,6 @@ def _options(
         found[method] = own = _Options(path if bends else None, growth_key is not None and grows)
         check_method(method, path=own.path, sigma=sigma, prior=own.prior)
     return found
-
-
-def _energies(found: Sequence[_Found], judged: Sequence[Judgement]) -> tuple[dict[str, float], float]:
-    """Return the mean energy distance of every method, baseline and the noise reference, and how large noise may be.
-
-    The latter is two standard deviations over seeds of the noise reference, or its size, if that is more.
-    """
-    of: dict[str, dict[int, list[float]]] = {}
-    for one, judgement in zip(found, judged, strict=True):
-        of.setdefault(one.method, {}).setdefault(one.k, []).append(judgement.values["energy"])
-    mean = {name: float(np.mean([np.mean(values) for values in by_time.values()])) for name, by_time in of.items()}
-    halves = np.array(list(of[hold_out.NOISE_REFERENCE].values())).mean(0)  # of each seed
-    return mean, max(abs(mean[hold_out.NOISE_REFERENCE]), 2 * float(halves.std(ddof=1)) if len(halves) > 1 else 0.0)
-
-
-def _say_if_another_fit(adata: AnnData, key: str, paths: Mapping[str, str], asked: Mapping[str, object]) -> None:
-    """Log in what a flow of the same name differs from the fits that are judged, by methods with these paths."""
-    try:
-        params = _adata.stored(adata, key)["params"]
-    except KeyError:  # no flow, or what is left of one
-        return
-    there = {"growth_key": None, "frame": "fixed"} | dict(params)
-    other = {name: there[name] for name, value in asked.items() if name in there and there[name] != value}
-    method = str(there["method"])
-    if method not in paths:
-        other["method"] = method
-    elif there["path"] != paths[method]:
-        other["path"] = there["path"]
-    if other:
-        told = ", ".join(f"{name}={value!r}" for name, value in other.items())
-        logger.warning(f'the flow in uns["{key}"] was fitted with {told}: other fits are judged here; pass the same')
-
-
-def _estimated(judged: Sequence[Judgement]) -> str:
-    """Return a sentence about the standard errors of distances that were estimated; empty if none was."""
-    largest: dict[str, float] = {}
-    for one in judged:
-        for name, error in one.errors.items():
-            largest[name] = max(error, largest.get(name, 0.0))
-    if not largest:
-        return ""
-    named = ", ".join(f"{name} {largest[name]:.2g}" for name in METRICS if name in largest)
-    return f"Distances between this many cells are estimated, with standard errors of up to: {named}. "
-
-
-def _say_what_tells_nothing(methods: Sequence[str], energies: Mapping[str, float], noise: float) -> None:
-    """Log if nothing moves, or if even the best method is no nearer to held-out snapshots than what needs no model."""
-    copied = min((PREVIOUS, NEXT), key=lambda name: energies[name])
-    best = min(methods, key=lambda name: energies[name])
-    farther = f"{best} is farther from the held-out snapshots, in the mean over times, than"
-    if energies[best] > energies[copied] + noise:
-        logger.warning(
-            f"{farther} a neighbour copied ({copied}; energy distance {energies[best]:.3g} for "
-            f"{energies[copied]:.3g}): its flow tells nothing there. Are the times right, and the snapshots of one "
-            f"course?"
-        )
-    elif energies[copied] <= noise:
-        logger.warning(
-            f"neighbouring snapshots are as near to the held-out ones as sampling noise allows ({copied} copied: "
-            f"energy distance {energies[copied]:.3g}): there is nothing to restore. Are the times right?"
-        )
-    elif energies[best] > energies[INTERPOLATION] + noise:
-        logger.info(
-            f"{farther} interpolation without a model ({energies[best]:.3g} for {energies[INTERPOLATION]:.3g}): trust "
-            f"its flow no more than straight lines, and make sure that the times are right"
-        )
 
 
 def _write(
