@@ -46,6 +46,13 @@ def seconds(act: Callable[[], object], device: torch.device, least: float) -> fl
     return (time.perf_counter() - began) / done
 
 
+def product_rate(shape: tuple[int, int, int], width: int, device: torch.device, least: float) -> float:
+    """Floating-point operations per second of a batch of matrices times matrices with so many columns."""
+    a, b = torch.randn(shape, device=device), torch.randn(shape[0], shape[2], width, device=device)
+    out = a.new_empty(*shape[:2], width)
+    return 2 * a.numel() * width / seconds(lambda: torch.bmm(a, b, out=out), device, least)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few cells and steps")
@@ -78,14 +85,9 @@ def main() -> None:
     products = [n * m for n, m in pairwise(sizes)]
     # forwards, for the weights, and for what goes into all layers but the first
     flop = 2 * members * batch * (3 * sum(products) - products[0])
-    a = torch.randn(members, batch, training.width, device=device)
-    b = torch.randn(members, training.width, training.width, device=device)
-    out = torch.empty_like(a)
-    rate = 2 * a.numel() * training.width / seconds(lambda: torch.bmm(a, b, out=out), device, least)
+    rate = product_rate((members, batch, training.width), training.width, device, least)
     n = 256 if args.quick else LARGE[device.type]
-    wide = torch.randn(n, n, device=device)
-    result = torch.empty_like(wide)
-    peak = 2 * n**3 / seconds(lambda: torch.mm(wide, wide, out=result), device, least)
+    peak = product_rate((1, n, n), n, device, least)
 
     scalings = [flow_matching.scaling(p.snapshots, std=p.std) for p in problems]
     field = NeuralField(

@@ -196,19 +196,8 @@ def leave_one_out(
     if len(snapshots) == 3 and "uot-cfm" in methods and "sb-cfm" not in methods:
         logger.info("of three snapshots two are kept; on simulated ones sb-cfm then restores better: compare it, too")
 
-    without_prior = replace(snapshots, growth=()) if snapshots.growth else snapshots  # the same, whose plans are shared
-    folds = {
-        method: hold_out.hold_out_problems(
-            snapshots if own.prior else without_prior,
-            method=method,
-            path=own.path,
-            sigma=sigma,
-            seeds=distinct_seeds(field, method, seeds),
-            validate=patience is not None and field == "neural",
-            plans=plans,
-        )
-        for method, own in options.items()
-    }
+    validate = patience is not None and field == "neural"
+    folds = _folds(snapshots, options, plans, seeds, field=field, sigma=sigma, validate=validate)
     paths = {method: path_name(options[method].path, of.problems[0]) for method, of in folds.items()}
     asked = {"use_rep": use_rep, "time_key": time_key, "growth_key": growth_key, "field": field, "frame": frame}
     say_if_another_fit(adata, key_added, paths, asked if sigma is None else asked | {"sigma": sigma})
@@ -278,6 +267,32 @@ def _options(
         found[method] = own = _Options(path if bends else None, growth_key is not None and grows)
         check_method(method, path=own.path, sigma=sigma, prior=own.prior)
     return found
+
+
+def _folds(
+    snapshots: Snapshots,
+    options: Mapping[str, _Options],
+    plans: Plans,
+    seeds: Sequence[int],
+    *,
+    field: FieldKind,
+    sigma: float | None,
+    validate: bool,
+) -> dict[str, hold_out.Folds]:
+    """Return the problems of all folds and seeds by method; methods share plans, with a prior or without."""
+    without_prior = replace(snapshots, growth=()) if snapshots.growth else snapshots
+    return {
+        method: hold_out.hold_out_problems(
+            snapshots if own.prior else without_prior,
+            method=method,
+            path=own.path,
+            sigma=sigma,
+            seeds=distinct_seeds(field, method, seeds),
+            validate=validate,
+            plans=plans,
+        )
+        for method, own in options.items()
+    }
 
 
 def _write(
